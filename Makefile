@@ -1,0 +1,55 @@
+# Everything a fresh checkout needs: `make quickstart` runs the main job, `make test` the tests. Both build .venv first.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+PYTEST  = $(BIN)/python -m pytest
+
+.PHONY: quickstart test test-slow test-lowest test-slurm test-slurm-full bench lint format docs clean
+
+quickstart: $(VENV)/ready
+	$(BIN)/ssl-locat pretrain quickstart
+
+test: $(VENV)/ready
+	$(PYTEST) -n 2 --dist worksteal -m "not slow and not slurm" $(ARGS)
+
+test-slow: $(VENV)/ready
+	$(PYTEST) -m "slow and not slurm" $(ARGS)
+
+# The oldest versions that pyproject promises, installed apart; the quick tests only.
+test-lowest: .venv-lowest/ready
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not slurm and not store" $(ARGS)
+
+test-slurm: $(VENV)/ready
+	launch/dev_slurm test -- $(CURDIR)/$(PYTEST) -m "slurm and not slow" $(ARGS)
+
+test-slurm-full: $(VENV)/ready
+	launch/dev_slurm test -- $(CURDIR)/$(PYTEST) -m slurm $(ARGS)
+
+bench: $(VENV)/ready
+	$(BIN)/ssl-locat bench all $(ARGS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check ssl_locat tests
+	$(BIN)/ruff format --check ssl_locat tests
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix ssl_locat tests
+	$(BIN)/ruff format ssl_locat tests
+
+docs: $(VENV)/ready
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+# pyproject or constraints changed -> install again. torch comes as the ordinary wheel, which runs on CPU and GPU.
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv-lowest/ready: pyproject.toml constraints-lowest.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest || python3 -m venv .venv-lowest
+	.venv-lowest/bin/pip install -q -c constraints-lowest.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-lowest build dist site *.egg-info

@@ -1,0 +1,40 @@
+"""The attention core, forward + backward: every backend beside plain fused attention without a bias."""
+
+import torch
+import torch.nn.functional as F
+
+from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
+from ssl_locat.models.attention import BACKENDS, Gaussian, gaussian_attention, refusal
+
+HEADS, HEAD_DIM, PREFIX = 6, 64, 1  # ViT-S
+
+
+def rows(quick: bool) -> list[dict]:
+    on_gpu = device().type == "cuda"
+    batches = {14: 64, 32: 64, 64: 8} if on_gpu else {14: 4} if quick else {6: 16, 14: 4, 32: 1}
+    result = []
+    for side, batch in batches.items():
+        for precision, dtype in precisions().items():
+            result += measure(side, batch, precision, dtype, repeats=5 if quick else 15)
+    return result
+
+
+def measure(side: int, batch: int, precision: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    tokens, patches = side * side + PREFIX, side * side
+    q, k, v = (torch.randn(batch, HEADS, tokens, HEAD_DIM, device=device(), dtype=dtype, requires_grad=True) for _ in range(3))
+    coeff = [torch.rand(batch, HEADS, patches, device=device(), requires_grad=True) for _ in range(3)]
+    cotangent = torch.randn_like(q)
+
+    def gaussian(backend):
+        def call():
+            out = gaussian_attention(q, k, v, Gaussian(*coeff, (side - 1.0) ** 2), (side, side), PREFIX, backend=backend)
+            torch.autograd.grad(out, [q, k, v, *coeff], cotangent)
+
+        return call
+
+    variants = {"plain": lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), [q, k, v], cotangent)}
+    variants |= {name: gaussian(name) for name in BACKENDS if not refusal(name, q, plain=True)}
+    case = f"{side}x{side} {precision}"
+    result = time_rows("attention", case, side_by_side(variants, repeats), "plain")
+    memory = {name: peak_bytes(call) / 2**20 for name, call in variants.items()}
+    return result + make_rows("attention", case, "peak memory", "MiB", memory, "plain")

@@ -1,0 +1,63 @@
+"""Registers, spills and shared memory of the Triton kernels, compiled ahead of time for a GPU that need not be there.
+
+python -m ssl_locat.benchmarks.kernels 90 bfloat16 64      (compute capability, dtype, head dimension) -> JSON
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from ssl_locat.models import attention_triton as kernels
+
+KERNELS = [kernels.forward_kernel, kernels.query_grad_kernel, kernels.key_grad_kernel]
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+IN_DTYPE = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV"}  # the other tensors are float32
+IN_FLOAT32 = {"AX", "AY", "ALPHA", "LSE", "DELTA", "DAX", "DAY", "DALPHA"}
+
+
+def compile_kernel(kernel, capability: int, dtype: str, head_dim: int) -> dict:
+    """Compile as a launch on timm's tensors would (pointers and strides divisible by 16), then ask ptxas what it takes."""
+    options = kernels.launch_options(kernel, head_dim, getattr(torch, dtype)) | {"POOL": 1}
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in options:
+            signature[name], constants[(index,)] = "constexpr", options[name]
+        elif name in IN_DTYPE | IN_FLOAT32:
+            signature[name] = POINTERS[dtype] if name in IN_DTYPE else "*fp32"
+        else:
+            signature[name] = "fp32" if name in ("scale", "clamp") else "i32"
+        if name in IN_DTYPE | IN_FLOAT32 or name.endswith(("_b", "_h", "_t")):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    compiler_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on defaults of the compiler's next version
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler_options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", str(ptx), "-o", f"{folder}/kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "kernel": kernel.__name__,
+        "registers": int(re.search(r"Used (\d+) registers", said).group(1)),
+        "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+if __name__ == "__main__":
+    capability, dtype, head_dim = sys.argv[1:]
+    report = [compile_kernel(kernel, int(capability), dtype, int(head_dim)) for kernel in KERNELS]
+    json.dump(report, sys.stdout)

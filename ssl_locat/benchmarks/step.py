@@ -1,0 +1,222 @@
+"""The training step: LocAt beside the vanilla model, and our DINO step beside one written as the publication describes it."""
+
+import copy
+
+import timm
+import torch
+from torch import nn
+
+import ssl_locat.models  # noqa: F401  (registers the LocAt models with timm)
+from ssl_locat.benchmarks import slow_step
+from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
+from ssl_locat.models.attention import forced_backend
+from ssl_locat.objectives import Progress
+from ssl_locat.objectives.dino import DINO
+from ssl_locat.optim import build_optimizer, clip_gradients, set_hyperparameters
+from ssl_locat.student_teacher import StudentTeacher
+
+PAIRS = {
+    "ViT-S": ("vit_small_patch16_224", "locatvit_small"),
+    "ViT-B": ("vit_base_patch16_224", "locatvit_base"),
+    "ViT-L": ("vit_large_patch16_224", "locatvit_large"),
+}
+# dense bfloat16 peaks without sparsity, from the vendor's data sheets, FLOP/s
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+PROGRESS = Progress(step=0, epoch=2.0, total_epochs=10)
+
+
+def rows(quick: bool) -> list[dict]:
+    on_gpu = device().type == "cuda"
+    repeats = 5 if quick else 11
+    result = model_rows("ViT-S", 224, 64 if on_gpu else 2, repeats, ["fp32", "bf16"])
+    result += dino_rows(repeats)
+    if not quick:
+        result += model_rows("ViT-S", 512, 16 if on_gpu else 1, 5, ["fp32", "bf16"])
+        result += part_rows(repeats)
+        for name in PAIRS:
+            for size in (224, 512):
+                result += memory_rows(name, size)
+    if not quick and on_gpu:
+        result += model_rows("ViT-B", 224, 64, repeats, ["bf16"])
+    return result
+
+
+def make_model(name: str, size: int) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"img_size": size} if name.startswith("vit") else {"img_size": size, "dynamic_img_size": True}
+    return timm.create_model(name, num_classes=0, **options).to(device())
+
+
+def forward_backward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> None:
+    with torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = model(images).float().square().mean()
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def model_rows(name: str, size: int, batch: int, repeats: int, wanted: list[str]) -> list[dict]:
+    """Forward + backward of the vanilla model, of LocAt's, and of LocAt's with the bias computed by the published formula."""
+    vanilla, locat = (make_model(model, size) for model in PAIRS[name])
+    images = torch.randn(batch, 3, size, size, device=device())
+
+    def by_formula(dtype):
+        with forced_backend("reference"):
+            forward_backward(locat, images, dtype)
+
+    result = []
+    for precision in wanted:
+        dtype = precisions()[precision]
+        variants = {
+            "vanilla": lambda dtype=dtype: forward_backward(vanilla, images, dtype),
+            "LocAt": lambda dtype=dtype: forward_backward(locat, images, dtype),
+            "LocAt, published formula": lambda dtype=dtype: by_formula(dtype),
+        }
+        timings = side_by_side(variants, repeats, warmup=1)
+        case = f"{name} {size} px {precision}"
+        result += time_rows("step", case, timings, "vanilla")
+        if device().type == "cuda" and precision == "bf16":
+            result += utilisation_rows(case, vanilla, images, timings)
+    return result
+
+
+def utilisation_rows(case: str, vanilla: nn.Module, images: torch.Tensor, timings: dict) -> list[dict]:
+    """Model FLOP utilisation: the vanilla model's operations, forward + backward, over time and the device's dense peak."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device_name = torch.cuda.get_device_name()
+    peak = next((peak for name, peak in PEAKS.items() if name in device_name), None)
+    if peak is None:
+        return []
+    with FlopCounterMode(display=False) as counter:
+        forward_backward(vanilla, images, torch.float32)
+    shares = {name: 100 * counter.get_total_flops() / timing.seconds / peak for name, timing in timings.items()}
+    return make_rows("step", f"{case}, of {peak / 1e12:.0f} TFLOP/s", "MFU", "%", shares, "vanilla")
+
+
+def memory_rows(name: str, size: int) -> list[dict]:
+    """Peak bytes that one more image costs in a bfloat16 forward + backward, with and without activation checkpointing."""
+    result = []
+    for checkpointing in (False, True):
+        values = {}
+        for variant, model_name in zip(("vanilla", "LocAt"), PAIRS[name], strict=True):
+            model = make_model(model_name, size)
+            model.set_grad_checkpointing(checkpointing)
+            one, two = (torch.randn(batch, 3, size, size, device=device()) for batch in (1, 2))
+            peaks = [peak_bytes(lambda m=model, x=x: forward_backward(m, x, torch.bfloat16)) for x in (one, two)]
+            values[variant] = (peaks[1] - peaks[0]) / 2**20
+        case = f"{name} {size} px bf16" + ", checkpointing" * checkpointing
+        result += make_rows("step", case, "memory per image", "MiB", values, "vanilla")
+    return result
+
+
+def tiny_pair(prototypes: int) -> tuple[StudentTeacher, DINO]:
+    """2.7 M parameters at 32 px: a DINO step that a laptop does in a second or two."""
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
+    backbone = timm.models.VisionTransformer(**size, num_classes=0, dynamic_img_size=True)
+    objective = DINO(num_prototypes=prototypes).to(device())
+    return StudentTeacher(backbone, nn.ModuleDict({"dino": objective})).to(device()), objective
+
+
+def dino_rows(repeats: int) -> list[dict]:
+    """Whole steps, 2 x 32 + 4 x 16 px, from the same weights; the first losses must agree."""
+    batch = 512 if device().type == "cuda" else 32
+    ours_model, ours_objective = tiny_pair(4096)
+    slow_model, slow_objective = copy.deepcopy((ours_model, ours_objective))
+    globals_, locals_ = (torch.randn(n * batch, 3, s, s, device=device()) for n, s in ((2, 32), (4, 16)))
+    steps = {
+        "as published": slow_stepper(slow_model, slow_objective, globals_, locals_),
+        "ours": our_stepper(ours_model, ours_objective, globals_, locals_),
+    }
+    losses = {name: float(step()) for name, step in steps.items()}
+    if abs(losses["ours"] - losses["as published"]) > 1e-4 * losses["as published"]:
+        raise RuntimeError(f"the two DINO steps disagree, so their times mean nothing: {losses}")
+    timings = side_by_side(steps, repeats, warmup=1)
+    case = f"DINO, ViT 2.7 M, 2x32 + 4x16 px, batch {batch}, fp32"
+    result = time_rows("step", case, timings, "as published")
+    speeds = {name: batch / timing.seconds for name, timing in timings.items()}
+    unit = "images/s" if device().type == "cuda" else "images/s/core"
+    result += make_rows("step", case, "throughput", unit, speeds, "as published")
+    memory = {name: peak_bytes(step) / 2**20 for name, step in steps.items()}
+    return result + make_rows("step", case, "peak memory", "MiB", memory, "as published")
+
+
+def our_stepper(model: StudentTeacher, objective: DINO, globals_: torch.Tensor, locals_: torch.Tensor):
+    optimizer = build_optimizer(model.student, (0.9, 0.999))
+
+    def step():
+        set_hyperparameters(optimizer, 1e-4, 0.04)
+        with torch.no_grad():
+            targets = model.teacher(globals_, None, 2)
+        loss, _ = objective(model.student(globals_, locals_, 2)["dino"], targets["dino"], PROGRESS)
+        loss.backward()
+        clip_gradients(model.student.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        objective.finish_step()
+        model.update_teacher(0.996)
+        return loss.detach()
+
+    return step
+
+
+def slow_stepper(model: StudentTeacher, objective: DINO, globals_: torch.Tensor, locals_: torch.Tensor):
+    parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.04, foreach=False, fused=False)
+
+    def step():
+        with torch.no_grad():
+            targets = model.teacher(globals_, None, 2)["dino"]
+        scores = model.student(globals_, locals_, 2)["dino"]
+        loss = slow_step.pairwise_loss(scores, targets, objective.center, 0.1, 0.04)
+        loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        slow_step.clip_each(parameters, 3.0)
+        optimizer.step()
+        objective.center.mul_(0.9).add_(0.1 * targets.mean((0, 1)))
+        slow_step.update_each(model.teacher, model.student, 0.996)
+        return loss.detach()
+
+    return step
+
+
+def part_rows(repeats: int) -> list[dict]:
+    """What surrounds the network, on ViT-Ti with 65536 prototypes: loss, clipping, optimiser, teacher update."""
+    batch, prototypes = 8, 65536
+    model, objective = tiny_pair(prototypes)
+    model = StudentTeacher(timm.create_model("vit_tiny_patch16_224", num_classes=0), nn.ModuleDict({"dino": objective})).to(
+        device()
+    )
+    parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    fused = build_optimizer(model.student, (0.9, 0.999))
+    single = torch.optim.AdamW(parameters, lr=0.0, foreach=False, fused=False)
+    student = torch.randn(10, batch, prototypes, device=device(), requires_grad=True)
+    teacher = torch.randn(2, batch, prototypes, device=device())
+
+    def our_loss():
+        objective(student, teacher, PROGRESS)[0].backward()
+        objective.seen.clear()
+
+    parts = {
+        "loss, 2 + 8 views": (
+            lambda: slow_step.pairwise_loss(student, teacher, objective.center, 0.1, 0.04).backward(),
+            our_loss,
+        ),
+        "clipping": (lambda: slow_step.clip_each(parameters, 3.0), lambda: clip_gradients(parameters, 3.0)),
+        "AdamW": (single.step, fused.step),
+        "teacher update": (
+            lambda: slow_step.update_each(model.teacher, model.student, 0.996),
+            lambda: model.update_teacher(0.996),
+        ),
+    }
+    result = []
+    for name, (published, ours) in parts.items():
+        variants = {"as published": published, "ours": ours}
+        result += time_rows("step", name, side_by_side(variants, repeats), "as published")
+        if name.startswith("loss"):
+            memory = {variant: peak_bytes(call) / 2**20 for variant, call in variants.items()}
+            result += make_rows("step", name, "peak memory", "MiB", memory, "as published")
+    return result

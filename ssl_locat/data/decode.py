@@ -1,0 +1,211 @@
+"""Bytes of one sample -> RGB pixels, label, mask. Every kind of image becomes 8-bit RGB, or a `BadSample` that says why not.
+
+Choices, the same for every reader of this package:
+  EXIF orientation is applied, as viewers show the photograph; a mask stored like its image gets the same turn (`decode_mask`).
+  Alpha is dropped, not composited (what `convert("RGB")` does everywhere in this field); of an animation the first frame is used.
+  16-bit greys are scaled to 8 bits (value / 257), never clipped; 32-bit and float greys are stretched from their own range.
+  Size is read from the header and checked before any pixel is allocated; only the formats below are opened (no EPS, no PDF).
+"""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from ssl_locat.errors import BadSample
+
+MAX_PIXELS = 100_000_000  # 300 MB as RGB: above the largest photographs, far below a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2")  # in order of preference
+LABEL_KEYS = ("cls", "label", "class", "target", "cls.txt", "label.txt")
+MASK_KEYS = ("seg.png", "mask.png", "label.png", "segmentation.png", "seg", "mask")
+_MASK_WORDS = ("seg", "mask", "label", "segmentation", "depth", "annotation")
+
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> what makes the stored pixels upright; numpy only, so images and masks take the same path
+_UPRIGHT = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[:, ::-1].swapaxes(0, 1),
+}
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [H, W, 3] RGB, upright, contiguous and writable. Raises BadSample for anything that is not a whole image."""
+    if data[:2] == b"\xff\xd8":
+        pixels = _decode_jpeg(data, max_pixels)
+        if pixels is not None:
+            orientation = image_orientation(data) if b"Exif\0\0" in data[:65536] else 1
+            return _turn(pixels, orientation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd EXIF, palettes, sizes: either it decodes or it is a BadSample
+        image = _open(data, max_pixels)
+        try:
+            orientation = _orientation(image)
+            return _turn(_to_rgb(image), orientation)
+        except Exception as error:
+            raise BadSample(f"image does not decode: {type(error).__name__}: {error}") from None
+
+
+def image_orientation(data: bytes) -> int:
+    """EXIF orientation 1..8 of an image; 1 (upright) where there is none or it cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _orientation(Image.open(io.BytesIO(data), formats=FORMATS))
+        except Exception:
+            return 1
+
+
+def decode_mask(data: bytes, *, orientation: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """int64 [H, W] class ids: palette indices or grey values as stored, never colours.
+
+    Args:
+        orientation: of the *image* (`image_orientation`), for masks drawn on the stored pixels, as annotation tools and the usual
+            data sets have them; it is the image's choice that counts, a mask's own EXIF is not read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(data, max_pixels)
+        try:
+            mask = np.array(image)
+        except Exception as error:
+            raise BadSample(f"mask does not decode: {type(error).__name__}: {error}") from None
+    if mask.ndim == 3:
+        if (mask[..., :3] != mask[..., :1]).any():
+            raise BadSample(f"mask is in colours (mode {image.mode}); a palette or greyscale image of class ids is needed")
+        mask = mask[..., 0]
+    if mask.dtype.kind == "f":
+        raise BadSample("mask holds floating-point values; a palette or greyscale image of class ids is needed")
+    return _turn(mask.astype(np.int64), orientation)
+
+
+def find_image(members: dict[str, bytes], image_key: str | None = None) -> bytes:
+    """The encoded image among a sample's members (extension after the key, any case -> bytes).
+
+    Without `image_key`: `jpg`, `png`, ... first, then `image.jpg` and the like; names of masks are passed over.
+    """
+    names = {name.lower(): name for name in members}
+    if image_key is not None:
+        return _member(members, names, image_key.lower().lstrip("."), "image_key")
+    for extension in IMAGE_EXTENSIONS:
+        if extension in names:
+            return members[names[extension]]
+    for extension in IMAGE_EXTENSIONS:
+        for name in sorted(names):
+            head, _, last = name.rpartition(".")
+            if last == extension and not any(word in _MASK_WORDS for word in head.split(".")):
+                return members[names[name]]
+    raise BadSample(f"no image among the members {_list(members)}; name the one to use with image_key")
+
+
+def find_label(members: dict[str, bytes], label_key: str | None = None) -> int:
+    """The class id of a sample: an integer >= 0 written as text. Raises BadSample if it is missing or not a number."""
+    names = {name.lower(): name for name in members}
+    if label_key is not None:
+        text = _member(members, names, label_key.lower().lstrip("."), "label_key")
+    else:
+        found = next((key for key in LABEL_KEYS if key in names), None)
+        if found is None:
+            raise BadSample(f"no label ({', '.join(LABEL_KEYS)}) among the members {_list(members)}; name it with label_key")
+        text = members[names[found]]
+    try:
+        label = int(bytes(text[:32]).decode("ascii").strip())
+    except ValueError:
+        raise BadSample(f"label {bytes(text[:32])!r} is not a number; class ids are integers from 0") from None
+    if label < 0:
+        raise BadSample(f"label {label} is negative; class ids are integers from 0")
+    return label
+
+
+def find_mask(members: dict[str, bytes], mask_key: str | None = None) -> bytes:
+    """The encoded mask of a sample: `seg.png`, `mask.png`, ... or the member named `mask_key`."""
+    names = {name.lower(): name for name in members}
+    if mask_key is not None:
+        return _member(members, names, mask_key.lower().lstrip("."), "mask_key")
+    for key in MASK_KEYS:
+        if key in names:
+            return members[names[key]]
+    raise BadSample(f"no mask ({', '.join(MASK_KEYS)}) among the members {_list(members)}; name it with mask_key")
+
+
+def _member(members: dict[str, bytes], names: dict[str, str], key: str, option: str) -> bytes:
+    if key not in names:
+        raise BadSample(f"{option} is {key!r}, but the members are {_list(members)}")
+    return members[names[key]]
+
+
+def _list(members: dict[str, bytes]) -> str:
+    return ", ".join(sorted(members)) or "(none)"
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """RGB by libjpeg-turbo; None where it refuses (CMYK, odd or damaged files): Pillow then decides."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_size(width, height, max_pixels)
+    if colorspace not in ("YCbCr", "Gray", "RGB"):
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:
+        return None
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise BadSample("0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"refused from its header: {error}") from None
+    except Exception as error:
+        raise BadSample(f"not an image of a known format ({', '.join(FORMATS)}): {type(error).__name__}") from None
+    _check_size(*image.size, max_pixels)
+    return image
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadSample(f"refused from its header: {width} x {height} pixels, more than max_pixels = {max_pixels}")
+    if width * height == 0:
+        raise BadSample(f"no pixels ({width} x {height})")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16"):
+        return _gray_to_rgb((np.array(image).astype(np.uint32) + 128) // 257)
+    if image.mode in ("I", "F"):
+        values = np.nan_to_num(np.array(image, dtype=np.float64))
+        low, high = values.min(), values.max()
+        if image.mode == "I" and low >= 0 and high <= 65535:  # how older Pillow opens 16-bit PNG
+            return _gray_to_rgb((values + 128) // 257)
+        return _gray_to_rgb((values - low) * (255 / max(high - low, 1e-12)) + 0.5)
+    if image.mode == "P":  # by RGBA: a palette may carry transparency, which convert("RGB") warns about
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def _gray_to_rgb(values: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(values.astype(np.uint8), cv2.COLOR_GRAY2RGB)

@@ -1,0 +1,249 @@
+"""The plan: stream position n -> (dataset, sample), a pure function with no tables, so that the whole state of a run is one integer.
+
+The stream is endless. Positions are dealt to `lanes` in runs of `unit`; each lane owns 1/lanes of every pass over every dataset and walks
+it window by window. A window is a shuffled handful of `chunk`s of neighbouring samples (one range read each); where the chunks lie is
+permuted over the whole dataset, anew in each pass. Who computes a position (rank, worker, batch size) does not enter anywhere.
+"""
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from math import gcd
+from typing import NamedTuple
+
+import numpy as np
+
+from ssl_locat.errors import CheckpointError, ConfigError
+from ssl_locat.seeds import mix64, mix64_array
+
+VERSION = 1  # of the order; a change to any formula below breaks every running job and must raise it
+
+# one stream of random numbers for each purpose
+_QUOTA, _WINDOW, _CHUNK, _ROTATION, _AUGMENT = range(1, 6)
+
+
+class Slot(NamedTuple):
+    """Where a position lies: entry `offset` of window `window` of `lane` in pass `epoch` over `dataset`."""
+
+    dataset: int
+    epoch: int
+    lane: int
+    window: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the order depends on. Frozen at the start of a run and kept in its checkpoints."""
+
+    seed: int
+    sizes: tuple[int, ...]  # samples per dataset
+    manifests: tuple[str, ...]  # hash of each dataset's index
+    quotas: tuple[int, ...]  # slots of each dataset in a block of sum(quotas)
+    lanes: int
+    unit: int
+    window: int  # samples; a multiple of chunk
+    chunk: int  # samples
+    version: int = field(default=VERSION)
+
+    def __post_init__(self):
+        if self.version != VERSION:
+            raise CheckpointError(
+                f"the data plan has version {self.version}, this release reads version {VERSION}: the sample order would change. "
+                "Continue with the release that wrote the checkpoint, or start a new run from its weights."
+            )
+        assert 1 <= self.lanes <= min(self.sizes) and self.window % self.chunk == 0 and len(self.sizes) == len(self.quotas)
+
+    @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """Realised share of each dataset."""
+        return tuple(quota / sum(self.quotas) for quota in self.quotas)
+
+    def slot(self, position: int) -> Slot:
+        run, within = divmod(position, self.unit)
+        turn, lane = divmod(run, self.lanes)
+        dataset, index = self._mix(lane, turn * self.unit + within)
+        low, high = self._lane_part(dataset, lane)
+        epoch, index = divmod(index, high - low)
+        window = (low + index) // self.window
+        return Slot(dataset, epoch, lane, window, low + index - max(low, window * self.window))
+
+    def window_samples(self, dataset: int, epoch: int, lane: int, window: int) -> np.ndarray:
+        """int64 [<= window]: the samples of one window in the order in which its lane meets them."""
+        low, high = self._lane_part(dataset, lane)
+        places = np.arange(max(low, window * self.window), min(high, (window + 1) * self.window))
+        keys = mix64_array(mix64(self.seed, _WINDOW, dataset, epoch, lane, window), places)
+        places = places[np.argsort(keys, kind="stable")]
+        size = self.sizes[dataset]
+        chunks, within = np.divmod(places, self.chunk)
+        first = int(chunks.min())
+        moved = [self._permute_chunk(chunk, dataset, epoch) for chunk in range(first, int(chunks.max()) + 1)]
+        places = np.array(moved, dtype=np.int64)[chunks - first] * self.chunk + within
+        # turning the whole circle by a random step gives a sample new chunk mates in every pass
+        return (places + mix64(self.seed, _ROTATION, dataset, epoch) % size) % size
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """(dataset, sample, pass) at a position. For tests and tools: readers ask for whole windows."""
+        slot = self.slot(position)
+        return slot.dataset, int(self.window_samples(*slot[:4])[slot.offset]), slot.epoch
+
+    def following(self, slot: Slot) -> tuple[int, int, int, int]:
+        """(dataset, epoch, lane, window) of the window that this lane reads after the slot's, from the same dataset."""
+        low, high = self._lane_part(slot.dataset, slot.lane)
+        if (slot.window + 1) * self.window < high:
+            return slot.dataset, slot.epoch, slot.lane, slot.window + 1
+        return slot.dataset, slot.epoch + 1, slot.lane, low // self.window
+
+    def augment_seed(self, position: int) -> int:
+        """Seed of a position's crops."""
+        return mix64(self.seed, _AUGMENT, position)
+
+    def readers_per_lane(self, micro_batch: int, world_size: int, workers: int) -> float:
+        """In how many processes, on average, a lane is read: 1.0 is best, 2.0 doubles the traffic."""
+        runs = np.arange(min(self.lanes * 64, 1 << 18)) * self.unit
+        micro_step, within = np.divmod(runs, micro_batch * world_size)
+        reader = within // micro_batch * max(1, workers) + micro_step % max(1, workers)
+        lane = runs // self.unit % self.lanes
+        return len(np.unique(lane << 32 | reader)) / len(np.unique(lane))
+
+    def to_dict(self) -> dict:
+        """What a checkpoint keeps: plain JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(saved: dict) -> "Plan":
+        return Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+
+    # lanes, mixing and permutation ------------------------------------------------------------------------------------------
+
+    def _lane_part(self, dataset: int, lane: int) -> tuple[int, int]:
+        size = self.sizes[dataset]
+        return lane * size // self.lanes, (lane + 1) * size // self.lanes
+
+    def _mix(self, lane: int, turn: int) -> tuple[int, int]:
+        """(dataset, how many of its samples the lane has met before) for the lane's `turn`-th sample."""
+        if len(self.sizes) == 1:
+            return 0, turn
+        block, slot = divmod(turn, sum(self.quotas))
+        datasets, ranks = _block_order(self.seed, self.quotas, lane, block)
+        dataset = int(datasets[slot])
+        return dataset, block * self.quotas[dataset] + int(ranks[slot])
+
+    def _permute_chunk(self, chunk: int, dataset: int, epoch: int) -> int:
+        """Feistel network on the full chunks, walking on until it lands inside; the short last chunk stays where it is."""
+        count = self.sizes[dataset] // self.chunk
+        if chunk >= count:
+            return chunk
+        half = max(1, ((count - 1).bit_length() + 1) // 2)
+        mask = (1 << half) - 1
+        key = mix64(self.seed, _CHUNK, dataset, epoch)
+        while True:
+            left, right = chunk >> half, chunk & mask
+            for turn in range(4):
+                left, right = right, left ^ (mix64(key, turn, right) & mask)
+            chunk = left << half | right
+            if chunk < count:
+                return chunk
+
+
+@lru_cache(maxsize=4096)
+def _block_order(seed: int, quotas: tuple[int, ...], lane: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which dataset each slot of a block shows, and which of that dataset's slots in the block it is."""
+    total = sum(quotas)
+    order = np.argsort(mix64_array(mix64(seed, _QUOTA, lane, block), np.arange(total)), kind="stable")
+    datasets = np.repeat(np.arange(len(quotas)), quotas)[order]
+    ranks = np.empty(total, dtype=np.int64)
+    for dataset, quota in enumerate(quotas):
+        ranks[datasets == dataset] = np.arange(quota)
+    return datasets, ranks
+
+
+# choosing the parameters, once per run ---------------------------------------------------------------------------------------
+
+_CHUNK_BYTES = 3 << 20  # of one range read: 2..5 MB reach a store's bandwidth at 50 ms to the first byte
+_POOL_BYTES = 1 << 30  # of samples in flight for each 256 of a global batch, twice that at worst while prefetching
+_ROUNDS = 8  # global batches in which every lane comes once: 1, 2, 4 or 8 workers per rank then have lanes of their own
+
+
+def choose_plan(datasets, weights, seed: int, global_batch_size: int) -> Plan:
+    """Parameters for a new run; a resumed run takes `resume_plan`.
+
+    World size, accumulation and workers do not enter: the same config gives the same order however many processes run it.
+
+    Args:
+        datasets: objects with `len()`, `manifest_hash`, `mean_bytes` (per sample) and `by_range` (neighbours share a range read).
+        weights: share of each dataset; need not sum to one.
+    """
+    sizes = tuple(len(dataset) for dataset in datasets)
+    mean_bytes = max(dataset.mean_bytes for dataset in datasets)
+    best = min(_CHUNK_BYTES / mean_bytes, max(sizes) / 64) if all(dataset.by_range for dataset in datasets) else 8
+    # short runs of one lane (small units) shuffle best, but make many lanes that must share the memory: stop at readable chunks
+    for unit in (gcd(global_batch_size, 4), 8, 16, 32):
+        if unit > 4 and global_batch_size % (8 * unit):
+            break  # a rank's share of the batch would no longer be whole units
+        lanes = max(1, min(_ROUNDS * global_batch_size // unit, min(sizes) // 8))
+        pool = max(1, global_batch_size / 256) * _POOL_BYTES / mean_bytes / lanes  # samples of one lane
+        chunk = _power_of_two(min(best, pool / 2), low=8, high=512)
+        window = chunk * _power_of_two(pool / chunk, low=2, high=4)
+        chosen = Plan(seed, sizes, tuple(d.manifest_hash for d in datasets), choose_quotas(weights), lanes, unit, window, chunk)
+        read = min(chunk, min(sizes) / lanes)  # samples of a typical range; a lane of a small dataset has no whole chunk
+        if 2 * read > min(best, 128) or read * mean_bytes > _CHUNK_BYTES / 2:
+            break
+    return chosen
+
+
+def micro_batch_size(global_batch_size: int, world_size: int, accumulate_steps: int) -> int:
+    """Samples per rank, forward pass and step. Raises ConfigError with the nearest sizes that divide evenly."""
+    parts = world_size * accumulate_steps
+    if global_batch_size % parts or global_batch_size < parts:
+        below, above = global_batch_size // parts * parts, (global_batch_size // parts + 1) * parts
+        raise ConfigError(
+            f"optim.global_batch_size is {global_batch_size}: it must be a multiple of {world_size} ranks x {accumulate_steps} accumulated "
+            f"steps = {parts}. Nearest: {f'{below} or ' if below else ''}{above}."
+        )
+    return global_batch_size // parts
+
+
+def choose_quotas(weights) -> tuple[int, ...]:
+    """Integers in the proportion of `weights`, to a thousandth, none zero: (0.7, 0.29, 0.01) -> (70, 29, 1)."""
+    if not all(weight > 0 for weight in weights):
+        raise ConfigError(f"data.train has weights {list(weights)}: each must be above 0. Leave out what should not be read.")
+    exact = np.array(weights, dtype=np.float64) / sum(weights) * 1000
+    quotas = np.maximum(1, np.floor(exact)).astype(int)
+    for dataset in np.argsort(quotas - exact, kind="stable")[: max(0, 1000 - quotas.sum())]:
+        quotas[dataset] += 1
+    divisor = gcd(*quotas.tolist())
+    return tuple(int(quota) // divisor for quota in quotas)
+
+
+def resume_plan(saved: dict, datasets, weights, seed: int) -> Plan:
+    """The plan of a checkpoint, for today's datasets. Raises CheckpointError if they, the weights or the seed are not the same."""
+    plan = Plan.from_dict(saved)
+    manifests = tuple(dataset.manifest_hash for dataset in datasets)
+    names = [dataset.name for dataset in datasets]
+    if plan.seed != seed:
+        _refuse(f"seed was {plan.seed}, now it is {seed}")
+    if len(plan.sizes) != len(datasets):
+        _refuse(f"data.train had {len(plan.sizes)} datasets, now it has {len(datasets)}")
+    for name, before, size, now, count in zip(names, plan.manifests, plan.sizes, manifests, map(len, datasets), strict=True):
+        if before != now:
+            _refuse(
+                f"{name} has {count} samples with manifest {now}; the run was started on {size} samples with manifest {before}"
+            )
+    if plan.quotas != choose_quotas(weights):
+        _refuse(f"the weights of data.train were in proportion {plan.quotas}, now they are {choose_quotas(weights)}")
+    return plan
+
+
+def _refuse(what: str) -> None:
+    raise CheckpointError(
+        f"cannot continue this run: {what}. A resumed run must see the same data in the same order. Put the data or the setting back, "
+        "or start a new run (another run_dir) from this one's weights."
+    )
+
+
+def _power_of_two(value: float, low: int, high: int) -> int:
+    """The largest power of two up to `value`, within low..high."""
+    power = low
+    while power * 2 <= min(value, high):
+        power *= 2
+    return power

@@ -1,0 +1,91 @@
+"""The list of damaged samples of a run, `quarantine.jsonl`, and the budget that they must stay within.
+
+Each damaged sample is listed once, whichever rank meets it, in whichever pass, over any number of restarts.
+"""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from ssl_locat.errors import DataBudgetExceeded
+
+TOLERATED = 10  # bad samples that stop no run: the share of a handful says nothing yet
+
+
+class Bad(NamedTuple):
+    """One damaged sample, as a worker met it."""
+
+    position: int  # in the stream
+    dataset: str
+    dataset_number: int
+    index: int  # in the dataset
+    shard: str
+    key: str
+    error: str
+
+
+class Quarantine:
+    """Appends to `path` (None: counts only) and judges.
+
+    Args:
+        max_bad: tolerated share of damaged samples among those of the data that were read so far. 0 tolerates none at all; any other
+            share is judged only once more than TOLERATED samples were bad.
+        total: samples of all datasets.
+    """
+
+    def __init__(self, path: Path | None, max_bad: float, total: int):
+        self.path, self.max_bad, self.total = path, max_bad, total
+        self.known: set[tuple[str, int]] = set()
+        self.added = 0  # by this process
+        self._read_up_to = 0
+        if path and path.exists():
+            with open(path, "rb") as file:
+                self._catch_up(file)
+
+    def add(self, found: list[Bad]) -> None:
+        """List those that are new."""
+        # a stand-in may be sought at many positions of one batch, and meet the same damage each time
+        distinct = {(bad.dataset, bad.index): bad for bad in reversed(found)}.values()
+        new = [bad for bad in distinct if (bad.dataset, bad.index) not in self.known]
+        if not new:
+            return
+        if self.path is None:
+            self._count(new)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)  # other ranks append too, from other nodes perhaps
+            partial = self._catch_up(file)
+            new = [bad for bad in new if (bad.dataset, bad.index) not in self.known]
+            names = ("position", "dataset", "index", "shard", "key", "error")
+            lines = [json.dumps({name: getattr(bad, name) for name in names}) + "\n" for bad in new]
+            file.write(b"\n" * bool(partial) + "".join(lines).encode())
+            self._count(new)
+
+    def judge(self, samples_read: int) -> None:
+        """Raises DataBudgetExceeded if too many of the data seen so far were bad; `samples_read`: positions, by all ranks."""
+        bad, seen = len(self.known), min(self.total, max(1, samples_read))
+        if bad <= (TOLERATED if self.max_bad > 0 else 0) or bad <= self.max_bad * seen:
+            return
+        raise DataBudgetExceeded(
+            f"{bad} of about {seen} samples are damaged ({100 * bad / seen:.2g} %), data.max_bad allows {100 * self.max_bad:.2g} %. They are "
+            f"listed in {self.path or 'no file'}; 'ssl-locat shards check' finds all damage. Mend or leave out those shards, or raise data.max_bad."
+        )
+
+    def _count(self, new: list[Bad]) -> None:
+        self.known.update((bad.dataset, bad.index) for bad in new)
+        self.added += len(new)
+
+    def _catch_up(self, file) -> bytes:
+        """Take in the lines appended since; returns what follows the last whole line (a kill may cut one short)."""
+        file.seek(self._read_up_to)
+        lines, newline, partial = file.read().rpartition(b"\n")
+        self._read_up_to += len(lines) + len(newline)
+        for line in lines.split(b"\n"):
+            try:
+                entry = json.loads(line)
+                self.known.add((entry["dataset"], entry["index"]))
+            except (ValueError, KeyError):
+                continue
+        return partial

@@ -1,0 +1,63 @@
+"""The errors a user can meet, and the exit code of each. cli.py prints the message alone; a stack trace means our own mistake."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Wrong input. The message says what was wrong, what was expected and how to mend it."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A YAML file, a key or an override is wrong."""
+
+
+class DataError(UserError):
+    """Data is missing, empty or of a kind that cannot be used at all (one damaged sample is a BadSample)."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or an export is missing, damaged or belongs to another model."""
+
+
+class BadSample(Exception):
+    """One sample is damaged: it is quarantined, counted and replaced; the run goes on."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class DataBudgetExceeded(RuntimeError):
+    """More samples were damaged than `data.max_bad` allows."""
+
+    exit_code = 3
+
+
+class Outage(RuntimeError):
+    """A store did not answer within its time budget. Nothing is lost: start the same command again."""
+
+    exit_code = 4
+
+
+class Preempted(RuntimeError):
+    """The run was asked to stop, and saved itself first."""
+
+    exit_code = 4
+
+
+class Diverged(RuntimeError):
+    """The loss became NaN or infinite, or a collapse that the YAML names as fatal was seen."""
+
+    exit_code = 5
+
+
+EXPECTED = (UserError, DataBudgetExceeded, Outage, Preempted, Diverged)  # reported without a stack trace
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' with the nearest known name, or '' if none is near."""
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

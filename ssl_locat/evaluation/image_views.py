@@ -1,0 +1,67 @@
+"""Views of one image for protocols: a centre crop, and the random resized crop that classifiers train on. Functions of image and seed."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+
+
+def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) that the backbone was trained with."""
+    return tuple(backbone.pretrained_cfg["mean"]), tuple(backbone.pretrained_cfg["std"])
+
+
+def to_tensor(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, H, W], normalised."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def centre_view(
+    image: np.ndarray, seed: int, *, size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
+    """float32 [3, size, size]: shorter side to `resize` (bicubic, antialiased), then the centre, normalised."""
+    height, width = image.shape[:2]
+    factor = resize / min(height, width)
+    picture = Image.fromarray(image)
+    if factor != 1:
+        picture = picture.resize((max(size, round(width * factor)), max(size, round(height * factor))), BICUBIC)
+    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
+    return to_tensor(np.asarray(picture.crop((left, top, left + size, top + size))), mean, std)
+
+
+def training_view(
+    image: np.ndarray,
+    seed: int,
+    *,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    scale: tuple[float, float] = (0.08, 1.0),
+) -> Tensor:
+    """float32 [3, size, size]: a random resized crop (bilinear, antialiased), flipped half the time, normalised."""
+    rng = np.random.default_rng(seed)
+    picture = Image.fromarray(image).resize((size, size), BILINEAR, box=random_box(*image.shape[:2], scale, rng))
+    pixels = np.asarray(picture)
+    return to_tensor(pixels[:, ::-1] if rng.random() < 0.5 else pixels, mean, std)
+
+
+def random_box(height: int, width: int, scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom): `scale` of the area at an aspect of 3/4..4/3, ten tries, else the largest central box of such an aspect.
+
+    torchvision's RandomResizedCrop; an area above 1 (Hummingbird's 0.5..2) never fits and ends in the central box, as there.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h

@@ -1,0 +1,374 @@
+"""What a run tells people and scripts: progress bars, log lines, metrics.jsonl, events.jsonl, TensorBoard, wandb, mlflow.
+
+Imports no torch, so that the command line stays quick; tensors are recognised by their methods. Everything goes to stderr: stdout
+belongs to `--json`. Only rank 0 writes, but for warnings and faults, which every rank reports under its own name.
+"""
+
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from ssl_locat.errors import ConfigError, UserError, did_you_mean
+
+_PLAIN_EVERY_SECONDS = (5, 60)  # first plain progress line after 5 s, then ever more seldom, at least one a minute
+
+_quiet = False
+_live: Progress | None = None  # the bar on screen; an inner progress() becomes a second line of it
+
+
+def _rank() -> int:
+    """Rank from the launcher's environment: known before the process group exists, and after it is gone."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+@cache
+def console() -> Console:
+    """The one console, on stderr. rich respects NO_COLOR; bars and log lines share it, so as not to overwrite each other."""
+    return Console(stderr=True)
+
+
+def setup(quiet: bool = False, verbose: bool = False) -> None:
+    """Configure logging for a command: info on rank 0, warnings with rank and host elsewhere; `quiet` keeps warnings only."""
+    global _quiet
+    _quiet = quiet
+    rank = _rank()
+    level = logging.DEBUG if verbose else logging.WARNING if quiet or rank else logging.INFO
+    prefix = f"[rank {rank} on {socket.gethostname()}] " if "RANK" in os.environ and rank else ""
+    if console().is_terminal:
+        handler: logging.Handler = RichHandler(console=console(), show_path=False, markup=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    else:  # one event per line, never wrapped: people grep it
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("ssl_locat")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """'4 s', '3 min 20 s', '2 h 05 min', '3 d 4 h': two units are enough for people."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 86400:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
+
+
+class _Bar:
+    """Counts, and words the count. Its rate is the mean since the start, so that the ETA includes probes and checkpoints."""
+
+    def __init__(self, description: str, total: int | None, unit: str, start: int):
+        self.description, self.total, self.unit = description, total, unit
+        self.start, self.done, self.fields = start, start, {}
+        self.began = time.monotonic()
+
+    def update(self, n: int = 1, **fields: float | str) -> None:
+        """`n` more done; `fields` (loss=2.31) stay shown until replaced. Floats, no device tensors: showing must not wait."""
+        self.done += n
+        self.fields.update(fields)
+        self.show()
+
+    def show(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def words(self) -> str:
+        elapsed = time.monotonic() - self.began
+        rate = (self.done - self.start) / elapsed if elapsed > 0 else 0.0
+        parts = [f"{self.done}" + (f"/{self.total}" if self.total else "") + (f" {self.unit}" if self.unit else "")]
+        parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.fields.items()]
+        if rate > 0:
+            parts.append(f"{rate:.3g} {self.unit or 'it'}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit or 'it'}")
+            if self.total and self.done < self.total:
+                parts.append(f"ETA {duration((self.total - self.done) / rate)}")
+        return "  ".join(parts)
+
+
+class _RichBar(_Bar):
+    def __init__(self, live: Progress, *args):
+        super().__init__(*args)
+        self.live = live
+        self.task = live.add_task(self.description, total=self.total, completed=self.done, words="")
+
+    def show(self) -> None:
+        self.live.update(self.task, completed=self.done, words=self.words())
+
+    def finish(self) -> None:
+        if self.live is _live and len(self.live.tasks) > 1:
+            self.live.remove_task(self.task)  # an inner bar leaves the outer one alone on the screen
+
+
+class _PlainBar(_Bar):
+    """For log files: a line after 5 s, then at doubling intervals up to a minute, and one at the end if there was any."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.interval, self.longest = _PLAIN_EVERY_SECONDS
+        self.last, self.lines = self.began, 0
+
+    def show(self) -> None:
+        now = time.monotonic()
+        if now - self.last >= self.interval:
+            self._line()
+            self.last, self.interval = now, min(2 * self.interval, self.longest)
+
+    def finish(self) -> None:
+        if self.lines:
+            self._line()
+
+    def _line(self) -> None:
+        print(f"{self.description}: {self.words()}", file=sys.stderr, flush=True)
+        self.lines += 1
+
+
+@contextmanager
+def progress(description: str, total: int | None = None, unit: str = "", start: int = 0) -> Iterator[_Bar]:
+    """Show how far a long command is: a bar on a terminal, sparse lines elsewhere, nothing with `--quiet` or off rank 0.
+
+    `total=None` when unknown; `start`: what an earlier run had done already (it counts as done, not towards the rate).
+
+        with progress("indexing", total=len(urls), unit="shards") as bar:
+            for url in urls:
+                bar.update(samples=len(index(url)))
+    """
+    global _live
+    if _quiet or _rank():
+        yield _Bar(description, total, unit, start)
+        return
+    if not console().is_terminal:
+        bar = _PlainBar(description, total, unit, start)
+        try:
+            yield bar
+        finally:
+            bar.finish()
+        return
+    outermost = _live is None
+    if outermost:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}"))
+        _live = Progress(*columns, console=console(), refresh_per_second=4)
+        _live.start()
+    bar = _RichBar(_live, description, total, unit, start)
+    try:
+        yield bar
+    finally:
+        bar.finish()
+        if outermost:
+            _live.stop()
+            _live = None
+
+
+# --- numbers and events -----------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Every whole line of a .jsonl file, [] if there is none. A last line cut off by a kill is left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _append(path: Path, records: list[dict]) -> None:
+    """One write of whole lines, so that a kill cuts at most the last one, and `tail -f` sees whole ones."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrite metrics.jsonl without the lines after `step`: the resumed run writes those again, and the file must add up."""
+    if path.exists():
+        kept = [record for record in read_jsonl(path) if record["step"] <= step]
+        beside = path.with_suffix(".tmp")
+        beside.unlink(missing_ok=True)
+        _append(beside, kept)
+        os.replace(beside, path)
+
+
+class EventLog:
+    """`events.jsonl`: what happened (start, resume, preempt, save, probe, warning, ...), one flat object per line, never rewritten."""
+
+    def __init__(self, run_dir: str | Path):
+        self.path = Path(run_dir) / "events.jsonl"
+
+    def add(self, kind: str, **fields: str | int | float | bool | list | None) -> None:
+        """Append {"time": UTC in ISO 8601, "kind", **fields}. Rank 0 only; give `step`, if there is one, for the report."""
+        if not _rank():
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            _append(self.path, [{"time": now, "kind": kind, **{name: _finite(value) for name, value in fields.items()}}])
+
+
+class MetricsLog:
+    """`metrics.jsonl`, TensorBoard and other trackers behind one `add` that never waits for the GPU.
+
+    Values may be device tensors of one element: they stay where they are until `every_steps` calls have come together, then cross in
+    one transfer. Call `flush()` before a checkpoint is saved: what a resumed run does not compute again must be in the file.
+
+    Args:
+        every_steps: how many `add`s make one transfer.
+        resume_step: the step resumed from (0: a new run). Lines after it are dropped, since they will be written again.
+        trackers: names from TRACKERS, beside TensorBoard. They stay offline unless their own environment variables say otherwise.
+        config: the resolved config as plain values, shown by the trackers.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        every_steps: int = 10,
+        resume_step: int = 0,
+        tensorboard: bool = True,
+        trackers: tuple[str, ...] = (),
+        config: dict | None = None,
+    ):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.every_steps = every_steps
+        self._pending: list[dict] = []
+        self._trackers: list[_Tracker] = []
+        if _rank():
+            return
+        _drop_after(self.path, resume_step)
+        for name in [*(["tensorboard"] if tensorboard else []), *trackers]:
+            if name not in TRACKERS:
+                raise ConfigError(f"tracker {name!r} is unknown; known: {', '.join(TRACKERS)}.{did_you_mean(name, TRACKERS)}")
+            self._trackers.append(TRACKERS[name](Path(run_dir), resume_step, config or {}))
+
+    def add(self, step: int, samples_seen: int, **values) -> list[dict]:
+        """Note one step's numbers (float, int, or a tensor of one element). Returns the records that this call wrote, as plain
+        floats: mostly none, every `every_steps` calls that many."""
+        if _rank():
+            return []
+        self._pending.append({"step": step, "samples_seen": samples_seen, "time": round(time.time(), 3), **values})
+        return self.flush() if len(self._pending) >= self.every_steps else []
+
+    def flush(self) -> list[dict]:
+        """Write what is pending, and return it."""
+        records, self._pending = _to_host(self._pending), []
+        if records:
+            _append(self.path, [{name: _finite(value) for name, value in record.items()} for record in records])
+            for record in records:
+                values = {name: value for name, value in record.items() if name not in ("step", "time")}
+                for tracker in self._trackers:
+                    tracker.log(record["step"], values)
+        return records
+
+    def close(self) -> None:
+        self.flush()
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
+
+
+def _finite(value):
+    """JSON has no NaN: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _to_host(records: list[dict]) -> list[dict]:
+    """The records with every tensor replaced by its float, all of them moved in one transfer per device."""
+    places = [(record, name) for record in records for name, value in record.items() if hasattr(value, "detach")]
+    if not places:
+        return records
+    import torch
+
+    by_device: dict = {}
+    for record, name in places:
+        by_device.setdefault(record[name].device, []).append((record, name))
+    for group in by_device.values():
+        # double holds every float32 and every count exactly, so that equal runs give equal files
+        numbers = torch.stack([record[name].detach().reshape(()).double() for record, name in group]).tolist()
+        for (record, name), number in zip(group, numbers, strict=True):
+            record[name] = number
+    return records
+
+
+# --- trackers ---------------------------------------------------------------------------------------------------------
+
+
+class _Tracker:
+    def log(self, step: int, values: dict) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class _TensorBoard(_Tracker):
+    def __init__(self, run_dir: Path, resume_step: int, config: dict):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+
+    def log(self, step: int, values: dict) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb(_Tracker):
+    """Offline unless WANDB_MODE=online; `wandb sync RUN/wandb/offline-run-*` uploads later."""
+
+    def __init__(self, run_dir: Path, resume_step: int, config: dict):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("The wandb tracker needs the wandb package: pip install 'ssl_locat[wandb]'.") from None
+        mode = os.environ.get("WANDB_MODE", "offline")
+        project = os.environ.get("WANDB_PROJECT", "ssl_locat")
+        self.run = wandb.init(dir=str(run_dir), name=run_dir.name, project=project, mode=mode, config=config)
+
+    def log(self, step: int, values: dict) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class _Mlflow(_Tracker):
+    """Into RUN/mlruns unless MLFLOW_TRACKING_URI names a server."""
+
+    def __init__(self, run_dir: Path, resume_step: int, config: dict):
+        try:
+            from mlflow import MlflowClient
+        except ImportError:
+            raise UserError("The mlflow tracker needs the mlflow package: pip install 'ssl_locat[mlflow]'.") from None
+        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", (run_dir / "mlruns").resolve().as_uri()))
+        experiment = self.client.get_experiment_by_name("ssl_locat")
+        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment("ssl_locat")
+        self.run_id = self.client.create_run(experiment_id, run_name=run_dir.name).info.run_id
+
+    def log(self, step: int, values: dict) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        numbers = [Metric(name, float(value), now, step) for name, value in values.items() if isinstance(value, int | float)]
+        self.client.log_batch(self.run_id, metrics=numbers)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run_id)
+
+
+TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}

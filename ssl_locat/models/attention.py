@@ -1,0 +1,179 @@
+"""Attention with LocAt's Gaussian bias (arXiv:2603.04892, eq. 4-10), behind one function.
+
+    out = gaussian_attention(q, k, v, Gaussian(ax, ay, alpha, clamp), grid=(14, 14), num_prefix_tokens=1)
+
+Every backend computes softmax(q k^T * scale + S) v with the same S; `BACKENDS` lists them, `backend="auto"` chooses.
+The Gaussian is separable: it is the product of one factor per axis, so W + H exponentials per query make all W * H values.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_locat.errors import UserError, did_you_mean
+from ssl_locat.models.attention_tiled import tiled
+from ssl_locat.models.grid import bounded_exp, patch_distances, squared_distances
+
+
+class Gaussian(NamedTuple):
+    """What the bias needs of each query: S[p, t] = alpha_p * exp(-ax_p * min(dx^2, clamp) - ay_p * min(dy^2, clamp)).
+
+    `dx`, `dy` count columns and rows of the patch grid between patch p (the query) and patch t (the key).
+    """
+
+    ax: Tensor  # [B, heads, N] float32: 1 / (2 * variance) along a row, so for differences of columns
+    ay: Tensor  # [B, heads, N] float32: the same for differences of rows
+    alpha: Tensor  # [B, heads, N] float32: height of the bump
+    clamp: float = float("inf")  # largest squared distance per axis; farther patches count as that far
+    pool: int = 1  # cells of pool x pool patches share the coordinates of their first one (the paper's fast path has 2)
+
+
+def gaussian_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coeff: Gaussian,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    extra_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q k^T * scale + S + extra_bias) v; S is zero in the rows and columns of prefix tokens.
+
+    Args:
+        q, k, v: [B, heads, R + N, d], prefix tokens first, then patches row-major over `grid` (rows, cols).
+        scale: of the logits; 1 / sqrt(d) by default.
+        extra_bias: broadcastable to [B, heads, R + N, R + N] (Swin's relative positions and window masks).
+
+    Raises UserError if a named backend is unknown or cannot serve these inputs; "auto" always serves.
+    """
+    rows, cols = grid
+    if q.shape[-2] != num_prefix_tokens + rows * cols or coeff.alpha.shape[-1] != rows * cols:
+        raise UserError(
+            f"attention got {q.shape[-2]} tokens and coefficients of {coeff.alpha.shape[-1]} patches, "
+            f"but {num_prefix_tokens} prefix tokens and a {rows} x {cols} grid make {num_prefix_tokens + rows * cols}; "
+            "pass the grid of this very input"
+        )
+    if torch.is_autocast_enabled(q.device.type):  # as PyTorch does for its own fused attention
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    if backend == "auto":
+        backend = _forced.get()
+    plain = dropout_p == 0 and extra_bias is None
+    if backend == "auto":
+        backend = choose(q, coeff, plain)
+    elif backend == "xformers":
+        raise UserError("attention backend 'xformers' has no Gaussian bias (attention_packed.py uses it without one); use 'auto'")
+    elif backend not in BACKENDS:
+        raise UserError(f"attention backend is {backend!r}; known: auto, {', '.join(BACKENDS)}.{did_you_mean(backend, BACKENDS)}")
+    elif reason := refusal(backend, q, plain):
+        raise UserError(f"attention backend {backend!r} {reason}; use 'auto' or 'sdpa'")
+    return BACKENDS[backend](q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias)
+
+
+def dense_bias_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, num_prefix_tokens: int, *, scale=None, dropout_p=0.0
+) -> Tensor:
+    """softmax(q k^T * scale + zero-pad(bias)) v for any patch-to-patch `bias` [B, heads, N, N] (Laplace, inverse distance)."""
+    mask = F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0)).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+
+
+def gaussian_bias(coeff: Gaussian, grid: tuple[int, int]) -> Tensor:
+    """The bias S between patches by the paper's formula, [B, heads, N, N] float32: slow, for tests, figures and comparison."""
+    dx, dy = patch_distances(grid, coeff.alpha.device, coeff.pool)
+    exponent = coeff.ax[..., None] * dx.square().clamp(max=coeff.clamp) + coeff.ay[..., None] * dy.square().clamp(max=coeff.clamp)
+    return coeff.alpha[..., None] * torch.exp(-exponent)
+
+
+def separable_bias(coeff: Gaussian, grid: tuple[int, int], num_prefix_tokens: int, dtype: torch.dtype) -> Tensor:
+    """S with its zero rows and columns, [B, heads, R + N, R + N] of `dtype`, from one factor per axis."""
+    factor_x, factor_y = factors(coeff, grid)
+    patches = (coeff.alpha[..., None] * factor_y)[..., :, None] * factor_x[..., None, :]
+    return F.pad(patches.flatten(-2).to(dtype), (num_prefix_tokens, 0, num_prefix_tokens, 0))
+
+
+def factors(coeff: Gaussian, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """exp(-ax * dx^2) [B, heads, N, cols] and exp(-ay * dy^2) [B, heads, N, rows], both float32."""
+    dx2, dy2 = squared_distances(grid, coeff.clamp, coeff.pool, coeff.alpha.device)
+    return bounded_exp(-coeff.ax[..., None] * dx2), bounded_exp(-coeff.ay[..., None] * dy2)
+
+
+def reference(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) -> Tensor:
+    """The formula step by step, nothing fused: what the other backends are tested against."""
+    r = num_prefix_tokens
+    logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = logits + F.pad(gaussian_bias(coeff, grid), (r, 0, r, 0))
+    if extra_bias is not None:
+        logits = logits + extra_bias
+    weights = F.dropout(logits.softmax(-1), dropout_p)
+    return weights.to(v.dtype) @ v
+
+
+def sdpa(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) -> Tensor:
+    """PyTorch's fused attention with S as its mask; any device, any dtype, dropout, torch.compile and export."""
+    bias = separable_bias(coeff, grid, num_prefix_tokens, q.dtype)
+    if extra_bias is not None:
+        bias = bias + extra_bias
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def triton(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) -> Tensor:
+    """One fused kernel each way, nothing N x N in memory."""
+    from ssl_locat.models.attention_triton import triton_attention  # imports triton, which not every machine has
+
+    return triton_attention(q, k, v, coeff, grid, num_prefix_tokens, scale)
+
+
+BACKENDS = {"reference": reference, "sdpa": sdpa, "tiled": tiled, "triton": triton}
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHORT = 64  # tokens; up to here one unfused call on a CPU is faster than tiles
+SMALL_BIAS = 1 << 24  # elements of the N x N bias below which inference on a CPU may as well write it out
+
+
+def refusal(backend: str, q: Tensor, plain: bool) -> str | None:
+    """Why `backend` cannot serve these inputs; None if it can. `plain`: no dropout and no extra bias."""
+    if backend in ("tiled", "triton") and not plain:
+        return "has neither dropout nor an extra bias"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "needs the triton package (it comes with PyTorch's CUDA builds; pip install triton)"
+        if q.device.type != "cuda":
+            return f"runs on CUDA devices, and these tensors are on {q.device.type!r}"
+        if q.dtype not in TRITON_DTYPES or q.shape[-1] > 128:
+            return f"serves float32, bfloat16 and float16 with head dimensions up to 128, not {q.dtype} with {q.shape[-1]}"
+    return None
+
+
+def choose(q: Tensor, coeff: Gaussian, plain: bool) -> str:
+    """The fastest backend for this device, dtype and size; measured in docs/performance.md."""
+    if q.device.type == "cuda":
+        return "sdpa" if refusal("triton", q, plain) else "triton"
+    if not plain or torch.compiler.is_compiling():  # a compiler would unroll the tiles
+        return "sdpa"
+    if q.shape[2] <= SHORT:
+        return "sdpa"
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, *coeff[:3]))
+    return "tiled" if needs_grad or q[..., 0].numel() * q.shape[2] > SMALL_BIAS else "sdpa"
+
+
+_forced: ContextVar[str] = ContextVar("attention backend", default="auto")
+
+
+@contextmanager
+def forced_backend(name: str) -> Iterator[None]:
+    """All Gaussian attention inside takes this backend (comparisons, tests, a suspected kernel)."""
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

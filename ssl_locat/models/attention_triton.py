@@ -1,0 +1,293 @@
+"""Gaussian attention as fused Triton kernels: the bias is made where it is used, nothing N x N reaches memory.
+
+Three numbers per query come in, three gradients per query go out. No atomics, and tile sizes fixed by head dimension alone, so
+results repeat bit for bit: the query kernel walks the keys of its queries, which gives dQ and the coefficients' sums; the key kernel
+walks the queries of its keys and makes the bias again. Layout as in FlashAttention-2 (arXiv:2307.08691). Exponents are in base 2.
+
+Runs without a GPU under TRITON_INTERPRET=1 (tests). Imported only where a CUDA device is to be served.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, coeff, grid: tuple[int, int], num_prefix_tokens: int, scale: float | None
+) -> Tensor:
+    """softmax(q k^T * scale + S) v; see attention.gaussian_attention. Head dimension at most 128."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    clamp = min(coeff.clamp, float(max(grid)) ** 2)  # an infinite clamp never acts; nor does this one
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    gaussian = [t.float().contiguous() for t in coeff[:3]]
+    return attend(q, k, v, *gaussian, clamp, coeff.pool, *grid, num_prefix_tokens, scale)[0]
+
+
+@triton.jit
+def coordinates(tokens, R, COLS, POOL: tl.constexpr):
+    """Column and row of each token on the grid; meaningless for prefix tokens (masked by the callers)."""
+    patches = tokens - R
+    x, y = patches % COLS, patches // COLS
+    return (x // POOL * POOL).to(tl.float32), (y // POOL * POOL).to(tl.float32)
+
+
+@triton.jit
+def gauss_tile(xm, ym, axm, aym, xn, yn, clamp):
+    """exp2(-ax dx^2 - ay dy^2) of broadcastable queries and keys, with the two squared distances."""
+    dx, dy = xm - xn, ym - yn
+    dx2, dy2 = tl.minimum(dx * dx, clamp), tl.minimum(dy * dy, clamp)
+    return tl.exp2(-axm * dx2 - aym * dy2), dx2, dy2
+
+
+@triton.jit
+def load_rows(base, tokens, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[tokens, BLOCK_D] of one head, zero beyond T tokens and D channels."""
+    channels = tl.arange(0, BLOCK_D)
+    mask = (tokens[:, None] < T) & (channels[None, :] < D)
+    return tl.load(base + tokens[:, None] * stride + channels[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, tokens, stride, T, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    channels = tl.arange(0, BLOCK_D)
+    mask = (tokens[:, None] < T) & (channels[None, :] < D)
+    tl.store(base + tokens[:, None] * stride + channels[None, :], value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_gaussian(AX, AY, ALPHA, head, tokens, R, T):
+    """Coefficients of these queries in base 2; alpha is 0 for prefix tokens, which takes their bias away."""
+    mask = (tokens >= R) & (tokens < T)
+    at = head * (T - R) + tokens - R
+    ax = tl.load(AX + at, mask=mask, other=0.0) * LOG2E
+    ay = tl.load(AY + at, mask=mask, other=0.0) * LOG2E
+    return ax, ay, tl.load(ALPHA + at, mask=mask, other=0.0) * LOG2E
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, AX, AY, ALPHA, OUT, LSE,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    H, T, R, COLS, scale, clamp,
+    D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // H, head % H
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_rows(Q + b * q_b + h * q_h, m, q_t, T, D, BLOCK_D)
+    xm, ym = coordinates(m, R, COLS, POOL)
+    ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, m, R, T)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, T, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = load_rows(K + b * k_b + h * k_h, n, k_t, T, D, BLOCK_D)
+        xn, yn = coordinates(n, R, COLS, POOL)
+        gauss, _, _ = gauss_tile(xm[:, None], ym[:, None], ax[:, None], ay[:, None], xn[None, :], yn[None, :], clamp)
+        bias = tl.where(n[None, :] >= R, alpha[:, None] * gauss, 0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        logits = tl.where(n[None, :] < T, logits, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(weights, 1)
+        v = load_rows(V + b * v_b + h * v_h, n, v_t, T, D, BLOCK_D)
+        out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        highest = new_highest
+    store_rows(OUT + b * o_b + h * o_h, m, o_t, T, out / total[:, None], D, BLOCK_D)
+    tl.store(LSE + head * T + m, highest + tl.log2(total), mask=m < T)
+
+
+@triton.jit
+def query_grad_kernel(
+    Q, K, V, AX, AY, ALPHA, OUT, DOUT, LSE, DELTA, DQ, DAX, DAY, DALPHA,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
+    H, T, R, COLS, scale, clamp,
+    D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ and the coefficients' gradients of a block of queries; leaves `DELTA`, the rows' sum of out * dout, for the key kernel."""
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // H, head % H
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_rows(Q + b * q_b + h * q_h, m, q_t, T, D, BLOCK_D)
+    dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
+    out = load_rows(OUT + b * o_b + h * o_h, m, o_t, T, D, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(DELTA + head * T + m, delta, mask=m < T)
+    lse = tl.load(LSE + head * T + m, mask=m < T, other=0.0)
+    xm, ym = coordinates(m, R, COLS, POOL)
+    ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, m, R, T)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dax = tl.zeros([BLOCK_M], tl.float32)
+    day = tl.zeros([BLOCK_M], tl.float32)
+    dalpha = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, T, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = load_rows(K + b * k_b + h * k_h, n, k_t, T, D, BLOCK_D)
+        v = load_rows(V + b * v_b + h * v_h, n, v_t, T, D, BLOCK_D)
+        xn, yn = coordinates(n, R, COLS, POOL)
+        gauss, dx2, dy2 = gauss_tile(xm[:, None], ym[:, None], ax[:, None], ay[:, None], xn[None, :], yn[None, :], clamp)
+        gauss = tl.where(n[None, :] >= R, gauss, 0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + alpha[:, None] * gauss
+        weights = tl.where(n[None, :] < T, tl.exp2(logits - lse[:, None]), 0.0)
+        dlogits = weights * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq += tl.dot(dlogits.to(k.dtype), k, input_precision=PRECISION)
+        product = dlogits * gauss
+        dalpha += tl.sum(product, 1)
+        dax += tl.sum(product * dx2, 1)
+        day += tl.sum(product * dy2, 1)
+    store_rows(DQ + b * dq_b + h * dq_h, m, dq_t, T, dq * scale, D, BLOCK_D)
+    patches, at = (m >= R) & (m < T), head * (T - R) + m - R
+    height = alpha / LOG2E
+    tl.store(DALPHA + at, dalpha, mask=patches)
+    tl.store(DAX + at, -height * dax, mask=patches)
+    tl.store(DAY + at, -height * day, mask=patches)
+
+
+@triton.jit
+def key_grad_kernel(
+    Q, K, V, AX, AY, ALPHA, DOUT, LSE, DELTA, DK, DV,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    H, T, R, COLS, scale, clamp,
+    D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a block of keys; tiles are transposed, [keys, queries]."""
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // H, head % H
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = load_rows(K + b * k_b + h * k_h, n, k_t, T, D, BLOCK_D)
+    v = load_rows(V + b * v_b + h * v_h, n, v_t, T, D, BLOCK_D)
+    xn, yn = coordinates(n, R, COLS, POOL)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, T, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        q = load_rows(Q + b * q_b + h * q_h, m, q_t, T, D, BLOCK_D)
+        dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
+        lse = tl.load(LSE + head * T + m, mask=m < T, other=0.0)
+        delta = tl.load(DELTA + head * T + m, mask=m < T, other=0.0)
+        xm, ym = coordinates(m, R, COLS, POOL)
+        ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, m, R, T)
+        gauss, _, _ = gauss_tile(xm[None, :], ym[None, :], ax[None, :], ay[None, :], xn[:, None], yn[:, None], clamp)
+        bias = tl.where(n[:, None] >= R, alpha[None, :] * gauss, 0.0)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
+        # queries beyond T have zeros for q, dout and delta: their weights add nothing below
+        weights = tl.exp2(logits - lse[None, :])
+        dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)
+        dlogits = weights * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+        dk += tl.dot(dlogits.to(q.dtype), q, input_precision=PRECISION)
+    store_rows(DK + b * dk_b + h * dk_h, n, dk_t, T, dk * scale, D, BLOCK_D)
+    store_rows(DV + b * dv_b + h * dv_h, n, dv_t, T, dv, D, BLOCK_D)
+
+
+def launch_options(kernel, head_dim: int, dtype: torch.dtype) -> dict:
+    """Tile sizes and warps, a function of head dimension and dtype alone: tuning at run time would change the rounding.
+
+    A program keeps `kept` tokens (queries, or the key kernel's keys) and walks over the others; no register spills in bfloat16."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    small = block_d <= 64 and dtype != torch.float32
+    kept, walked = 64 if small else 32, 64 if small and kernel is forward_kernel else 32
+    return {
+        "D": head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_M": walked if kernel is key_grad_kernel else kept,
+        "BLOCK_N": kept if kernel is key_grad_kernel else walked,
+        # like PyTorch's own matmuls: exact float32 unless the user allowed TensorFloat32
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "num_warps": 4,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+
+
+def token_major(like: Tensor) -> Tensor:
+    """Empty [B, heads, T, d] laid out as [B, T, heads, d], so that joining the heads afterwards copies nothing."""
+    b, h, t, d = like.shape
+    return like.new_empty(b, t, h, d).transpose(1, 2)
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+@torch.library.custom_op("ssl_locat::gaussian_attention", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, ax: Tensor, ay: Tensor, alpha: Tensor,
+    clamp: float, pool: int, rows: int, cols: int, num_prefix_tokens: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and the rows' log-sum-exp in base 2 for the backward."""
+    b, h, t, _ = q.shape
+    out, lse = token_major(q), q.new_empty(b, h, t, dtype=torch.float32)
+    options = launch_options(forward_kernel, q.shape[-1], q.dtype)
+    forward_kernel[(triton.cdiv(t, options["BLOCK_M"]), b * h)](
+        q,
+        k,
+        v,
+        ax,
+        ay,
+        alpha,
+        out,
+        lse,
+        *strides(q, k, v, out),
+        h,
+        t,
+        num_prefix_tokens,
+        cols,
+        scale,
+        clamp,
+        POOL=pool,
+        **options,
+    )
+    return out, lse
+
+
+@torch.library.custom_op("ssl_locat::gaussian_attention_backward", mutates_args=())
+def attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, ax: Tensor, ay: Tensor, alpha: Tensor, out: Tensor, lse: Tensor,
+    clamp: float, pool: int, cols: int, num_prefix_tokens: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    b, h, t, _ = q.shape
+    dq, dk, dv = (token_major(x) for x in (q, k, v))
+    dax, day, dalpha = (torch.empty_like(x) for x in (ax, ay, alpha))
+    delta = torch.empty_like(lse)
+    sizes = h, t, num_prefix_tokens, cols, scale, clamp
+    options = launch_options(query_grad_kernel, q.shape[-1], q.dtype)
+    query_grad_kernel[(triton.cdiv(t, options["BLOCK_M"]), b * h)](
+        q, k, v, ax, ay, alpha, out, dout, lse, delta, dq, dax, day, dalpha,
+        *strides(q, k, v, out, dout, dq), *sizes, POOL=pool, **options,
+    )  # fmt: skip
+    options = launch_options(key_grad_kernel, q.shape[-1], q.dtype)
+    key_grad_kernel[(triton.cdiv(t, options["BLOCK_N"]), b * h)](
+        q, k, v, ax, ay, alpha, dout, lse, delta, dk, dv, *strides(q, k, v, dout, dk, dv), *sizes, POOL=pool, **options
+    )
+    return dq, dk, dv, dax, day, dalpha
+
+
+@attend.register_fake
+def _(q, k, v, ax, ay, alpha, clamp, pool, rows, cols, num_prefix_tokens, scale):
+    return token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@attend_backward.register_fake
+def _(dout, q, k, v, ax, ay, alpha, out, lse, clamp, pool, cols, num_prefix_tokens, scale):
+    return *(token_major(x) for x in (q, k, v)), *(torch.empty_like(x) for x in (ax, ay, alpha))
+
+
+def save_for_backward(ctx, inputs, output):
+    *tensors, clamp, pool, _, cols, num_prefix_tokens, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = clamp, pool, cols, num_prefix_tokens, scale
+
+
+def backward(ctx, dout, _):
+    return *attend_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+
+
+attend.register_autograd(backward, setup_context=save_for_backward)

@@ -1,0 +1,33 @@
+"""PRR: refines all tokens by one attention without parameters before they are pooled (LocAtViT, arXiv:2603.04892, eq. 11).
+
+timm has a pooling of the same name (`timm.layers.AttentionPoolPrr`, `global_pool="prr"`). It is not used here because it returns only what
+is pooled, while patch tokens after PRR are needed too (patch losses, features); the class token of both is the same, and a test says so.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def prr(x: Tensor, num_heads: int) -> Tensor:
+    """softmax(x x^T / sqrt(d)) x in each head, over all tokens; x [B, N, D] or a map [B, H, W, D]; the same shape comes back."""
+    tokens = x.flatten(1, -2).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]
+    refined = F.scaled_dot_product_attention(tokens, tokens, tokens)
+    return refined.transpose(1, 2).reshape(x.shape)
+
+
+class PRR(nn.Module):
+    """`prr` as a module, so that a model shows it; nothing to learn, nothing in the state dict.
+
+    Args:
+        num_heads: as in the attention of the last block.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return prr(x, self.num_heads)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"

@@ -1,0 +1,156 @@
+"""The named models: LocAt and vanilla twins in timm's registry, created by `timm.create_model(NAME, ...)` after `import ssl_locat.models`.
+
+    locatvit_small        vit_small          ViT with GAug and PRR, and without; sizes tiny, small, base, large
+    locatregvit_small     regvit_small       the same with 4 registers
+    locatvit_small_nopos  vit_small_nopos    without positional embeddings
+    locatvit_small_rope_mixed, vit_small_rope_mixed    learned rotary frequencies instead of positional embeddings
+    locatswin_tiny        (timm's swin_tiny_patch4_window7_224);  tiny and base
+    locatjumbo_tiny       jumbo_tiny         one class token as wide as six;  tiny and base
+
+    locat_NAME            NAME               any other ViT or Swin of timm by timm's own name, e.g. locat_vit_small_patch14_dinov2
+
+All take timm's options of their class (`patch_size`, `img_size`, `drop_path_rate`, ...) and those of `attach_locat` (`gaug`, `prr`, `pos_resize`).
+"""
+
+from functools import partial
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    list_models,
+    load_pretrained,
+    model_entrypoint,
+    register_model,
+)
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as filter_eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import checkpoint_filter_fn as filter_swin
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as filter_vit
+from torch import nn
+
+from ssl_locat.models.attach import attach_locat
+from ssl_locat.models.jumbo import Jumbo
+
+SIZES = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+VIT = {"patch_size": 16, "dynamic_img_size": True}
+ROPE_MIXED = {  # Heo et al., arXiv:2403.13298, as timm's vit_*_patch16_rope_mixed_224
+    **VIT,
+    "attn_type": "rope",
+    "init_values": 1e-5,
+    "global_pool": "token",
+    "use_abs_pos_emb": False,
+    "use_rot_pos_emb": True,
+    "rope_grid_indexing": "xy",
+    "rope_temperature": 10.0,
+    "rope_type": "mixed",
+}
+SWIN = {
+    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+}
+VANILLA = {"gaug": False, "prr": False}
+
+
+def build_locat(
+    base: type, *, gaug: bool | dict = True, prr: bool | dict = True, pos_resize: str = "timm", **options
+) -> nn.Module:
+    """A timm model of class `base` with LocAt attached."""
+    return attach_locat(base(**options), gaug=gaug, prr=prr, pos_resize=pos_resize)
+
+
+def named_models() -> dict[str, tuple]:
+    """name -> (base class, options, filter of foreign state dicts); each LocAt name has a vanilla twin."""
+    models = {}
+    for size, shape in SIZES.items():
+        for suffix, base, options, load_filter in (
+            ("vit_{}", VisionTransformer, VIT, filter_vit),
+            ("regvit_{}", VisionTransformer, {**VIT, "reg_tokens": 4}, filter_vit),
+            ("vit_{}_nopos", VisionTransformer, {**VIT, "pos_embed": "none"}, filter_vit),
+            ("vit_{}_rope_mixed", Eva, ROPE_MIXED, filter_eva),
+        ):
+            name = suffix.format(size)
+            models[f"locat{name}"] = (base, {**options, **shape}, load_filter)
+            models[name] = (base, {**options, **shape, **VANILLA}, load_filter)
+    for size, shape in SWIN.items():
+        models[f"locatswin_{size}"] = (
+            SwinTransformer,
+            {"patch_size": 4, "window_size": 7, "strict_img_size": False, **shape},
+            filter_swin,
+        )
+    for size in ("tiny", "base"):
+        models[f"locatjumbo_{size}"] = (Jumbo, {**VIT, **SIZES[size], "norm_patches": True}, filter_vit)
+        models[f"jumbo_{size}"] = (Jumbo, {**VIT, **SIZES[size], **VANILLA}, filter_vit)
+    return models
+
+
+def register(name: str, base: type, defaults: dict, load_filter) -> None:
+    def create(pretrained: bool = False, **options):
+        return build_model_with_cfg(
+            partial(build_locat, base),
+            name,
+            pretrained,
+            pretrained_filter_fn=load_filter,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **{**defaults, **options},
+        )
+
+    create.__name__ = name  # timm registers under it
+    create.__module__ = __name__
+    register_model(create)
+
+
+def register_twin(name: str, options: dict) -> None:
+    """`locat_NAME`: timm's model NAME with LocAt. `pretrained=True` starts it from NAME's weights, or opens an export of its own."""
+
+    def create(pretrained: bool = False, gaug: bool | dict = True, prr: bool | dict = True, pos_resize: str = "timm", **given):
+        exported = isinstance(
+            given.get("pretrained_cfg"), dict
+        )  # a folder or hub repository, whose weights have GAug's among them
+        model = model_entrypoint(name)(pretrained=pretrained and not exported, **{**options, **given})
+        model = attach_locat(model, gaug=gaug, prr=prr, pos_resize=pos_resize)
+        if pretrained and exported:
+            load_pretrained(model, num_classes=model.num_classes, in_chans=model.in_chans)
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": f"locat_{name}"}
+        return model
+
+    create.__name__ = f"locat_{name}"
+    create.__module__ = __name__
+    register_model(create)
+
+
+# timm's modules of models that LocAt attaches to, and what makes them take images of any size
+SERVED = {
+    "vision_transformer": {"dynamic_img_size": True},
+    "deit": {"dynamic_img_size": True},
+    "eva": {"dynamic_img_size": True},
+    "swin_transformer": {"strict_img_size": False},
+}
+TWINS = {name: options for module, options in SERVED.items() for name in list_models(module=module)}
+MODELS = named_models()
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,  # what pretraining here uses; the release's classifiers were trained with 0.5, see official.py
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head.fc" if base is SwinTransformer else "head",
+        }
+        for name, (base, _, _) in MODELS.items()
+    }
+)
+for _name, _entry in MODELS.items():
+    register(_name, *_entry)
+for _name, _options in TWINS.items():
+    register_twin(_name, _options)

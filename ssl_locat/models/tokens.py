@@ -1,0 +1,135 @@
+"""Named tokens of any backbone: what heads, objectives and protocols read.
+
+    tokens = forward_tokens(backbone, images)     # last block, raw: dense probes read these
+    tokens = refine(backbone, tokens)             # final norm, then PRR
+    vector = class_token(backbone, tokens)        # what a head sees;  features(backbone, images) does all three
+
+The grid of patches is derived from the images in every call, so that one model serves any mix of resolutions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ssl_locat.errors import UserError
+
+
+class Grid(NamedTuple):
+    """Patches of one input. timm hands it to every attention of a LocAt model as `attn_mask`: GAug is the mask's recipe."""
+
+    rows: int
+    cols: int
+
+
+class Tokens(NamedTuple):
+    prefix: Tensor  # [B, R, D] class token(s) first, then registers; R = 0 where there are none
+    patches: Tensor  # [B, N, D] row-major over the grid
+    grid: Grid
+
+
+def forward_tokens(
+    backbone: nn.Module, images: Tensor, *, masks: Tensor | None = None, mask_token: Tensor | None = None
+) -> Tokens:
+    """Tokens of the last block, raw: no norm, no PRR.
+
+    images [B, 3, H, W]; masks [B, N] bool, True = the patch's embedding is replaced by mask_token [D] before positions are added.
+    """
+    return last_blocks(backbone, images, 1, masks=masks, mask_token=mask_token)[0]
+
+
+def last_blocks(
+    backbone: nn.Module, images: Tensor, n: int, *, masks: Tensor | None = None, mask_token: Tensor | None = None
+) -> list[Tokens]:
+    """Raw tokens of the last n blocks (stages, for Swin), the last one at the end."""
+    if isinstance(backbone, VisionTransformer | Eva):
+        outputs, grid = run_blocks(backbone, images, n, masks=masks, mask_token=mask_token)
+        prefix = backbone.num_prefix_tokens
+        return [Tokens(x[:, :prefix], x[:, prefix:], grid) for x in outputs]
+    if masks is not None:
+        raise UserError(
+            f"{type(backbone).__name__} cannot mask patches; masked objectives need a ViT (VisionTransformer or Eva of timm)"
+        )
+    if not hasattr(backbone, "forward_intermediates"):
+        raise UserError(
+            f"{type(backbone).__name__} has no forward_intermediates, by which timm's models give tokens; choose a timm ViT or Swin"
+        )
+    maps = backbone.forward_intermediates(images, indices=n, norm=False, output_fmt="NCHW", intermediates_only=True)
+    return [Tokens(m.new_empty(m.shape[0], 0, m.shape[1]), m.flatten(2).transpose(1, 2), Grid(*m.shape[2:])) for m in maps]
+
+
+def run_blocks(
+    model: VisionTransformer | Eva, images: Tensor, n: int = 1, *, masks: Tensor | None = None, mask_token: Tensor | None = None
+) -> tuple[list[Tensor], Grid]:
+    """Outputs of the last n blocks [B, R + N, D], and the grid; honours timm's `set_grad_checkpointing`."""
+    x, rope, grid = embed(model, images, masks, mask_token)
+    outputs = []
+    for index, block in enumerate(model.blocks):
+        context = {} if rope is None else {"rope": rope[index] if model.rope_mixed else rope}
+        if getattr(model, "has_gaug", False):
+            context["attn_mask"] = grid
+        if model.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, use_reentrant=False, **context)
+        else:
+            x = block(x, **context)
+        if index >= len(model.blocks) - n:
+            outputs.append(x)
+    return outputs, grid
+
+
+def embed(
+    model: VisionTransformer | Eva, images: Tensor, masks: Tensor | None = None, mask_token: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Grid]:
+    """Images to what the first block reads [B, R + N, D], rotary embedding (or None), grid."""
+    x = model.patch_embed(images)
+    grid = Grid(*x.shape[1:3]) if x.ndim == 4 else Grid(*model.patch_embed.grid_size)
+    if masks is not None:
+        x = torch.where(masks.view(*x.shape[:-1], 1), mask_token.to(x.dtype), x)
+    x = model._pos_embed(x)
+    rope = None
+    if isinstance(model, Eva):
+        x, rope = x
+    else:
+        x = model.patch_drop(x)
+    return model.norm_pre(x), rope, grid
+
+
+def input_grid(model: nn.Module, images: Tensor) -> Grid:
+    """The patch grid that `model` will cut these images into."""
+    if getattr(model, "dynamic_img_size", False):
+        return Grid(*model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+    return Grid(*model.patch_embed.grid_size)
+
+
+def refine(backbone: nn.Module, tokens: Tokens) -> Tokens:
+    """Final norm, then PRR if it is attached; with average pooling timm's final norm comes after the pooling instead."""
+    tokens = normalise(backbone, tokens)
+    if getattr(backbone, "prr", None) is None:
+        return tokens
+    x, prefix = backbone.prr(torch.cat([tokens.prefix, tokens.patches], dim=1)), tokens.prefix.shape[1]
+    return Tokens(x[:, :prefix], x[:, prefix:], tokens.grid)
+
+
+def normalise(backbone: nn.Module, tokens: Tokens) -> Tokens:
+    """Final norm alone: what patch losses of models without PRR read."""
+    x, prefix = backbone.norm(torch.cat([tokens.prefix, tokens.patches], dim=1)), tokens.prefix.shape[1]
+    return Tokens(x[:, :prefix], x[:, prefix:], tokens.grid)
+
+
+def class_token(backbone: nn.Module, tokens: Tokens) -> Tensor:
+    """What a head sees of refined tokens, [B, D]: the class token, all of Jumbo's side by side, or the mean of the patches.
+
+    The mean is taken where the model has no class token or pools by average (`global_pool="avg"`), and normalised if timm does so.
+    """
+    if tokens.prefix.shape[1] == 0 or backbone.global_pool == "avg":
+        mean = tokens.patches.mean(dim=1)
+        return backbone.fc_norm(mean) if hasattr(backbone, "fc_norm") else mean
+    return tokens.prefix.flatten(1) if hasattr(backbone, "jumbo_mlp") else tokens.prefix[:, 0]
+
+
+def features(backbone: nn.Module, images: Tensor) -> Tensor:
+    """What a head sees of images [B, 3, H, W], [B, D]: norm and PRR included, which timm's `forward_features` has no PRR for."""
+    return class_token(backbone, refine(backbone, forward_tokens(backbone, images)))

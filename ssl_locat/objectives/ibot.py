@@ -1,0 +1,158 @@
+"""iBOT's masked patch loss (arXiv:2111.07832, eq. 2; with DINOv2's settings, arXiv:2304.07193): the student sees the global crops with
+patches hidden and predicts, in their places, the teacher's distribution over prototypes of the same patches seen.
+
+Under LocAt a hidden patch keeps its place in the grid: the mask token takes the place of its embedding, positions are added as ever,
+and its query, made from the neighbours it attends to, predicts its own Gaussian. PRR comes before the class head always; the patch
+head reads the tokens before it, or after it with `refined`.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_locat.errors import UserError
+from ssl_locat.objectives import Needs, Progress, Views
+from ssl_locat.objectives.heads import DINOHead
+from ssl_locat.objectives.masking import draw_masks
+from ssl_locat.objectives.targets import Center, centered, check_targets, sinkhorn
+from ssl_locat.schedules import stepwise
+
+
+class PatchScores(nn.Module):
+    """A head on the hidden patches alone: [T, B, N, D] -> [M, K], so that it costs what they do.
+
+    Args:
+        head: a DINOHead of its own; or None, to use another objective's, put in by `share`.
+    """
+
+    def __init__(self, head: DINOHead | None, refined: bool):
+        super().__init__()
+        self.head = head
+        self.refined = refined
+
+    def share(self, head: nn.Module) -> None:
+        """Score by this head of class tokens; in a tuple, so that its parameters are registered, saved and sharded once."""
+        self.shared = (head,)
+
+    @torch.compiler.disable  # the number of hidden patches changes from batch to batch
+    def forward(self, views: Views) -> tuple[Tensor, Tensor]:
+        """-> scores [M, K], and each hidden patch's weight [M]: 1 / (hidden patches of its crop * crops)."""
+        patches = views.refined_patches if self.refined else views.patches
+        hidden = patches.flatten(0, 2).index_select(0, views.masked)
+        scores = self.head(hidden) if self.head is not None else self.shared[0](Views(hidden))
+        masks = views.masks.flatten(0, 1)
+        weights = (masks / (masks.sum(-1, keepdim=True).clamp(min=1) * len(masks))).flatten()
+        return scores, weights.index_select(0, views.masked)
+
+
+class IBOT(nn.Module):
+    """Masked patch distillation. Sum it with `dino` (published weights: 1 and 1).
+
+    Args:
+        num_prototypes, hidden_dim, bottleneck_dim, num_layers, norm_last_layer: of the head (heads.DINOHead).
+        shared_head: use the head of the objective `dino` for patches too (iBOT's best; DINOv2 keeps them separate at scale); the options of
+            the head are then its.
+        refined: patch tokens after PRR instead of after the final norm alone.
+        mask_shape: `block` or `random`.
+        mask_probability: share of the global crops that are masked at all.
+        mask_ratio: [smallest, largest] share of a masked crop's patches, drawn evenly (iBOT's 0.3 +- 0.2).
+        student_temp, teacher_temp, teacher_temp_warmup_epochs, center_momentum, frozen_last_layer_epochs, targets: as in `dino`.
+        min_images: with `sinkhorn`, refuse to run with fewer images per micro-batch on all ranks.
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+        norm_last_layer: bool = True,
+        shared_head: bool = False,
+        refined: bool = False,
+        mask_shape: Literal["block", "random"] = "block",
+        mask_probability: float = 0.5,
+        mask_ratio: tuple[float, float] = (0.1, 0.5),
+        student_temp: float = 0.1,
+        teacher_temp: tuple[float, float] = (0.04, 0.07),
+        teacher_temp_warmup_epochs: int = 30,
+        center_momentum: float = 0.9,
+        frozen_last_layer_epochs: float = 1,
+        targets: Literal["centering", "sinkhorn"] = "centering",
+        min_images: int = 64,
+    ):
+        super().__init__()
+        check_targets("ibot", targets)
+        if mask_shape not in ("block", "random"):
+            raise UserError(f"ibot: mask_shape is {mask_shape!r}; expected block or random")
+        if not (0 <= mask_ratio[0] <= mask_ratio[1] <= 1 and 0 < mask_probability <= 1):
+            raise UserError(
+                f"ibot: mask_ratio is {list(mask_ratio)}, mask_probability {mask_probability}; expected shares "
+                "0 <= smallest <= largest <= 1, and a probability above 0"
+            )
+        self.head_options = {
+            "num_prototypes": num_prototypes,
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "num_layers": num_layers,
+            "norm_last_layer": norm_last_layer,
+        }
+        self.num_prototypes = num_prototypes
+        self.shares_head_of = "dino" if shared_head else None
+        self.refined = refined
+        self.needs = Needs(patches=not refined, refined_patches=refined, masks=True)
+        self.masking = {"shape": mask_shape, "probability": mask_probability, "ratio": tuple(mask_ratio)}
+        self.student_temp = student_temp
+        self.teacher_temp = tuple(teacher_temp)
+        self.teacher_temp_warmup_epochs = teacher_temp_warmup_epochs
+        self.frozen_last_layer_epochs = frozen_last_layer_epochs
+        self.targets = targets
+        self.min_images = min_images if targets == "sinkhorn" else 1
+        self.center = Center(num_prototypes, center_momentum) if targets == "centering" else None
+
+    def make_head(self, embed_dim: int) -> PatchScores:
+        return PatchScores(None if self.shares_head_of else DINOHead(embed_dim, **self.head_options), self.refined)
+
+    def make_masks(self, seeds: list[int], views: int, grid: tuple[int, int]) -> Tensor:
+        """One seed per image -> bool [views * B, N], on the CPU."""
+        return draw_masks(seeds, views, grid, **self.masking)
+
+    def forward(
+        self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores [M, K] and weights [M] of the hidden patches, by both networks -> loss [], metrics.
+
+        Each crop's mean over its hidden patches, averaged over all crops, also those of which nothing is hidden (as iBOT and DINOv2 do: how
+        often crops are masked scales the loss). Nothing hidden at all: 0.
+        """
+        (scores, weights), (teacher_scores, _) = student, teacher
+        temperature = stepwise(int(progress.epoch), *self.teacher_temp, self.teacher_temp_warmup_epochs)
+        if self.targets == "sinkhorn":
+            log_targets = sinkhorn(teacher_scores, temperature)
+        else:
+            log_targets = centered(teacher_scores, self.center.center, temperature)
+            self.center.add(teacher_scores)
+        targets = log_targets.exp()
+        loss = masked_loss(scores.float() / self.student_temp, targets, weights)
+        with torch.no_grad():
+            entropy = -(targets * log_targets).sum() / max(1, len(targets))
+        return loss, {"patch_entropy": entropy}
+
+    def finish_step(self) -> dict[str, Tensor]:
+        """Move the centre by the mean over all hidden patches of the step: every micro-batch, every rank."""
+        if self.center is None:
+            return {}
+        self.center.finish_step()
+        return {"patch_center_norm": self.center.center.norm()}
+
+    def frozen(self, head: PatchScores, progress: Progress) -> list[nn.Parameter]:
+        """The prototypes, in the first epochs; a shared head is its owner's business."""
+        if head.head is None or progress.epoch >= self.frozen_last_layer_epochs:
+            return []
+        return list(head.head.last_layer.parameters())
+
+
+def masked_loss(scaled: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """sum_i w_i * -sum_k q_ik log p_ik over hidden patches i; scaled [M, K] student scores over their temperature, targets [M, K],
+    weights [M] -> loss []."""
+    return ((scaled.logsumexp(-1) - (targets * scaled).sum(-1)) * weights).sum()

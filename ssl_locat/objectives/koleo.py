@@ -1,0 +1,80 @@
+"""KoLeo: class tokens spread over the sphere, each away from its nearest neighbour (arXiv:1806.03198; as in DINOv2, arXiv:2304.07193)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_locat.distributed import all_gather_cat, all_reduce_sum_, rank, world_size
+from ssl_locat.objectives import Needs, Progress, Views
+
+EPS = 1e-8
+
+
+class ClassTokens(nn.Module):
+    """No head: the class tokens themselves."""
+
+    def forward(self, views: Views) -> Tensor:
+        """-> [V, B, D]."""
+        return views.cls
+
+
+class KoLeo(nn.Module):
+    """-mean log distance to the nearest neighbours within the batch, summed over the global views (published weight: 0.1).
+
+    Neighbours are looked for among the images of all ranks, and both ends of a pair get the gradient: one rank with 2B images and two with
+    B give the same step. DINOv2 looks within each GPU's own batch, DINOv3 within groups of them. Micro-batches of accumulated
+    gradients stay apart, hence `min_images`.
+
+    Args:
+        neighbours: per image; DINOv3's topk. The mean goes over all pairs.
+        min_images: refuse to run with fewer images per micro-batch on all ranks: neighbours in a handful of images say nothing.
+    """
+
+    needs = Needs()
+
+    def __init__(self, neighbours: int = 1, min_images: int = 64):
+        super().__init__()
+        self.neighbours, self.min_images = neighbours, min_images
+
+    def make_head(self, embed_dim: int) -> ClassTokens:
+        return ClassTokens()
+
+    def forward(self, student: Tensor, teacher: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """student [S, B, D] class tokens; the teacher [T, B, D] only says that the first T views are global -> loss [], metrics."""
+        distances = torch.stack([nearest_distances(view, self.neighbours) for view in student[: len(teacher)]])
+        loss = -(distances + EPS).log().mean((1, 2)).sum()
+        return loss, {"nearest": distances.detach().mean()}
+
+    def finish_step(self) -> dict[str, Tensor]:
+        return {}
+
+    def frozen(self, head: nn.Module, progress: Progress) -> list[nn.Parameter]:
+        return []
+
+
+def nearest_distances(x: Tensor, neighbours: int = 1) -> Tensor:
+    """Distances [B, neighbours] of this rank's x [B, D], scaled to unit length, to the nearest of all ranks' rows.
+
+    Nearest by inner product, oneself left out; distance ||a - b + 1e-8|| with the epsilon inside, as the references' PairwiseDistance.
+    """
+    x = F.normalize(x.float(), dim=-1, eps=EPS)
+    everyone = GatherWithGradient.apply(x)
+    with torch.no_grad():
+        similarity = x @ everyone.T
+        own = torch.arange(len(x), device=x.device)
+        similarity[own, own + rank() * len(x)] = -1
+        nearest = similarity.topk(neighbours, dim=1).indices
+    return (x[:, None] - everyone[nearest] + EPS).norm(dim=-1)
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """[B, D] on each rank -> [W*B, D]; what other ranks' losses say about a row comes back to the rank that owns it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = slice(rank() * len(x), (rank() + 1) * len(x))
+        return all_gather_cat(x).clone() if world_size() == 1 else all_gather_cat(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum_(gradient.clone())[ctx.rows]

@@ -1,0 +1,83 @@
+"""How a teacher's scores become targets: centring (DINO) or Sinkhorn-Knopp (SwAV, DINOv2), and the cross-entropy against them.
+
+All functions give and take log-probabilities in float32, so that no temperature overflows: the references' Sinkhorn exponentiates
+the scores as they are, which leaves float32 beyond scores of about 88 * temperature.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ssl_locat.distributed import all_gather_cat, all_reduce_sum_
+from ssl_locat.errors import UserError, did_you_mean
+
+TARGETS = ("centering", "sinkhorn")
+
+
+def check_targets(objective: str, targets: str) -> None:
+    if targets not in TARGETS:
+        raise UserError(f"{objective}: targets is {targets!r}; expected {' or '.join(TARGETS)}.{did_you_mean(targets, TARGETS)}")
+
+
+def centered(scores: Tensor, center: Tensor, temperature: float) -> Tensor:
+    """log softmax((scores - center) / temperature); scores [..., K], center [1, K] (DINO, arXiv:2104.14294, eq. 4)."""
+    return ((scores.float() - center) / temperature).log_softmax(-1)
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Log-targets [n, K] of scores [n, K]: every row sums to 1, and the prototypes share all rows of all ranks as equally as
+    `iterations` rounds make them (DINOv2, arXiv:2304.07193, section 4; three rounds there).
+
+    Ranks may hold different numbers of rows, none included; all must call. The numbers of rows and of prototypes cancel out of what the
+    reference divides by, so that alternating log-normalisations are the whole algorithm.
+    """
+    log_q = scores.float() / temperature
+    for _ in range(iterations):
+        log_q = log_q - all_gather_cat(log_q.logsumexp(0, keepdim=True)).logsumexp(0)  # each prototype's mass, over all ranks
+        log_q = log_q.log_softmax(-1)
+    return log_q
+
+
+class Center(nn.Module):
+    """Running mean of teacher scores, over the rows of every micro-batch and rank (counted, since ranks mask different numbers of patches).
+
+    Args:
+        momentum: center = momentum * center + (1 - momentum) * mean.
+    """
+
+    def __init__(self, num_prototypes: int, momentum: float):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, num_prototypes))
+        self.seen: list[Tensor] = []  # per micro-batch [K + 1]: sum of its rows, and their number
+
+    @torch.no_grad()
+    def add(self, scores: Tensor) -> None:
+        """scores [n, K] of one micro-batch; the centre itself moves in `finish_step`."""
+        self.seen.append(torch.cat([scores.float().sum(0), scores.new_tensor([len(scores)], dtype=torch.float32)]))
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """All ranks call it. A step without any row leaves the centre where it is."""
+        total = all_reduce_sum_(torch.stack(self.seen).sum(0))
+        self.seen.clear()
+        count = total[-1:]
+        mean = total[:-1] / count.clamp(min=1)
+        self.center.lerp_(torch.where(count > 0, mean, self.center[0])[None], 1 - self.momentum)
+
+
+def pair_loss(scaled: Tensor, targets: Tensor, same_view: bool = False) -> Tensor:
+    """Mean over images and (teacher, student) pairs of views of -sum_k q_tk log p_sk.
+
+    scaled [S, B, K] student scores over their temperature, targets [T, B, K] probabilities; the first T student views are the teacher's.
+    Pairs of a view with itself are left out unless `same_view`: S*T - T pairs (DINO, eq. 3; DINOv3 by its ignore_diagonal; DINOv2 keeps
+    them but never forms them, and sums over pairs instead). Since log p = z - logsumexp(z) and sum_k q_k = 1, all pairs need
+    two sums over views instead of a loop over pairs.
+    """
+    num_teacher, num_student = len(targets), len(scaled)
+    log_norm = scaled.logsumexp(-1)  # [S, B]
+    all_pairs = (targets.sum(0) * scaled.sum(0)).sum(-1) - num_teacher * log_norm.sum(0)  # [B]
+    if same_view:
+        return -all_pairs.mean() / (num_teacher * num_student)
+    own = (targets * scaled[:num_teacher]).sum((0, 2)) - log_norm[:num_teacher].sum(0)
+    return (own - all_pairs).mean() / (num_teacher * (num_student - 1))

@@ -1,0 +1,69 @@
+"""Shared fixtures: the reference's golden vectors and real images, both beside the checkout and both optional."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+class Golden:
+    """One golden file: `["out.y"]` gives a cloned tensor, `.config` the settings, `.state(prefix)` a state dict."""
+
+    def __init__(self, path: Path):
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            self.metadata = file.metadata()
+            # cloned: safetensors maps tensors at unaligned addresses, where matmul kernels round differently
+            self.tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        self.config = json.loads(self.metadata["config"])
+
+    def __getitem__(self, name: str):
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def state(self, prefix: str = "param.") -> dict:
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("prr_h3")` -> Golden."""
+    folder = SHARED / "golden"
+
+    def load(name: str) -> Golden:
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            pytest.skip(f"no golden vectors: {path} is not there (they lie beside the checkout, not in it)")
+        return Golden(path)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """`shared_data("cifar10")` -> Path of a folder of real shards."""
+
+    def find(name: str) -> Path:
+        path = SHARED / "data" / name
+        if not path.exists():
+            pytest.skip(f"no real images: {path} is not there (they lie beside the checkout, not in it)")
+        return path
+
+    return find
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Test workers run side by side on few cores; bit-exact comparisons want a fixed thread count."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,297 @@
+"""LocAt on the variety of timm's ViTs: what it serves equals the vanilla model where GAug is off, and what it does not serve is said."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
+
+from ssl_locat.errors import UserError
+from ssl_locat.models import attach_locat, class_token, features, forward_tokens, last_blocks, refine
+from ssl_locat.models.jumbo import Jumbo
+from ssl_locat.models.registry import ROPE_MIXED
+from ssl_locat.models.tokens import normalise
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+DYNAMIC = {**SMALL, "dynamic_img_size": True}
+AXIAL = {"use_rot_pos_emb": True, "global_pool": "token"}
+
+
+class Gated(Attention):
+    """timm's attention with its gate switched on."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, gated=True, **options)
+
+
+class Odd(Attention):
+    """Computes something else."""
+
+    def forward(self, x, **_):
+        return x
+
+
+MODELS = {
+    "vit": lambda: VisionTransformer(**DYNAMIC),
+    "vit_static": lambda: VisionTransformer(**SMALL),
+    "deit_distilled": lambda: VisionTransformerDistilled(**SMALL),
+    "registers": lambda: VisionTransformer(**DYNAMIC, reg_tokens=4),
+    "registers_without_positions": lambda: VisionTransformer(**DYNAMIC, reg_tokens=2, no_embed_class=True),
+    "no_class_token": lambda: VisionTransformer(**DYNAMIC, class_token=False, global_pool="avg"),
+    "average_of_patches": lambda: VisionTransformer(**DYNAMIC, global_pool="avg"),
+    "no_positions": lambda: VisionTransformer(**DYNAMIC, pos_embed="none"),
+    "qk_norm": lambda: VisionTransformer(**DYNAMIC, qk_norm=True),
+    "scaled_norms": lambda: VisionTransformer(**DYNAMIC, scale_attn_norm=True),
+    "layer_scale": lambda: VisionTransformer(**DYNAMIC, init_values=0.1),
+    "post_norm": lambda: VisionTransformer(**DYNAMIC, block_fn=ResPostBlock, init_values=0.5),
+    "gated": lambda: VisionTransformer(**DYNAMIC, attn_layer=Gated),
+    "parallel": lambda: VisionTransformer(**DYNAMIC, block_fn=ParallelThingsBlock),
+    "padded": lambda: VisionTransformer(**DYNAMIC, dynamic_img_pad=True),
+    "pre_norm": lambda: VisionTransformer(**DYNAMIC, pre_norm=True),
+    "rope_axial": lambda: Eva(**DYNAMIC, **AXIAL),
+    "rope_axial_rotate_half": lambda: Eva(**DYNAMIC, **AXIAL, attn_type="rope", rope_rotate_half=True),
+    "rope_mixed": lambda: Eva(**{**ROPE_MIXED, **DYNAMIC}),
+    "rope_registers_average": lambda: Eva(**DYNAMIC, use_rot_pos_emb=True, num_reg_tokens=3, use_abs_pos_emb=False),
+    "dinov3_like": lambda: Eva(**DYNAMIC, **AXIAL, rope_type="dinov3", num_reg_tokens=4, use_abs_pos_emb=False, init_values=0.1),
+    "eva_separate_qkv": lambda: Eva(**DYNAMIC, **AXIAL, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True),
+    "eva_post_norm": lambda: Eva(**DYNAMIC, **AXIAL, use_post_norm=True),
+    "grouped_queries": lambda: Eva(**{**DYNAMIC, "num_heads": 2}, **AXIAL, attn_type="rope", qkv_fused=False, num_kv_heads=1),
+    "swin": lambda: SwinTransformer(img_size=28, patch_size=2, window_size=7, embed_dim=12, depths=(2, 2), num_heads=(2, 4), num_classes=5, strict_img_size=False, drop_path_rate=0.0),
+    "jumbo": lambda: Jumbo(**DYNAMIC, num_class_tokens=2),
+}  # fmt: skip
+NEEDS_PATCH = {"swin": (28, 28)}
+FLEXIBLE = [n for n in MODELS if n not in ("vit_static", "deit_distilled")]
+
+
+def randomised(name, seed=0):
+    torch.manual_seed(seed)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def images_for(name, batch=2, size=None):
+    return torch.randn(batch, 3, *(size or NEEDS_PATCH.get(name, (32, 32))))
+
+
+def switch_off(model):
+    """alpha so small that the bias vanishes."""
+    for module in model.modules():
+        if hasattr(module, "log_alpha"):
+            torch.nn.init.zeros_(module.log_alpha.weight)
+            torch.nn.init.constant_(module.log_alpha.bias, -40.0)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_alpha_it_is_the_vanilla_model(name):
+    vanilla = randomised(name)
+    twin = switch_off(attach_locat(copy.deepcopy(vanilla), prr=False))
+    sizes = [NEEDS_PATCH.get(name, (32, 32))] + ([(48, 24)] if name in FLEXIBLE and name != "swin" else [])
+    for size in sizes:
+        images = images_for(name, size=size)
+        torch.testing.assert_close(twin(images), vanilla(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(twin.forward_features(images), vanilla.forward_features(images), rtol=1e-5, atol=1e-5)
+        for one, other in zip(
+            twin.forward_intermediates(images, intermediates_only=True),
+            vanilla.forward_intermediates(images, intermediates_only=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gaug_changes_the_output_and_learns(name):
+    vanilla = randomised(name)
+    twin = attach_locat(copy.deepcopy(vanilla))
+    images = images_for(name)
+    output = twin(images)
+    assert not torch.allclose(output, vanilla(images), atol=1e-4)
+    output.square().sum().backward()
+    for parameter_name, parameter in twin.named_parameters():
+        if ".gaug." in parameter_name:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_are_what_the_head_sees(name):
+    model = attach_locat(randomised(name))
+    images = images_for(name)
+    if name == "deit_distilled":
+        pytest.skip("has two heads, one per token")
+    seen = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(features(model, images), seen, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in FLEXIBLE if n != "swin"])
+def test_all_ways_to_the_tokens_agree(name):
+    model = attach_locat(randomised(name))
+    images = images_for(name, size=(40, 24))
+    tokens = forward_tokens(model, images)
+    assert tokens.grid == (5, 3) and tokens.patches.shape == (2, 15, 24)
+    assert tokens.prefix.shape == (2, model.num_prefix_tokens, 24)
+    (last,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
+    torch.testing.assert_close(tokens.patches.mT.unflatten(-1, tokens.grid), last)
+    normed = normalise(model, tokens)
+    torch.testing.assert_close(torch.cat([normed.prefix, normed.patches], 1), model.forward_features(images))
+    assert len(last_blocks(model, images, 2)) == 2
+
+
+def test_resolutions_may_alternate_in_one_step():
+    model = attach_locat(randomised("vit"))
+    small, large = images_for("vit", size=(16, 16)), images_for("vit", size=(32, 48))
+    alone = [copy.deepcopy(model), copy.deepcopy(model)]
+    (features(model, large).sum() + features(model, small).sum()).backward()
+    for each, images in zip(alone, (large, small), strict=True):
+        features(each, images).sum().backward()
+    for parameter, first, second in zip(*(m.parameters() for m in (model, *alone)), strict=True):
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, first.grad + second.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "rope_mixed", "rope_axial", "jumbo", "swin", "registers"])
+def test_activation_checkpointing_keeps_gradients(name):
+    """Recomputed while backward runs, after another resolution went through: nothing may be remembered from the last forward."""
+    model = attach_locat(randomised(name)).train()
+    plain = copy.deepcopy(model)
+    model.set_grad_checkpointing()
+    sizes = [(28, 28), (56, 28)] if name == "swin" else [(32, 48), (16, 16)]
+    inputs = [images_for(name, size=size) for size in sizes]
+    for each in (model, plain):
+        sum(features(each, images).square().sum() for images in inputs).backward()
+    for (parameter_name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad, msg=parameter_name)
+
+
+def test_masked_patches_hide_their_content():
+    for name in ("vit", "rope_mixed", "no_class_token", "vit_static"):
+        model = attach_locat(randomised(name))
+        images, other = images_for(name), images_for(name)
+        masks = torch.zeros(2, 16, dtype=torch.bool)
+        masks[:, 5] = True  # row 1, column 1 of a 4 x 4 grid
+        mixed = images.clone()
+        mixed[:, :, 8:16, 8:16] = other[:, :, 8:16, 8:16]
+        token = torch.randn(24)
+        one, two = (forward_tokens(model, i, masks=masks, mask_token=token) for i in (images, mixed))
+        assert torch.equal(one.patches, two.patches)
+        assert not torch.equal(forward_tokens(model, images).patches, one.patches)
+
+
+@given(seed=st.integers(0, 1000), name=st.sampled_from(["vit", "registers", "rope_mixed", "swin", "no_class_token", "jumbo"]))
+@settings(max_examples=12, deadline=None)
+def test_permuting_the_batch_permutes_the_output(seed, name):
+    model = attach_locat(randomised(name, seed))
+    images, order = images_for(name, batch=3), torch.randperm(3)
+    torch.testing.assert_close(features(model, images[order]), features(model, images)[order], rtol=1e-5, atol=1e-5)
+
+
+def test_pooling_of_prr():
+    """PRR refines all tokens; what pools them afterwards is the model's: class token, mean, or (by timm) class attention."""
+    images = images_for("vit")
+    for name in ("vit", "average_of_patches"):
+        vanilla = randomised(name)
+        model = attach_locat(copy.deepcopy(vanilla), gaug=False)
+        tokens = vanilla.forward_features(images)
+        heads = tokens.unflatten(-1, (3, 8)).transpose(1, 2)
+        refined = ((heads @ heads.mT / 8**0.5).softmax(-1) @ heads).transpose(1, 2).flatten(2)
+        pooled = refined[:, 0] if name == "vit" else vanilla.fc_norm(refined[:, 1:].mean(1))
+        torch.testing.assert_close(features(model, images), pooled)
+    with pytest.raises(UserError, match="global_pool='map'"):
+        attach_locat(VisionTransformer(**DYNAMIC, global_pool="map"))
+    pooling = VisionTransformer(**DYNAMIC, global_pool="map").eval()
+    attached = attach_locat(copy.deepcopy(pooling), prr=False)
+    assert attached(images).shape == (2, 5)
+
+
+def test_twin_starts_at_the_vanilla_output():
+    vanilla = randomised("registers")
+    twin = attach_locat(copy.deepcopy(vanilla), gaug={"small_start": True}, prr=False)
+    images = images_for("registers", size=(48, 40))
+    torch.testing.assert_close(twin(images), vanilla(images), atol=1e-4, rtol=0)
+    twin.forward_features(images).square().sum().backward()  # the class token alone gives the last GAug no gradient
+    assert all(p.grad.abs().max() > 1e-8 for n, p in twin.named_parameters() if n.endswith("log_alpha.bias"))
+
+
+def test_gaug_and_prr_attach_separately():
+    model = VisionTransformer(**DYNAMIC)
+    assert attach_locat(model, prr=False) is model and model.has_gaug and model.prr is None
+    attach_locat(model, gaug=False)
+    assert model.prr.num_heads == 3
+    with pytest.raises(UserError, match="already"):
+        attach_locat(model, prr=False)
+    with pytest.raises(UserError, match="already"):
+        attach_locat(model, gaug=False)
+
+
+def test_prr_alone_serves_other_attentions():
+    model = attach_locat(VisionTransformer(**{**DYNAMIC, "num_heads": 2}, attn_layer="diff"), gaug=False).eval()
+    assert model.prr.num_heads == 2 and features(model, images_for("vit", size=(16, 40))).shape == (2, 24)
+
+
+def test_deepcopy_is_independent():
+    model = attach_locat(randomised("jumbo"))
+    images = images_for("jumbo")
+    other = copy.deepcopy(model)
+    assert torch.equal(model(images), other(images))
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert not torch.equal(model(images), other(images))
+    assert other.blocks[0].shared[0] is other.jumbo_mlp
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: timm.create_model("resnet18"), "ResNet.*VisionTransformer"),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=2), "Beit"),
+        (lambda: VisionTransformer(**DYNAMIC, attn_layer="diff"), "blocks.0.*DiffAttention"),
+        (lambda: VisionTransformer(**DYNAMIC, attn_layer=Odd), "blocks.0.*Odd"),
+        (lambda: VisionTransformer(**DYNAMIC, patch_drop_rate=0.5), "patch_drop_rate=0"),
+        (lambda: VisionTransformer(**DYNAMIC, global_pool="prr"), "global_pool='prr'"),
+    ],
+)
+def test_what_cannot_be_served_is_said(make, message):
+    with pytest.raises(UserError, match=message):
+        attach_locat(make())
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(UserError, match="Did you mean 'isotropic'"):
+        attach_locat(VisionTransformer(**DYNAMIC), gaug={"isotropc": True})
+    with pytest.raises(UserError, match="initial_grid is 14"):
+        attach_locat(VisionTransformer(**DYNAMIC), gaug={"initial_grid": 14})
+    with pytest.raises(UserError, match="num_heads is 5"):
+        attach_locat(VisionTransformer(**DYNAMIC), prr={"num_heads": 5})
+    with pytest.raises(UserError, match="Did you mean 'dino'"):
+        attach_locat(VisionTransformer(**DYNAMIC), pos_resize="dinov")
+
+
+def test_attention_masks_are_refused():
+    model = attach_locat(randomised("vit"))
+    with pytest.raises(UserError, match="no attention mask"):
+        model(images_for("vit"), attn_mask=torch.zeros(17, 17))
+
+
+def test_swin_window_is_the_grid_of_its_gaug():
+    model = attach_locat(MODELS["swin"]())
+    assert model.layers[0].blocks[0].attn.gaug.initial_grid == (7, 7)
+    tokens = forward_tokens(model.eval(), images_for("swin", size=(42, 30)))
+    assert tokens.grid == (11, 8) and tokens.prefix.shape[1] == 0
+    assert class_token(model, refine(model, tokens)).shape == (2, 24)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from the way in which timm resizes the table of positions
+def test_swin_may_change_its_window():
+    model = attach_locat(MODELS["swin"]()).eval()
+    model.set_input_size(img_size=(56, 56), window_size=14)
+    assert model.layers[0].blocks[0].attn.gaug.initial_grid == (7, 7)  # the constants belong to the weights
+    assert features(model, images_for("swin", size=(56, 56))).shape == (2, 24)

@@ -1,0 +1,192 @@
+"""Every attention backend equals the paper's formula, in values and in gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssl_locat.errors import UserError
+from ssl_locat.models import attention_tiled
+from ssl_locat.models.attention import Gaussian, forced_backend, gaussian_attention, gaussian_bias
+from ssl_locat.models.attention_packed import packed_attention, xformers_refusal
+
+GRIDS = [(4, 4), (1, 5), (5, 1), (3, 7), (6, 4)]
+NAMES = ("q", "k", "v", "ax", "ay", "alpha")
+
+
+def make_inputs(grid, prefix, *, batch=2, heads=3, dim=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    patches = grid[0] * grid[1]
+    qkv = [torch.randn(batch, heads, prefix + patches, dim, generator=generator).to(dtype) for _ in range(3)]
+    coeff = [torch.rand(batch, heads, patches, generator=generator) * 2 + 0.01 for _ in range(3)]
+    return [t.requires_grad_() for t in qkv + coeff]
+
+
+def run(backend, inputs, grid, prefix, *, clamp=float("inf"), pool=1, **options):
+    """Output and the gradients of all six inputs."""
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    out = gaussian_attention(*inputs[:3], Gaussian(*inputs[3:], clamp, pool), grid, prefix, backend=backend, **options)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, torch.autograd.grad(out, inputs, cotangent)
+
+
+def loop_bias(coeff, grid):
+    """S written as two loops over patches, straight from the definition."""
+    rows, cols = grid
+    cells = [(y // coeff.pool * coeff.pool, x // coeff.pool * coeff.pool) for y in range(rows) for x in range(cols)]
+    bias = torch.zeros(*coeff.alpha.shape, rows * cols)
+    for p, (yp, xp) in enumerate(cells):
+        for t, (yt, xt) in enumerate(cells):
+            dx2, dy2 = min((xp - xt) ** 2, coeff.clamp), min((yp - yt) ** 2, coeff.clamp)
+            bias[..., p, t] = coeff.alpha[..., p] * torch.exp(-coeff.ax[..., p] * dx2 - coeff.ay[..., p] * dy2)
+    return bias
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("clamp", "pool"), [(float("inf"), 1), (4.0, 1), (4.0, 2)])
+def test_bias_follows_its_definition(grid, clamp, pool):
+    coeff = Gaussian(*[t.detach() for t in make_inputs(grid, 0)[3:]], clamp, pool)
+    torch.testing.assert_close(gaussian_bias(coeff, grid), loop_bias(coeff, grid), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "tiled"])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("prefix", "clamp", "pool"), [(0, float("inf"), 1), (1, 4.0, 1), (5, 9.0, 2), (8, 4.0, 1)])
+def test_backend_equals_reference(backend, grid, prefix, clamp, pool):
+    inputs = make_inputs(grid, prefix)
+    expected, expected_grads = run("reference", inputs, grid, prefix, clamp=clamp, pool=pool)
+    out, grads = run(backend, inputs, grid, prefix, clamp=clamp, pool=pool)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    for name, grad, wanted in zip(NAMES, grads, expected_grads, strict=True):
+        torch.testing.assert_close(
+            grad, wanted, atol=2e-6 * max(1.0, wanted.abs().max().item()), rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_tiles_of_any_size_make_the_whole(monkeypatch):
+    inputs = make_inputs((6, 5), 3)
+    expected, expected_grads = run("reference", inputs, (6, 5), 3)
+    for elements in (33, 2 * 33, 7 * 33, 2 * 33 * 33, 5 * 33 * 33):  # one query, some, two heads, more
+        monkeypatch.setattr(attention_tiled, "TILE", elements)
+        out, grads = run("tiled", inputs, (6, 5), 3)
+        torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+        for grad, wanted in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "tiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays_near_float32(backend, dtype):
+    """Bound: four roundings of the dtype, relative to the largest value; the formula itself in that dtype is no nearer."""
+    inputs = make_inputs((7, 7), 1, dim=32, dtype=dtype)
+    exact, exact_grads = run("reference", [t.float() for t in inputs], (7, 7), 1, clamp=36.0)
+    out, grads = run(backend, inputs, (7, 7), 1, clamp=36.0)
+    bound = 4 * torch.finfo(dtype).eps
+    for got, wanted in zip((out, *grads), (exact, *exact_grads), strict=True):
+        assert (got.float() - wanted).abs().max() <= bound * wanted.abs().max()
+
+
+def test_float64_reference_agrees():
+    """The tolerances above are float32 rounding, not a shared mistake."""
+    inputs = make_inputs((5, 6), 2)
+    out, grads = run("tiled", inputs, (5, 6), 2, clamp=9.0)
+    exact, exact_grads = run("reference", [t.double() for t in inputs], (5, 6), 2, clamp=9.0)
+    for got, wanted in zip((out, *grads), (exact, *exact_grads), strict=True):
+        torch.testing.assert_close(got.double(), wanted, atol=3e-6, rtol=1e-5)
+
+
+def test_far_patches_cost_no_denormals_and_no_accuracy():
+    inputs = make_inputs((1, 40), 1)
+    inputs[3] = torch.full_like(inputs[3], 2.0).requires_grad_()  # exp(-2 * 39^2): far below float32
+    expected, expected_grads = run("reference", inputs, (1, 40), 1)
+    for backend in ("sdpa", "tiled"):
+        out, grads = run(backend, inputs, (1, 40), 1)
+        torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(grads[3], expected_grads[3], atol=2e-6, rtol=1e-4)
+
+
+def test_autocast_casts_like_fused_attention():
+    q, k, v, *coeff = make_inputs((4, 4), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = [gaussian_attention(q, k.bfloat16(), v, Gaussian(*coeff), (4, 4), 1, backend=b) for b in ("sdpa", "tiled")]
+    assert all(out.dtype == torch.bfloat16 for out in outs)
+    torch.testing.assert_close(outs[0], outs[1], atol=0.02, rtol=0.02)
+    outs[1].float().sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == t.dtype for t in (q, k, v, *coeff))
+
+
+def test_auto_keeps_nothing_quadratic_for_the_backward():
+    saved = []
+    q, k, v, *coeff = make_inputs((12, 12), 1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        gaussian_attention(q, k, v, Gaussian(*coeff), (12, 12), 1)
+    assert max(saved) < q.shape[0] * q.shape[1] * 144 * 144
+
+
+def test_compiled_equals_eager():
+    q, k, v, *coeff = make_inputs((4, 4), 1)
+    compiled = torch.compile(gaussian_attention, backend="aot_eager", fullgraph=True)
+    out = compiled(q, k, v, Gaussian(*coeff), (4, 4), 1)
+    torch.testing.assert_close(out, gaussian_attention(q, k, v, Gaussian(*coeff), (4, 4), 1), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_extra_bias_is_added(backend):
+    q, k, v, ax, ay, alpha = make_inputs((3, 4), 1)
+    extra = torch.randn(1, 3, 13, 13)
+    out = gaussian_attention(q, k, v, Gaussian(ax, ay, alpha), (3, 4), 1, extra_bias=extra, scale=0.3, backend=backend)
+    bias = F.pad(gaussian_bias(Gaussian(ax, ay, alpha), (3, 4)), (1, 0, 1, 0)) + extra
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.3), atol=2e-6, rtol=1e-5)
+
+
+def crops_of_two_sizes(device="cpu", dtype=torch.float32):
+    torch.manual_seed(0)
+    return [
+        tuple(torch.randn(b, 2, t, 32, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
+        for b, t in ((2, 17), (3, 5))
+    ]
+
+
+def test_packed_crops_attend_within_themselves():
+    groups = crops_of_two_sizes()
+    for out, (q, k, v) in zip(packed_attention(groups, scale=0.3), groups, strict=True):
+        torch.testing.assert_close(out, (q @ k.mT * 0.3).softmax(-1) @ v, atol=2e-6, rtol=1e-5)
+
+
+def test_packing_by_xformers_that_cannot_serve_says_why():
+    with pytest.raises(UserError, match="these tensors are on 'cpu'"):
+        packed_attention(crops_of_two_sizes(), backend="xformers")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_packing_by_xformers_equals_sdpa():
+    groups = crops_of_two_sizes("cuda", torch.float16)
+    if reason := xformers_refusal(groups[0][0]):
+        pytest.skip(f"xformers {reason}")
+    outs = {backend: packed_attention(groups, backend=backend) for backend in ("xformers", "sdpa")}
+    for packed, plain, inputs in zip(outs["xformers"], outs["sdpa"], groups, strict=True):
+        torch.testing.assert_close(packed, plain, atol=2e-3, rtol=2e-3)
+        for ours, theirs in zip(*(torch.autograd.grad(o.square().sum(), inputs) for o in (packed, plain)), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)
+
+
+def test_unknown_backend_names_the_nearest():
+    q, k, v, *coeff = make_inputs((2, 2), 1)
+    with pytest.raises(UserError, match="Did you mean 'sdpa'"):
+        gaussian_attention(q, k, v, Gaussian(*coeff), (2, 2), 1, backend="spda")
+
+
+def test_forced_backend_that_cannot_serve_says_why():
+    q, k, v, *coeff = make_inputs((2, 2), 1)
+    call = (q, k, v, Gaussian(*coeff), (2, 2), 1)
+    with pytest.raises(UserError, match="neither dropout nor an extra bias"):
+        gaussian_attention(*call, dropout_p=0.1, backend="tiled")
+    with pytest.raises(UserError, match=r"'cpu'|triton package"), forced_backend("triton"):
+        gaussian_attention(*call)
+    assert gaussian_attention(*call, dropout_p=0.1).shape == q.shape  # auto finds one that can
+
+
+def test_wrong_grid_is_refused():
+    q, k, v, *coeff = make_inputs((2, 3), 1)
+    with pytest.raises(UserError, match="3 x 3 grid"):
+        gaussian_attention(q, k, v, Gaussian(*coeff), (3, 3), 1)

@@ -1,0 +1,127 @@
+"""The documentation is true: its code runs, its links lead somewhere, its tables are the schema's."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from trained import write_config
+
+from ssl_locat import cli, config_reference
+from ssl_locat.config import Config, load
+from ssl_locat.data.textures import make_textures
+from ssl_locat.diagnosis import KINDS
+from ssl_locat.evaluation import PROTOCOLS
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+OTHERS = {"streaming.md", "performance.md", "scaling.md", "clusters.md", "evaluation.md", "results.md"}
+FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.M | re.S)
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """(language, title or '', code) of a page's fenced blocks, in order."""
+    return FENCE.findall((DOCS / page).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with my_run.yaml, a run of seconds, from which the pages' code is run."""
+    make_textures(tmp_path / "set", num_train=96, num_test=40, image_size=32, progress=False)
+    settings = {"optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.01, "warmup_epochs": 0.1}}
+    write_config(tmp_path, **settings).rename(tmp_path / "my_run.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_the_python_page_runs_from_top_to_bottom(workplace):
+    code = "\n".join(code for language, _, code in blocks("python.md") if language == "python")
+    (workplace / "notebook.py").write_text(code)
+    names = runpy.run_path(str(workplace / "notebook.py"))
+    assert names["vectors"].shape == (2, 24) and names["tokens"].patches.shape == (2, 24, 24) and "top1_k5" in names["scores"]
+    assert names["mine"].has_gaug and names["summary"]["steps"] == 6
+
+
+def test_the_extending_page_runs_as_it_stands(workplace, monkeypatch, capsys):
+    for _, title, code in blocks("extending.md"):
+        if title:
+            (workplace / title).write_text(code)
+    (command,) = [code for language, _, code in blocks("extending.md") if language == "bash"]
+    cli.app(shlex.split(command)[1:], standalone_mode=False)
+    runpy.run_path("train_narrow.py", run_name="__main__")
+    assert (workplace / "runs/narrow/summary.json").is_file()
+    monkeypatch.setitem(PROTOCOLS, "spread", "")  # so that what the page adds is taken back
+    runpy.run_path("judge.py")
+    assert "'rank': " in capsys.readouterr().out
+
+
+def test_every_yaml_in_the_docs_is_a_valid_part_of_a_config(workplace):
+    base = yaml.safe_load((workplace / "my_run.yaml").read_text())
+    seen = 0
+    for page in PAGES:
+        for language, title, code in blocks(str(page.relative_to(DOCS))):
+            if language != "yaml" or title or page.name in OTHERS:
+                continue
+            part = yaml.safe_load(code)
+            for key, value in part.items():
+                base_value = base.get(key, {})
+                merged = {**base_value, **value} if isinstance(value, dict) and isinstance(base_value, dict) else value
+                if key == "optim" and "total_steps" in value:
+                    merged.pop("epochs")
+                path = workplace / "part.yaml"
+                path.write_text(yaml.safe_dump({**base, key: merged}))
+                load(str(path))
+                seen += 1
+    assert seen >= 10
+
+
+def test_the_config_reference_is_current():
+    assert (DOCS / "config.md").read_text() == config_reference.reference(), (
+        "python -m ssl_locat.config_reference > docs/config.md"
+    )
+
+
+def test_every_key_that_a_page_mentions_exists():
+    sections = {name: config_reference._subsection(field.annotation) for name, field in Config.model_fields.items()}
+    free = {"backbone", "objective", "probes"}
+    for page in PAGES:
+        for section, key in re.findall(r"`(\w+)\.(\w+)(?:[:=][^`]*)?`", page.read_text(encoding="utf-8")):
+            known = sections.get(section)
+            if key != "py" and known and section not in free and page.name not in {*OTHERS, "coming-from.md"}:
+                assert key in known.model_fields, f"{page.name}: {section}.{key}"
+
+
+def test_links_and_pictures_lead_somewhere():
+    dead = []
+    for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if not re.match(r"[a-z]+:|#", target) and not (page.parent / target.partition("#")[0]).exists():
+                dead.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not dead
+
+
+def test_the_navigation_names_every_page():
+    def pages(node) -> list[str]:
+        return (
+            [node]
+            if isinstance(node, str)
+            else [page for item in (node.values() if isinstance(node, dict) else node) for page in pages(item)]
+        )
+
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert {str(page.relative_to(DOCS)) for page in PAGES} <= set(named)
+    assert sorted(named) == sorted(set(named))
+
+
+def test_every_kind_of_warning_is_explained():
+    text = (DOCS / "watching.md").read_text()
+    assert all(f"`{kind}`" in text for kind in KINDS)
+
+
+def test_the_citation_file_is_valid_yaml_with_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and "2603.04892" in str(citation["preferred-citation"])

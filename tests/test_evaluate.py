@@ -1,0 +1,86 @@
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from scenes import write_split
+
+from ssl_locat import evaluate as program
+from ssl_locat.errors import ConfigError
+from ssl_locat.evaluation import PROTOCOLS
+from ssl_locat.yaml_files import names
+
+YAMLS = [name for name in names("eval") if name != "features"]
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_every_shipped_protocol_names_its_function_and_only_its_keys(name):
+    protocol, options = program.load_protocol(name, ["data.train=a", "data.test=b"] if name not in ("efficiency",) else [])
+    parameters = inspect.signature(program.function_of(protocol)).parameters
+    assert set(options) <= set(parameters)
+
+
+def test_every_protocol_has_a_yaml():
+    assert {
+        program.load_protocol(name, ["data.train=a", "data.test=b"] if name != "efficiency" else [])[0] for name in YAMLS
+    } == set(PROTOCOLS)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "overrides", "message"),
+    [
+        ("knm", [], "Did you mean 'knn'"),
+        ("knn", ["data.train=a", "data.test=b", "temprature=0.1"], "unknown key 'temprature'. Did you mean 'temperature'"),
+        ("knn", ["data.train=a"], "knn needs data.test"),
+        ("linear", [], "linear needs data.train and data.test"),
+    ],
+)
+def test_wrong_input_costs_a_second_and_one_message(protocol, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        program.load_protocol(protocol, overrides)
+
+
+def test_checking_imports_no_torch():
+    code = "import sys, ssl_locat.evaluate as e; e.load_protocol('knn', ['data.train=a', 'data.test=b']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_run_gives_the_documented_shape_and_the_module_is_the_function(tmp_path):
+    data = write_split(tmp_path, num_train=16, num_test=8)
+    model = "timm:test_vit"
+    result = program.run(
+        "knn", model, [f"data.train={data['train']}", f"data.test={data['test']}", "k=[3]", "workers=0", "image_size=160"]
+    )
+    assert set(result) == {"protocol", "model", "data", "metrics", "seconds"}
+    assert set(result["metrics"]) == {"top1_k3", "top5_k3"}
+    json.dumps(result)
+
+    import ssl_locat
+    from ssl_locat.backbone import create_backbone
+
+    torch.manual_seed(0)
+    backbone = create_backbone("locatvit_tiny", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    scores = ssl_locat.evaluate(backbone, "knn", data=data, k=[3], workers=0)
+    assert scores["top5_k3"] >= scores["top1_k3"] > 25
+    with pytest.raises(ConfigError, match="Did you mean 'workers'"):
+        ssl_locat.evaluate(backbone, "knn", data=data, worker=0)
+
+
+def test_model_card_gets_one_row_per_protocol_and_data(tmp_path):
+    (tmp_path / "README.md").write_text("# A backbone\n\nText.\n")
+    row = {
+        "name": "knn",
+        "protocol": "knn",
+        "tokens": program.tokens_read("knn", {}),
+        "data": {"train": "a.tar", "test": "b.tar"},
+        "metrics": {"top1_k20": 50.0},
+    }
+    program.add_to_card(tmp_path, row)
+    program.add_to_card(tmp_path, row | {"metrics": {"top1_k20": 60.0}})
+    program.add_to_card(tmp_path, row | {"data": {"train": "c.tar", "test": "b.tar"}})
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("# A backbone")
+    assert card.count("| knn |") == 2 and "60.00" in card and "train: a.tar; test: b.tar" in card
+    assert len(json.loads((tmp_path / "scores.json").read_text())) == 2

@@ -1,0 +1,88 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from scenes import write_split
+
+from ssl_locat.backbone import create_backbone
+from ssl_locat.errors import ConfigError, DataError, UserError
+from ssl_locat.evaluation import hummingbird as hb
+from ssl_locat.evaluation.metrics import confusion_matrix, hungarian_scores, segmentation_scores
+
+CASES = [("hummingbird_255", "unbounded"), ("hummingbird_255", "bounded"), ("hummingbird_swapped", "unbounded")]
+
+
+@pytest.mark.parametrize(("name", "run"), CASES)
+def test_matches_the_reference(golden, name, run):
+    case = golden(name)
+    config = case.config
+    grid, classes = (config["grid"], config["grid"]), config["classes"]
+    frequencies = hb.patch_frequencies(case["in.train_masks"][:, 0], grid, classes, void_class=0)
+    # in float64, as the reference's exact search was: in float32 a tie for the 30th neighbour may fall the other way
+    memory = F.normalize(case["in.train_features"].double(), dim=2)
+    if run == "bounded":
+        per_image = config["runs"]["bounded"]["memory_size"] // config["ntrain"]
+        kept = hb.sample_patches(frequencies, case["out.bounded.uniform_draws"].view(config["ntrain"], -1), per_image)
+        assert (kept.sort().values == case["out.bounded.sampled_indices"].sort().values).all()
+        memory, frequencies = memory.take_along_dim(kept[..., None], 1), frequencies.take_along_dim(kept[..., None], 1)
+    memory, frequencies = memory.flatten(0, 1), frequencies.flatten(0, 1)
+
+    queries = case["in.val_features"].double().flatten(0, 1)
+    soft = hb.retrieve(memory, frequencies.double(), queries, neighbours=30, beta=0.02).unflatten(
+        0, case["in.val_features"].shape[:2]
+    )
+    expected = case[f"out.{run}.label_hat"].double()
+    torch.testing.assert_close(soft, expected, rtol=1e-4, atol=2e-6)  # the reference's softmax(x / 0.02) is of fp32 cosines
+    masks = case["in.val_masks"][:, 0]
+    predicted = hb.paint(soft, grid, masks.shape[1:])
+    assert (predicted == case[f"out.{run}.pred"][:, 0]).float().mean() > 0.9999
+    confusion = confusion_matrix(predicted, masks, classes)
+    assert (confusion - case[f"out.{run}.confusion"]).abs().sum() <= 2
+    plain, (matched, truth_of) = segmentation_scores(confusion)["miou"], hungarian_scores(confusion)
+    assert plain == pytest.approx(100 * case[f"out.{run}.miou_identity"].item(), abs=0.01)
+    assert matched == pytest.approx(100 * case[f"out.{run}.miou_hungarian"].item(), abs=0.01)
+    assert (truth_of == case[f"out.{run}.hungarian_pred_to_gt"]).all()
+
+
+def test_void_pixels_have_no_class_unless_the_reference_is_followed():
+    masks = torch.tensor([[[0, 1, 255, 255], [1, 1, 255, 255]]])
+    assert hb.patch_frequencies(masks, (1, 2), 2).tolist() == [[[0.25, 0.75], [0.0, 0.0]]]
+    assert hb.patch_frequencies(masks, (1, 2), 2, void_class=0).tolist() == [[[0.25, 0.75], [1.0, 0.0]]]
+
+
+def test_fewer_memories_than_neighbours():
+    memory, labels = F.normalize(torch.randn(3, 8), dim=1), torch.eye(3)
+    soft = hb.retrieve(memory, labels, 4 * memory, neighbours=30, beta=0.02)
+    assert (soft.argmax(1) == torch.arange(3)).all()
+    torch.testing.assert_close(soft.sum(1), torch.ones(3))
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return create_backbone("locatvit_tiny", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+
+
+def test_finds_coloured_squares_better_than_the_most_common_class(tmp_path, backbone):
+    data = write_split(tmp_path, num_train=24, num_test=8) | {"num_classes": 5}
+    scores = hb.evaluate(backbone, data=data, image_size=32, workers=0)
+    assert set(scores) == {"miou", "mean_accuracy", "pixel_accuracy", "miou_hungarian"}
+    assert scores["miou"] > 30  # all background would be 15
+    bounded = hb.evaluate(backbone, data=data, image_size=32, memory_size=24 * 8, workers=0)
+    assert 20 < bounded["miou"] <= 100
+    augmented = hb.evaluate(backbone, data=data, image_size=32, augment=True, paper_compat=True, norm=True, workers=2)
+    assert augmented["miou"] > 20
+    assert scores == hb.evaluate(backbone, data=data, image_size=32, workers=2, batch_size=5)
+
+
+def test_a_model_without_patch_tokens_is_refused(tmp_path):
+    data = write_split(tmp_path, num_train=8, num_test=4) | {"num_classes": 5}
+    with pytest.raises(UserError, match=r"Linear does not say how its tokens lie"):
+        hb.evaluate(torch.nn.Linear(2, 2), data=data, image_size=32)
+
+
+def test_wrong_masks_name_the_file(tmp_path, backbone):
+    data = write_split(tmp_path, num_train=8, num_test=4)
+    with pytest.raises(DataError, match=r"train-0.tar: 0003: holds class id 4; expected 0\.\.3 and 255 for void"):
+        hb.evaluate(backbone, data=data | {"num_classes": 4}, image_size=32, workers=0)
+    with pytest.raises(ConfigError, match=r"data.num_classes is missing"):
+        hb.evaluate(backbone, data=data, image_size=32)

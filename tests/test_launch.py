@@ -1,0 +1,139 @@
+"""Profiles, dry runs, sweeps; and real runs by torchrun and by submitit's LocalExecutor. Slurm itself: test_slurm.py."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from ssl_locat import jobs, launch
+from ssl_locat.config import load
+from ssl_locat.errors import ConfigError, UserError
+from ssl_locat.yaml_files import names
+
+CONFIG = {
+    "run_dir": "runs/a",
+    "data": {"train": "textures/textures-train-*.tar", "workers": 0},
+    "backbone": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    "objective": {"name": "dino", "num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16, "frozen_last_layer_epochs": 0},
+    "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+    "optim": {"total_steps": 6, "global_batch_size": 8, "warmup_epochs": 0},
+    "log": {"every_steps": 1, "tensorboard": False},
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder to start from, with a config and its data."""
+    from ssl_locat.data.textures import make_textures
+
+    folder = tmp_path_factory.mktemp("launch")
+    make_textures(folder / "textures", num_train=64, num_test=8, image_size=32)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    return folder
+
+
+def losses(run_dir) -> list[float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    return [record["loss"] for record in records]
+
+
+def test_shipped_profiles_load():
+    ranks = {name: launch.load_profile(name).ranks for name in names("launch")}
+    assert ranks.keys() == {"local", "torchrun", "slurm", "slurm_preemptible"} and ranks["slurm"] == 1
+    assert launch.load_profile("slurm,nodes=4,tasks_per_node=8").ranks == 32
+
+
+def test_unknown_field_is_refused_with_the_nearest_and_the_list(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: slurm\npartitoin: gpu\n")
+    with pytest.raises(
+        ConfigError, match=r"mine.yaml:2: slurm has no field 'partitoin'. Did you mean 'partition'.*Known: account,"
+    ):
+        launch.load_profile(str(path))
+    path.write_text("launcher: kubernetes\n")
+    with pytest.raises(ConfigError, match="launcher is 'kubernetes'; expected one of local, torchrun, slurm"):
+        launch.load_profile(str(path))
+    with pytest.raises(ConfigError, match=r"torchrun has no field 'nproc'. Did you mean 'nproc_per_node'"):
+        launch.load_profile("torchrun,nproc=2")
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
+    profile = here / "on.yaml"
+    fields = {"nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4, "slurm_partition": "gpu", "account": "me", "qos": "long"}
+    fields |= {"constraint": "h100", "gres": "disk:1", "slurm_dependency": "afterok:1", "slurm_setup": ["module load cuda"]}
+    fields |= {"slurm_additional_parameters": {"reservation": "r"}, "environment": {"A": "b c"}, "timeout_min": 90, "mem_gb": 10}
+    profile.write_text(yaml.safe_dump({"base": "slurm", **fields}))
+    launch.submit_pretrain(load("config.yaml"), str(profile), dry_run=True)
+    script = capsys.readouterr().out
+    flags = ("nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "partition=gpu", "account=me", "qos=long", "constraint=h100")
+    for flag in (
+        *flags,
+        "gres=disk:1",
+        "dependency=afterok:1",
+        "reservation=r",
+        "requeue",
+        "time=90",
+        "mem=10GB",
+        "signal=USR2@120",
+    ):
+        assert f"#SBATCH --{flag}\n" in script
+    assert "module load cuda\n" in script and "export A='b c'\n" in script and "--kill-on-bad-exit=1" in script
+    assert not (here / "runs").exists()
+
+
+def test_batch_that_the_ranks_do_not_divide_is_refused_before_queueing(here):
+    with pytest.raises(ConfigError, match=r"global_batch_size is 8.* 3 ranks"):
+        launch.submit_pretrain(load("config.yaml"), "slurm,nodes=3", dry_run=True)
+
+
+def test_sweep_is_every_combination_each_in_its_folder(here):
+    runs = launch.expand_sweep(load("config.yaml", ["sweep={seed: [0, 1], optim.lr: [1e-3, 0.01]}"]))
+    assert [(run.seed, run.optim.lr) for run in runs] == [(0, 0.001), (0, 0.01), (1, 0.001), (1, 0.01)]
+    assert runs[3].run_dir == "runs/a/seed=1,lr=0.01" and not runs[3].sweep
+    with pytest.raises(ConfigError, match=r"unknown key 'optim\.rate'"):
+        launch.expand_sweep(load("config.yaml", ["sweep={optim.rate: [1]}"]))
+
+
+def test_jobs_are_found_by_number_and_folder_and_unknown_ones_named(here):
+    jobs.add("17", str(here / "runs/a/slurm"), "runs/a", ["ssl-locat", "pretrain", "x"])
+    assert jobs.find("17") == jobs.find("runs/a") == jobs.find(str(here / "runs/a/slurm"))
+    with pytest.raises(UserError, match=r"no job of that number or run folder.* The last ones: 17"):
+        jobs.find("18")
+    with pytest.raises(UserError, match="needs a job number"):
+        jobs.stop([])
+
+
+def start(here, on: str, run: str, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "ssl_locat.cli", "pretrain", "config.yaml", f"run_dir=runs/{run}", *more, "--on", on]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_torchrun_and_local_processes_train_alike(here):
+    (here / "two.yaml").write_text("base: local\ntasks_per_node: 2\n")
+    done = start(here, "two.yaml", "local")
+    assert done.returncode == 0 and "Finished 6 steps" in done.stderr, done.stderr
+    done = start(here, "torchrun,nproc_per_node=2,max_restarts=0", "torchrun")
+    assert done.returncode == 0, done.stderr
+    assert losses(here / "runs/local") == losses(here / "runs/torchrun")
+    snapshot = next((here / "runs/local/slurm").glob("snapshot-*"))
+    assert (snapshot / "ssl_locat/train.py").exists() and load(str(snapshot / "config.yaml")).run_dir == "runs/local"
+
+
+@pytest.mark.slow
+def test_failure_of_a_local_process_is_the_exit_code_and_the_message(here):
+    (here / "two.yaml").write_text("base: local\ntasks_per_node: 2\n")
+    done = start(here, "two.yaml", "failing", "backbone.name=vit_tiny_patch16_225")
+    assert done.returncode == 2 and "vit_tiny_patch16_225" in done.stderr and "rank 0 on " in done.stderr

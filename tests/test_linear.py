@@ -1,0 +1,112 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+from scenes import write_split
+
+from ssl_locat.backbone import create_backbone
+from ssl_locat.errors import CheckpointError, ConfigError
+from ssl_locat.evaluation import linear
+from ssl_locat.evaluation.online import probe, undisturbed
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return create_backbone("locatvit_tiny", img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_split(tmp_path_factory.mktemp("scenes"), num_train=64, num_test=24)
+
+
+def test_schedule_matches_the_reference(golden):
+    expected = golden("schedules")["out.eval_linear_cosine.lr0.001_bs128_100ep"]  # per epoch, lr scaled by 128 / 256
+    steps = 100
+    ours = torch.tensor([linear.annealed(epoch, steps, 1e-3 * 128 / 256) for epoch in range(steps)], dtype=torch.float64)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_learns_colours(backbone, data):
+    scores = linear.evaluate(backbone, data=data, epochs=30, lr=0.5, batch_size=32, blocks=2, patch_mean=True, workers=0)
+    assert scores["top1"] > 70
+    assert scores["top5"] == 100  # four classes
+
+
+def test_kept_features_train_alike_and_few_labels_less(backbone, data):
+    settings = {"data": data, "epochs": 30, "lr": 0.5, "batch_size": 32, "augment": False, "workers": 0}
+    assert linear.evaluate(backbone, **settings)["top1"] > 60
+    assert linear.evaluate(backbone, **settings, train_fraction=0.1)["top1"] > 25
+
+
+def test_stopped_and_continued_equals_unbroken(backbone, data, tmp_path, monkeypatch):
+    settings = {"data": data, "epochs": 4, "lr": 0.1, "batch_size": 32, "workers": 0}
+    unbroken = linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "a.safetensors"))
+    save, saves = linear.save_progress, []
+
+    def killed(*args):
+        save(*args)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(linear, "save_progress", killed)
+    with pytest.raises(KeyboardInterrupt):
+        linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "b.safetensors"))
+    monkeypatch.undo()
+    assert linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "b.safetensors")) == unbroken
+    unbroken_state, state = (load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    assert all(torch.equal(unbroken_state[name], state[name]) for name in unbroken_state)
+    with pytest.raises(CheckpointError, match="other settings"):
+        linear.evaluate(backbone, **settings | {"epochs": 5}, resume_file=str(tmp_path / "b.safetensors"))
+
+
+def test_sweep_chooses_on_held_out_images(backbone, data):
+    scores = linear.sweep(
+        backbone, data=data, blocks=[1, 2], patch_mean=[False, True], lrs=[1e-6, 0.3], held_out=0.25, epochs=20, batch_size=16,
+        augment=False, workers=0,
+    )  # fmt: skip
+    assert scores["best_lr"] == pytest.approx(0.3)  # the other cannot learn in so few steps
+    assert scores["top1"] > 50
+    assert scores["best_blocks"] in (1, 2) and scores["best_patch_mean"] in (0, 1)
+    with pytest.raises(ConfigError, match="held_out is 0"):
+        linear.sweep(backbone, data=data, held_out=0)
+
+
+def test_columns_of_a_setting():
+    layout = linear.Layout(blocks=3, class_width=2, mean_width=1)
+    features = torch.tensor([[1, 1, 2, 2, 3, 3, 9]])
+    assert layout.pick(features, linear.Setting(1, False, 0.1)).tolist() == [[3, 3]]
+    assert layout.pick(features, linear.Setting(2, True, 0.1)).tolist() == [[2, 2, 3, 3, 9]]
+    assert layout.pick(features, linear.Setting(3, False, 0.1)).tolist() == [[1, 1, 2, 2, 3, 3]]
+
+
+def test_probes_leave_random_state_and_modes_alone(backbone, data):
+    import random
+
+    import numpy as np
+
+    backbone.train()
+    backbone.blocks[0].eval()
+
+    def draw() -> list:
+        return [torch.rand(2).tolist(), random.random(), np.random.rand()]
+
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    expected = draw()
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    scores = probe(backbone, "linear", {"epochs": 2, "batch_size": 16, "workers": 2}, data)
+    assert probe(
+        backbone,
+        "dense",
+        {"protocol": "hummingbird", "image_size": 32, "data": {"num_classes": 5}, "workers": 0},
+        data | {"num_classes": 4, "label_key": "cls"},
+    )
+    assert "top1" in scores
+    assert draw() == expected
+    assert backbone.training and not backbone.blocks[0].training and backbone.blocks[1].training
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    with undisturbed(backbone):
+        torch.rand(3)
+    with pytest.raises(ConfigError, match=r"probes.hummingbrid: 'hummingbrid' is no probe.*Did you mean 'hummingbird'"):
+        probe(backbone, "hummingbrid", {}, data)

@@ -1,0 +1,130 @@
+import csv
+import json
+
+import pytest
+from scenes import write_split
+
+from ssl_locat import table as program
+from ssl_locat.errors import ConfigError
+from ssl_locat.table_text import Cell, to_latex, to_markdown
+from ssl_locat.yaml_files import names
+
+SMALL = "timm:locatvit_tiny?img_size=32&patch_size=8&embed_dim=48&num_heads=3&depth="
+
+
+@pytest.fixture
+def small(tmp_path):
+    data = write_split(tmp_path / "data", num_train=24, num_test=8)
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""
+title: Small & quick
+results: {tmp_path / "results"}
+data:
+  colours: {{train: {data["train"]}, test: {data["test"]}}}
+  masks: {{train: {data["train"]}, test: {data["test"]}, num_classes: 5}}
+  unknown: {{train: null, test: null}}
+columns:
+  k-NN: {{protocol: knn, data: colours, metric: top1_k3, options: {{k: [3], workers: 0}}}}
+  linear: {{protocol: linear, data: colours, metric: top1, seeds: [0, 1], options: {{epochs: 2, batch_size: 8, augment: false, workers: 0}}}}
+  dense: {{protocol: hummingbird, data: masks, metric: miou, options: {{image_size: 32, workers: 0}}}}
+  ADE20K: {{protocol: hummingbird, data: unknown, metric: miou}}
+  params M: {{protocol: efficiency, metric: params, fresh: true, factor: 1.0e-6}}
+rows:
+  two runs: {{model: ["{SMALL}1", "{SMALL}2"], published: {{k-NN: 50.0, ADE20K: 23.47}}}}
+  bad model: {{model: "timm:no_such_model"}}
+  untrained: {{fresh: "timm:vit_tiny"}}
+""")
+    return path
+
+
+def test_runs_once_and_writes_three_kinds(small, tmp_path, caplog):
+    folder = program.run(str(small))
+    files = sorted((folder / "cells").glob("*.json"))
+    assert len(files) == 2 + 4 + 2 + 1  # k-NN, linear with two seeds, dense; two models each; and one efficiency
+    rows = {(row["row"], row["column"]): row for row in csv.DictReader((folder / "table.csv").open())}
+    knn = rows["two runs", "k-NN"]
+    values = [json.loads(file.read_text())["metrics"]["top1_k3"] for file in files if file.name.startswith("knn")]
+    assert float(knn["mean"]) == pytest.approx(sum(values) / 2) and knn["runs"] == "2" and float(knn["published"]) == 50
+    assert float(knn["difference"]) == pytest.approx(float(knn["mean"]) - 50, abs=1e-5)
+    assert rows["two runs", "linear"]["runs"] == "4"
+    assert rows["two runs", "ADE20K"]["mean"] == "" and rows["two runs", "ADE20K"]["published"] == "23.47"
+    assert float(rows["untrained", "params M"]["mean"]) == pytest.approx(5.717416)
+    markdown, latex = (folder / "table.md").read_text(), (folder / "table.tex").read_text()
+    assert "k-NN, difference" in markdown and "ADE20K, published" in markdown and "bad model, k-NN:" in markdown
+    assert r"Small \& quick" in latex and r"\toprule" in latex
+
+    before = {file: file.stat().st_mtime_ns for file in files}
+    program.run(str(small))
+    assert {file: file.stat().st_mtime_ns for file in (folder / "cells").glob("*.json")} == before
+    files[0].unlink()
+    program.run(str(small))
+    assert len(list((folder / "cells").glob("*.json"))) == 9
+
+
+def test_models_and_keys_on_the_command_line(small):
+    table = program.load_table(
+        str(small), ["untrained=a", "untrained=b", "data.unknown.train=x", "data.unknown.test=y", "runs/mine"]
+    )
+    assert table.rows["untrained"].model == ["a", "b"]
+    assert table.rows["mine"].model == ["runs/mine"]
+    wanted = [(row, column) for row, column, *_ in program.cells(table)]
+    assert wanted.count(("two runs", "ADE20K")) == 2 and ("mine", "ADE20K") in wanted
+    with pytest.raises(ConfigError, match=r"'untraned' is no row.*Did you mean 'untrained'"):
+        program.load_table(str(small), ["untraned=a"])
+
+
+def test_a_run_that_went_on_is_judged_anew(tmp_path):
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    before = program.fingerprint(str(tmp_path))
+    (tmp_path / "checkpoints" / "step_00000002").mkdir()
+    assert program.fingerprint(str(tmp_path)) != before
+    assert program.fingerprint("timm:vit_tiny") == "timm:vit_tiny"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("metric: top1_k3", "metrik: top1_k3", "unknown key 'columns.k-NN.metrik'. Did you mean 'metric'"),
+        (
+            "data: colours, metric: top1_k3",
+            "data: colors, metric: top1_k3",
+            "columns.k-NN.data is 'colors'.*Did you mean 'colours'",
+        ),
+        ("{k: [3], workers", "{q: [3], workers", "unknown key 'columns.k-NN.options.q'"),
+        ("published: {k-NN", "published: {kNN", "names the column 'kNN'.*Did you mean 'k-NN'"),
+        ("protocol: linear,", "protocol: liner,", "Did you mean 'linear'"),
+    ],
+)
+def test_wrong_keys_name_the_nearest(small, old, new, message):
+    small.write_text(small.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        program.load_table(str(small))
+
+
+@pytest.mark.parametrize("name", names("eval/tables"))
+def test_every_shipped_table_is_whole(name):
+    table = program.load_table(name)
+    assert table.rows and table.columns
+    for _, _, model, protocol, options in program.cells(table):
+        assert model and protocol and isinstance(options, dict)
+    if name != "quick":
+        assert all(row.published for row in table.rows.values())
+
+
+def test_shipped_numbers_are_the_papers():
+    published = {name: program.load_table(name).rows for name in names("eval/tables")}
+    assert published["main"]["Base ViT + LocAt"].published == {
+        "ADE20K": 32.64, "P-Context": 45.35, "C-Stuff": 33.62, "top-1": 82.31, "params M": 86, "GMAC": 17.64,
+    }  # fmt: skip
+    assert published["dino"]["LocAtViT-S/16"].published["linear"] == 67.65
+    assert published["hummingbird"]["Base Jumbo + LocAt"].published == {"VOC": 63.8, "ADE20K": 23.7}
+    assert published["attention_design"]["Tiny Gaussian from x"].published == {"mini-ImageNet": 79.10}
+    assert [len(published[name]) for name in ("main", "hummingbird", "ablation", "kernels", "related_work")] == [20, 20, 14, 8, 7]
+
+
+def test_differences_inside_two_deviations_are_ties():
+    close, far, single = Cell.of([50.0, 52.0], 53.0), Cell.of([50.0, 50.1], 53.0), Cell.of([50.0], 53.0)
+    assert close.is_tie and not far.is_tie and not single.is_tie
+    grid = {"a": {"x": close}, "b": {"x": Cell.of([], None)}}
+    assert "| a | 51.00 ± 1.41 | 53.00 | -2.00 (tie) |" in to_markdown("t", "", grid, [])
+    assert r"a & 51.00 $\pm$ 1.41 (53.00) \\" in to_latex("t", grid)

@@ -1,0 +1,239 @@
+"""The training loop for real: runs that finish, stop, are killed and go on; what they leave behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import losses, write_config
+
+from ssl_locat.config import load
+from ssl_locat.data.textures import make_textures
+from ssl_locat.errors import CheckpointError, ConfigError, DataError, Diverged, UserError
+from ssl_locat.log import read_jsonl
+from ssl_locat.train import build_model, check, pretrain, rates
+
+CLI = [sys.executable, "-m", "ssl_locat.cli"]
+
+
+@pytest.fixture(scope="session")
+def textures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("textures")
+    make_textures(folder / "set", num_train=96, num_test=40, image_size=32, progress=False)
+    return folder / "set"
+
+
+@pytest.fixture
+def tiny(textures, tmp_path):
+    """`tiny("key=value", ...)` -> config of a run that takes seconds: width 24, 12 steps of 16 images."""
+
+    def make(*overrides: str):
+        return load(str(write_config(textures, tmp_path)), overrides)
+
+    return make
+
+
+def test_a_run_leaves_what_the_design_promises(tiny):
+    config = tiny("probes={every_epochs: 1, knn: {k: [5], image_size: 32, workers: 0}}", "export=true", "log.tensorboard=true")
+    summary = pretrain(config)
+    run = Path(config.run_dir)
+    assert summary["steps"] == 12 and summary["samples_seen"] == 192
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert set(summary["knn"]) == {"raw_pixels", "init", "trained"}
+    assert load(str(run / "config.yaml")) == config
+    assert {"versions", "commit", "hardware"} <= set(json.loads((run / "environment.json").read_text()))
+    records = read_jsonl(run / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 13))
+    wanted = {"loss", "teacher_entropy", "kl", "grad_norm", "lr", "weight_decay", "momentum", "images_per_second", "data_wait"}
+    assert wanted <= set(records[-1]) and {"feature_std", "rankme"} <= set(records[0])
+    assert [record["step"] for record in read_jsonl(run / "probes" / "knn.jsonl")] == [0, 6, 12]
+    assert {record["kind"] for record in read_jsonl(run / "events.jsonl")} >= {"start", "save", "probe", "finish"}
+    assert (run / "export" / "model.safetensors").is_file() and list((run / "tensorboard").iterdir())
+
+
+def test_finished_run_is_not_run_again(tiny):
+    config = tiny()
+    first = pretrain(config)
+    before = losses(config.run_dir)
+    assert pretrain(config)["steps"] == first["steps"]
+    assert losses(config.run_dir) == before
+
+
+def test_probes_do_not_disturb_training(tiny, tmp_path):
+    plain, probed = (
+        tiny(f"run_dir={tmp_path}/a"),
+        tiny(f"run_dir={tmp_path}/b", "probes={every_steps: 2, knn: {k: [5], image_size: 32}}"),
+    )
+    pretrain(plain)
+    pretrain(probed)
+    assert losses(plain.run_dir) == losses(probed.run_dir)
+
+
+@pytest.mark.parametrize("change", ["data.workers=2", "log.every_steps=5", "checkpoint.every_steps=3"])
+def test_what_may_change_does_not_change_the_losses(tiny, tmp_path, change):
+    a, b = tiny(f"run_dir={tmp_path}/a"), tiny(f"run_dir={tmp_path}/b", change)
+    pretrain(a)
+    pretrain(b)
+    assert losses(a.run_dir) == losses(b.run_dir)
+
+
+def test_accumulation_keeps_the_global_batch(tiny, tmp_path):
+    """Same samples, crops, centring and gradient; float sums are grouped differently."""
+    whole = tiny(f"run_dir={tmp_path}/a", "backbone.drop_path_rate=0")
+    parts = tiny(f"run_dir={tmp_path}/b", "backbone.drop_path_rate=0", "optim.accumulate_steps=4")
+    pretrain(whole)
+    pretrain(parts)
+    assert losses(whole.run_dir) == pytest.approx(losses(parts.run_dir), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_starts_where_fp32_does_and_stays_finite(tiny, tmp_path, precision):
+    """Only the first losses are comparable: fp16's loss scale is found by skipping steps."""
+    full, low = (
+        tiny(f"run_dir={tmp_path}/a", "optim.epochs=1"),
+        tiny(f"run_dir={tmp_path}/b", "optim.epochs=1", f"precision={precision}"),
+    )
+    pretrain(full)
+    pretrain(low)
+    assert losses(low.run_dir)[1] == pytest.approx(losses(full.run_dir)[1], rel=0.01)
+    assert len(losses(low.run_dir)) == 6
+
+
+def start(config: Path, *overrides: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*CLI, "pretrain", str(config), *overrides], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        records = read_jsonl(run / "metrics.jsonl")
+        if records and records[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_saves_and_the_same_command_goes_on(textures, tmp_path, name):
+    config = write_config(textures, tmp_path)
+    long = ["optim.epochs=20", "data.workers=1"]
+    process = start(config, *long)
+    wait_for_step(tmp_path / "run", 4, process)
+    process.send_signal(getattr(signal, name))
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 4, message
+    assert f"Stopped by {name}" in message and "same command" in message and "Traceback" not in message
+    saved = losses(tmp_path / "run")
+    process = start(config, *long)
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == 0, message
+    after = losses(tmp_path / "run")
+    assert list(after) == list(range(1, 121))
+    assert {step: after[step] for step in saved} == saved
+
+
+def test_killed_at_random_points_and_resumed_losses_are_bit_identical(textures, tmp_path):
+    """Drop path on, two loader workers, SIGKILL five times, at times that fall also into saving (every step is saved)."""
+    config = write_config(textures, tmp_path)
+    common = ["optim.epochs=10", "data.workers=2", "checkpoint.every_steps=1"]
+    process = start(config, *common, f"run_dir={tmp_path}/unbroken")
+    _, message = process.communicate(timeout=240)
+    assert process.returncode == 0, message
+    expected = losses(tmp_path / "unbroken")
+    rng, kills, run = random.Random(0), 0, tmp_path / "broken"
+    while kills < 5:
+        process = start(config, *common, f"run_dir={run}")
+        records = read_jsonl(run / "metrics.jsonl")
+        wait_for_step(run, (records[-1]["step"] if records else 0) + rng.randint(2, 7), process)
+        time.sleep(rng.random() * 0.1)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.communicate()
+        assert len(losses(run)) < len(expected), "the run finished before it was killed five times; make it longer"
+    process = start(config, *common, f"run_dir={run}")
+    _, message = process.communicate(timeout=240)
+    assert process.returncode == 0, message
+    assert losses(run) == expected
+
+
+def test_changed_settings_are_refused_on_resume(tiny):
+    config = tiny("optim.epochs=1")
+    pretrain(config)
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.01, now 0\.02"):
+        pretrain(tiny("optim.epochs=1", "optim.lr=0.02"))
+    with pytest.raises(UserError, match="--resume never, but"):
+        pretrain(config, resume="never")
+    with pytest.raises(CheckpointError):
+        pretrain(config, resume=str(Path(config.run_dir) / "nowhere"))
+
+
+def test_unreachable_or_unfit_input_is_refused_before_a_model_is_built(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="multiple of 3 ranks"):
+        check(tiny(), ranks=3)
+    with pytest.raises(DataError):
+        check(tiny("data.train=nowhere/*.tar"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError):
+        check(tiny(f"data.train={tmp_path}/empty"))
+    with pytest.raises(ConfigError, match=r"data\.epoch_samples"):
+        check(tiny("data.train=[{shards: runs/a.tar}, {shards: runs/a.tar}]".replace("runs/a.tar", tiny().data.train)))
+
+
+def test_nan_stops_the_run_and_says_what_to_do(tiny):
+    config = tiny("optim.lr=1.0e+30", "optim.warmup_epochs=0", "optim.clip_grad=0")
+    with pytest.raises(Diverged) as error:
+        pretrain(config)
+    assert "step" in str(error.value) and "lower lr" in str(error.value)
+    assert list((Path(config.run_dir) / "replay").iterdir())
+
+
+def test_bad_images_are_skipped_counted_and_limited(tiny, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    from PIL import Image
+
+    for index in range(24):
+        Image.new("RGB", (40, 40), (index * 10, 0, 0)).save(folder / f"{index:03}.png")
+    (folder / "broken.png").write_bytes(b"not an image")
+    config = tiny(f"data.train={folder}", "optim.epochs=4", "data.max_bad=0.2")
+    summary = pretrain(config)
+    (bad,) = read_jsonl(Path(config.run_dir) / "quarantine.jsonl")
+    assert summary["quarantined"] == 1 and "broken" in bad["key"]
+
+
+def test_schedules_follow_the_samples_seen(tiny):
+    config = tiny()
+    _, _, length = check(config)
+    larger = tiny("optim.global_batch_size=32")
+    _, _, shorter = check(larger)
+    for samples in (64, 96, 160):
+        assert rates(config, length, samples).momentum == pytest.approx(rates(larger, shorter, samples).momentum, rel=1e-6)
+
+
+def test_model_is_a_function_of_the_seed(tiny):
+    device = torch.device("cpu")
+    (a, _), (b, _), (c, _) = (build_model(tiny(f"seed={seed}"), device) for seed in (0, 0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), c.state_dict().values(), strict=True))
+
+
+def test_teacher_receives_no_gradient_and_drops_no_path(tiny):
+    model, _ = build_model(tiny(), torch.device("cpu"))
+    assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
+    drops = [module.drop_prob for module in model.student.modules() if hasattr(module, "drop_prob")]
+    assert any(drops) and not any(module.drop_prob for module in model.teacher.modules() if hasattr(module, "drop_prob"))
+
+
+def test_probe_on_splits_of_its_own_is_compared_with_their_raw_pixels(tiny):
+    """data.test may be missing where the probe names its splits."""
+    data = tiny().data
+    probe = f"probes={{every_epochs: 1, knn: {{k: [5], workers: 0, data: {{train: '{data.train}', test: '{data.test}'}}}}}}"
+    summary = pretrain(tiny("data.test=null", "optim.epochs=1", probe))
+    assert set(summary["knn"]) == {"raw_pixels", "init", "trained"}

@@ -1,0 +1,145 @@
+"""The fused kernels without a GPU: interpreted (values, gradients), and compiled ahead of time for three generations of GPUs.
+
+Triton decides at import whether it interprets, so both run in processes of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the triton package comes with PyTorch's CUDA builds only")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs inside test_kernels_when_interpreted")
+
+# grid, prefix tokens, clamp, pool, head dimension
+CASES = [
+    ((3, 7), 1, 9.0, 1, 16),
+    ((1, 5), 8, float("inf"), 1, 32),
+    ((11, 1), 0, 16.0, 1, 12),
+    ((10, 8), 5, 16.0, 2, 64),
+    ((5, 9), 3, float("inf"), 1, 80),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("grid", "prefix", "clamp", "pool", "dim"), CASES)
+def test_equals_reference(grid, prefix, clamp, pool, dim):
+    from test_attention import NAMES, make_inputs, run
+
+    inputs = make_inputs(grid, prefix, dim=dim, batch=2, heads=2)
+    expected, expected_grads = run("reference", inputs, grid, prefix, clamp=clamp, pool=pool, scale=0.2)
+    out, grads = run("triton", inputs, grid, prefix, clamp=clamp, pool=pool, scale=0.2)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    for name, got, wanted in zip(NAMES, grads, expected_grads, strict=True):
+        torch.testing.assert_close(
+            got, wanted, atol=2e-6 * max(1.0, wanted.abs().max().item()), rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@interpreted
+def test_half_precision_stays_near_float32():
+    """float16 only: Triton's interpreter multiplies bfloat16 matrices as if their bits were integers."""
+    from test_attention import make_inputs, run
+
+    dtype = torch.float16
+    inputs = make_inputs((9, 8), 1, dim=64, batch=1, heads=2, dtype=dtype)
+    exact, exact_grads = run("reference", [t.float() for t in inputs], (9, 8), 1, clamp=25.0)
+    out, grads = run("triton", inputs, (9, 8), 1, clamp=25.0)
+    for got, wanted in zip((out, *grads), (exact, *exact_grads), strict=True):
+        assert (got.float() - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@interpreted
+def test_repeats_bit_for_bit_and_takes_any_strides():
+    """timm hands over views of one [B, T, 3, heads, d] projection, and gradients arrive in the layout of the output."""
+    from ssl_locat.models.attention import Gaussian, gaussian_attention
+
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 21, 3, 2, 32, requires_grad=True)
+    coeff = [torch.rand(2, 2, 20, requires_grad=True) for _ in range(3)]
+    results = []
+    for backend in ("triton", "triton", "reference"):
+        out = gaussian_attention(*qkv.permute(2, 0, 3, 1, 4), Gaussian(*coeff), (4, 5), 1, backend=backend)
+        joined = out.transpose(1, 2).flatten(2)
+        results.append((joined.detach(), *torch.autograd.grad(joined.square().sum(), [qkv, *coeff])))
+    for first, second, wanted in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, wanted, atol=1e-5, rtol=1e-4)
+
+
+@interpreted
+def test_operator_is_registered_soundly():
+    """Fake shapes, strides and autograd agree with the real operator: what torch.compile relies on."""
+    from test_attention import make_inputs
+
+    from ssl_locat.models.attention_triton import attend
+
+    inputs = make_inputs((3, 4), 1, dim=16, batch=1, heads=2)
+    torch.library.opcheck(
+        attend, (*inputs, 9.0, 1, 3, 4, 1, 0.25), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
+    compiled = torch.compile(lambda *x: attend(*x, 9.0, 1, 3, 4, 1, 0.25)[0], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), attend(*inputs, 9.0, 1, 3, 4, 1, 0.25)[0])
+    compiled(*inputs).sum().backward()
+    assert all(t.grad is not None for t in inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("grid", "prefix", "dim"), [((14, 14), 1, 64), ((6, 6), 1, 64), ((32, 32), 5, 64), ((9, 15), 3, 128)])
+def test_equals_reference_on_a_gpu(grid, prefix, dim, dtype):
+    from test_attention import make_inputs, run
+
+    inputs = [t.detach().cuda() for t in make_inputs(grid, prefix, dim=dim, dtype=dtype)]
+    exact, exact_grads = run("reference", [t.float() for t in inputs], grid, prefix, clamp=100.0)
+    out, grads = run("triton", inputs, grid, prefix, clamp=100.0)
+    bound = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for got, wanted in zip((out, *grads), (exact, *exact_grads), strict=True):
+        assert (got.float() - wanted).abs().max() <= bound * wanted.abs().max()
+
+
+@pytest.fixture(autouse=True)
+def _serve_cpu(monkeypatch):
+    """The interpreter works on CPU tensors, which the backend rightly refuses otherwise."""
+    if INTERPRETING:
+        from ssl_locat.models import attention
+
+        monkeypatch.setattr(attention, "refusal", lambda *args: None)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="already inside")
+def test_kernels_when_interpreted():
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.stdout.split()[0].count(".") == len(CASES) + 3, run.stdout[-2000:]  # none of those skipped
+
+
+@pytest.mark.skipif(INTERPRETING, reason="an interpreting triton compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_without_spills(capability):
+    """bfloat16, head dimension 64, with ptxas and no GPU."""
+    resources = compile_ahead(capability, "bfloat16", 64)
+    assert {r["kernel"] for r in resources} == {"forward_kernel", "query_grad_kernel", "key_grad_kernel"}
+    assert all(r["spills"] == 0 and r["registers"] <= 255 for r in resources), resources
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETING, reason="an interpreting triton compiles nothing")
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+def test_kernels_compile_in_every_size(dtype, head_dim):
+    for capability in (80, 90, 100):
+        assert len(compile_ahead(capability, dtype, head_dim)) == 3
+
+
+def compile_ahead(capability, dtype, head_dim):
+    command = [sys.executable, "-m", "ssl_locat.benchmarks.kernels", str(capability), dtype, str(head_dim)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
