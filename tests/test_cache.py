@@ -123,7 +123,7 @@ def on_full_disk(folder, url, content, stat, answers) -> None:
 def test_a_full_disk_means_less_cache(remote, tmp_path):
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    process = context.Process(target=on_full_disk, args=(tmp_path, *remote, answers))
+    process = context.Process(target=on_full_disk, args=(tmp_path, *remote, answers), daemon=True)
     process.start()
     answer = answers.get(timeout=60)
     process.join()

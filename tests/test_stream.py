@@ -111,8 +111,11 @@ def test_a_mix_is_read_in_its_proportions(tmp_path):
 # kill and resume -------------------------------------------------------------------------------------------------------------------
 
 
-def train(data: str, folder: Path, rank: int, world: int, workers: int, until: int) -> None:
-    """One rank of a training job that only reads: appends what it saw to a file; rank 0 keeps the progress like a checkpoint."""
+def train(data: str, folder: Path, rank: int, world: int, workers: int, until: int, last: bool) -> None:
+    """One rank of a training job that only reads: appends what it saw to a file; rank 0 keeps the progress like a checkpoint.
+
+    At `until` it ends if this is the last turn, else waits there for the kill, however late that comes.
+    """
     state = json.loads((folder / "state.json").read_text()) if (folder / "state.json").exists() else None
     datasets, weights = open_mix(data)
     sizes = SIZES | {"world_size": world, "workers": workers}
@@ -136,8 +139,10 @@ def train(data: str, folder: Path, rank: int, world: int, workers: int, until: i
                         time.sleep(0.005)
                 (folder / "state.tmp").write_text(json.dumps({"samples_seen": samples, "plan": plan.to_dict()}))
                 (folder / "state.tmp").replace(folder / "state.json")
-            if samples == until:
+            if samples >= until:
                 break
+        while not last:
+            time.sleep(1)
 
 
 def lines(path: Path) -> int:
@@ -150,22 +155,30 @@ def kill_and_resume(folder: Path, data: str, worlds: list[int], until: int) -> d
     Returns what was seen at each position; a position seen again, redone after a kill, must have shown the same.
     """
     rng = random.Random(len(worlds))
-    context = multiprocessing.get_context("fork")
+    # not fork: this process may hold event loops and threads of other tests, whose locks a forked copy would wait for for ever
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ssl_locat.data.stream"])
     folder.mkdir()
     for turn, world in enumerate(worlds):
-        workers = rng.randint(0, 2)
-        ranks = [context.Process(target=train, args=(data, folder, rank, world, workers, until)) for rank in range(world)]
+        workers, last = rng.randint(0, 2), turn == len(worlds) - 1
+        end = until if last else until * (turn + 1) // len(worlds) // 72 * 72
+        ranks = [context.Process(target=train, args=(data, folder, rank, world, workers, end, last)) for rank in range(world)]
         for rank in ranks:
             rank.start()
-        if turn < len(worlds) - 1:  # killed some time after its first checkpoint
+        if not last:  # killed some time after its first checkpoint
             before = (folder / "state.json").stat().st_mtime_ns if turn else 0
             while not (folder / "state.json").exists() or (folder / "state.json").stat().st_mtime_ns == before:
+                assert all(rank.is_alive() for rank in ranks), "a rank died"
                 time.sleep(0.01)
             time.sleep(rng.random() * 0.2)
             for rank in ranks:
                 rank.kill()
         for rank in ranks:
             rank.join(120)
+        hung = [rank.pid for rank in ranks if rank.is_alive()]
+        for rank in ranks:
+            rank.kill()
+        assert not hung, f"turn {turn}: ranks {hung} of {world} neither finished nor died"
     assert [rank.exitcode for rank in ranks] == [0] * world
     found: dict[int, list] = {}
     for path in folder.glob("seen.*.jsonl"):
@@ -338,8 +351,10 @@ def test_full_shared_memory_says_what_to_do(shards):
     messages = context.Queue()
     process = context.Process(target=in_small_shared_memory, args=(shards, messages))
     process.start()
-    message = messages.get(timeout=60)
-    process.join()
+    try:
+        message = messages.get(timeout=60)
+    finally:
+        process.kill()
     if message == "not permitted":
         pytest.skip("mounting a small /dev/shm needs root")
     assert message.startswith("/dev/shm has 1 MB left, one batch of a data worker needs 4 MB. Enlarge it")
