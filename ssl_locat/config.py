@@ -163,6 +163,10 @@ class Optim(Section):
     weight_decay: tuple[float, float] = Field(
         default=(0.04, 0.4), description="start and end of a cosine; none on biases and norms"
     )
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1, description="factor on the lr from each block to the one before it; below 1 early blocks move less"
+    )
+    patch_embed_lr: float = Field(default=1.0, ge=0, description="factor on the lr of the patch embedding, besides")
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad: float = Field(default=3.0, ge=0, description="largest gradient norm; 0: no clipping")
     clip: Literal["per_parameter", "global"] = Field(default="per_parameter", description="DINO clips each tensor by itself")

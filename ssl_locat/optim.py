@@ -1,33 +1,74 @@
-"""AdamW as DINO uses it: two parameter groups, lr and weight decay set from outside each step, gradients clipped tensor by tensor."""
+"""AdamW as DINO uses it: lr and weight decay set from outside each step, gradients clipped tensor by tensor; layer-wise rates as in DINOv2."""
 
 from collections.abc import Iterable
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ssl_locat.errors import UserError
 
-def parameter_groups(model: nn.Module) -> list[dict]:
-    """Group 0: decayed. Group 1: biases and everything one-dimensional, not decayed (DINO's get_params_groups).
+
+def parameter_groups(model: nn.Module, layer_decay: float = 1.0, patch_embed_lr: float = 1.0) -> list[dict]:
+    """Decayed parameters and, not decayed, biases and everything one-dimensional (DINO's get_params_groups).
 
     So cls_token, pos_embed and GAug's weights are decayed, GAug's biases are not. Parameters without requires_grad are left out.
+    With factors on the learning rate (see `lr_scales`) there are two such groups for each factor; without, group 0 is decayed, group 1 not.
     """
-    decayed, plain = [], []
+    scales = lr_scales(model, layer_decay, patch_embed_lr)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for scale in sorted(set(scales.values()), reverse=True) or [1.0]:
+        groups[scale, True], groups[scale, False] = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
-    return [{"params": decayed, "name": "decayed"}, {"params": plain, "name": "plain", "weight_decay": 0.0}]
+            decayed = not (name.endswith(".bias") or parameter.ndim == 1)
+            groups[scales.get(name, 1.0), decayed].append(parameter)
+    return [
+        {"params": parameters, "name": "decayed" if decayed else "plain", "lr_scale": scale, "weight_decay": 0.0}
+        for (scale, decayed), parameters in groups.items()
+        if parameters
+    ]
 
 
-def build_optimizer(model: nn.Module, betas: tuple[float, float]) -> torch.optim.AdamW:
+def lr_scales(model: nn.Module, layer_decay: float, patch_embed_lr: float) -> dict[str, float]:
+    """Factor on the learning rate, by the name of each parameter of a student (`backbone`, `heads`, mask token); {} if all are 1.
+
+    Block i of L gets layer_decay^(L - i), counted from 0; what lies before the blocks (patches, positions, class token, registers, the mask token)
+    layer_decay^(L + 1), what lies behind them 1; the patch embedding patch_embed_lr besides (as in DINOv2, whose registers alone differ: they get
+    1 there). Layers are those that timm's `group_matcher` tells. Raises UserError for a backbone without one.
+    """
+    if layer_decay == 1 and patch_embed_lr == 1:
+        return {}
+    if not hasattr(model.backbone, "group_matcher"):
+        raise UserError(
+            f"{type(model.backbone).__name__} has no group_matcher, by which timm's models tell their layers; "
+            "leave optim.layer_decay and optim.patch_embed_lr at 1, or choose a timm model"
+        )
+    layers = group_parameters(model.backbone, model.backbone.group_matcher(), reverse=True)
+    behind = 1 + max(layer for name, layer in layers.items() if "blocks." in name)
+    scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    for name, layer in layers.items():
+        if "blocks." in name or layer < behind - 1:  # timm counts the final norm to the last block
+            scales[f"backbone.{name}"] = layer_decay ** (behind - layer) * (
+                patch_embed_lr if name.startswith("patch_embed.") else 1
+            )
+    if "mask_token" in scales:
+        scales["mask_token"] = layer_decay**behind
+    return scales
+
+
+def build_optimizer(
+    model: nn.Module, betas: tuple[float, float], layer_decay: float = 1.0, patch_embed_lr: float = 1.0
+) -> torch.optim.AdamW:
     """Fused AdamW; `set_hyperparameters` gives it lr and weight decay before each step."""
-    return torch.optim.AdamW(parameter_groups(model), lr=0.0, betas=betas, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, layer_decay, patch_embed_lr), lr=0.0, betas=betas, fused=True)
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["name"] == "decayed" else 0.0
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, how: str = "per_parameter") -> Tensor:

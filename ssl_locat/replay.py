@@ -26,9 +26,9 @@ def replay(config: Config, path: Path) -> None:
     model, losses = build_model(config, device)
     newest = Checkpointer(config.run_dir).newest()
     if newest:
-        Checkpointer(config.run_dir).load(
-            newest, saved_modules(model, losses), build_optimizer(model.student, config.optim.betas)
-        )
+        optim = config.optim
+        optimizer = build_optimizer(model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr)
+        Checkpointer(config.run_dir).load(newest, saved_modules(model, losses), optimizer)
     _say(f"{path}: step {meta['step']} of rank {meta['rank']}, {len(meta['keys'])} samples: {', '.join(meta['keys'][:8])} ...")
     _say(f"weights: {newest or 'random initialisation (the run has no checkpoint)'}; precision {config.precision}")
     for name, tensor in payload.items():

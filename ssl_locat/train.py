@@ -204,7 +204,7 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
     judged = copy.deepcopy(model.teacher.backbone) if config.parallel == "fsdp" else model.teacher.backbone  # whole on every rank
     introduction = describe(config, model, length, datasets, device)
     student = distribute(model, config, device)
-    optimizer = build_optimizer(model.student, config.optim.betas)
+    optimizer = build_optimizer(model.student, config.optim.betas, config.optim.layer_decay, config.optim.patch_embed_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     modules = saved_modules(model, losses)
 

@@ -15,6 +15,7 @@ SIZES = ["tiny", pytest.param("base", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.timeout(900)  # Jumbo-B has 260 M parameters to initialise and to pass through, twice
 def test_counts_of_both_twins(golden, family, size):
     golden("vit_plain")  # skips where the reference's numbers are not there
     rows = json.loads((SHARED / "golden" / "params_flops.json").read_text())["rows"]

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_locat.backbone import create_backbone
+from ssl_locat.errors import UserError
 from ssl_locat.objectives import Progress, Views
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.objectives.heads import DINOHead, Prototypes
-from ssl_locat.optim import clip_gradients, parameter_groups
+from ssl_locat.objectives.ibot import IBOT
+from ssl_locat.optim import build_optimizer, clip_gradients, lr_scales, parameter_groups, set_hyperparameters
 from ssl_locat.schedules import cosine, stepwise
+from ssl_locat.student_teacher import StudentTeacher
 
 
 def at(epoch: float) -> Progress:
@@ -169,6 +173,66 @@ def test_biases_and_norms_are_not_decayed():
     decayed, plain = (group["params"] for group in parameter_groups(model))
     assert {id(parameter) for parameter in decayed} == {id(model.cls_token), id(model[0].weight)}
     assert len(plain) == 3
+
+
+def student(name: str, **options) -> nn.Module:
+    losses = nn.ModuleDict({"ibot": IBOT(num_prototypes=8, hidden_dim=16, bottleneck_dim=8)})
+    return StudentTeacher(create_backbone(name, **options), losses).student
+
+
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+SMALL_SWIN = {"img_size": 56, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}
+
+
+def test_layer_decay_gives_early_blocks_less():
+    """DINOv2's factors: decay^(L + 1 - layer), layer 0 before the blocks, L + 1 behind them."""
+    model = student("locatregvit_tiny", **SMALL_VIT)
+    scales = lr_scales(model, 0.9, 0.2)
+    names = dict(model.named_parameters())
+    assert scales.keys() == names.keys() and any(".gaug." in name for name in names)
+    for name, scale in scales.items():
+        expected = 1.0
+        if name.startswith("backbone.blocks."):
+            expected = 0.9 ** (3 - int(name.split(".")[2]))
+        elif name.startswith("backbone.patch_embed."):
+            expected = 0.2 * 0.9**4
+        elif name in ("mask_token", "backbone.cls_token", "backbone.reg_token", "backbone.pos_embed"):
+            expected = 0.9**4
+        assert scale == pytest.approx(expected), name
+    groups = parameter_groups(model, 0.9, 0.2)
+    ids = [id(parameter) for group in groups for parameter in group["params"]]
+    trained = {id(parameter) for parameter in names.values() if parameter.requires_grad}
+    assert len(ids) == len(set(ids)) == len(trained) and set(ids) == trained
+
+
+def test_layer_decay_of_swin_follows_its_stages():
+    scales = lr_scales(student("locatswin_tiny", **SMALL_SWIN), 0.5, 1.0)
+    order = ["patch_embed.proj", "layers.0.blocks.0.attn.qkv", "layers.0.blocks.1.attn.qkv", "layers.1.blocks.0.attn.qkv", "norm"]
+    rates = [scales[f"backbone.{name}.weight"] for name in order]
+    assert rates == sorted(rates) and len(set(rates)) == len(rates) and rates[-1] == 1
+
+
+def test_lr_and_decay_of_a_step_follow_the_groups():
+    model = student("locatvit_tiny", **SMALL_VIT)
+    optimizer = build_optimizer(model, (0.9, 0.999), layer_decay=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    set_hyperparameters(optimizer, 1e-2, 0.1)
+    optimizer.step()  # AdamW's first step is lr * sign(gradient), besides the decay
+    for name, layers in (("backbone.blocks.0.attn.qkv", 3), ("backbone.blocks.2.attn.qkv", 1), ("backbone.norm", 0)):
+        moved = before[f"{name}.bias"] - model.get_parameter(f"{name}.bias")
+        torch.testing.assert_close(moved, torch.full_like(moved, 1e-2 * 0.5**layers), rtol=1e-4, atol=1e-8)
+    weight = before["backbone.blocks.0.attn.qkv.weight"]
+    moved = weight - model.get_parameter("backbone.blocks.0.attn.qkv.weight")
+    torch.testing.assert_close(moved, 1e-2 * 0.5**3 * (1 + 0.1 * weight), rtol=1e-3, atol=1e-8)
+
+
+def test_layer_decay_needs_a_backbone_that_tells_its_layers():
+    model = nn.Module()
+    model.backbone = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="no group_matcher"):
+        parameter_groups(model, layer_decay=0.9)
 
 
 def test_frozen_prototypes_only_at_first():
