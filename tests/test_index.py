@@ -131,6 +131,27 @@ def test_a_missing_end_marker_is_damage_and_a_plain_end_is_none():
     assert list(good(found)) == ["0000", "0001"] and "cut" in found[-1].reason
 
 
+@pytest.mark.parametrize("trap", ["a negative size", "a pax record of no length"])
+def test_headers_that_lead_backwards_are_damage(trap):
+    """Followed, they would be read round and round for ever."""
+    info = tarfile.TarInfo("a.jpg" if trap == "a negative size" else "pax")
+    records = b"" if trap == "a negative size" else b"0 path=b.jpg\n"
+    info.size, info.type = len(records), b"x" if records else b"0"
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    if not records:
+        header[124:136] = b"-0000001000\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    good = io.BytesIO()
+    with tarfile.open(fileobj=good, mode="w") as archive:
+        add(archive, "good.jpg", b"x" * 700)
+    data = bytes(header) + records.ljust(512 * bool(records), b"\0") + good.getvalue()
+    found = scan(lambda at, n: data[at : at + n], len(data))
+    samples = [parse(data, *found.starts[i : i + 2], found.crcs[i], "s") for i in range(len(found.crcs))]
+    assert [sample.key for sample in samples if isinstance(sample, RawSample)] == ["good"]
+    assert len(samples) == 2 and isinstance(samples[0], Damage)
+
+
 def test_what_is_no_tar_is_refused():
     with pytest.raises(BadSample, match="not a tar"):
         read_bytes(b"<html>" * 500)

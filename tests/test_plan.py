@@ -69,6 +69,14 @@ def test_each_pass_contains_every_sample_exactly_once(plan):
     assert met[0] == everything and met[1] == everything
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2).flatmap(plans), st.integers(0, 2**62 + 100), st.integers(1, 300))
+def test_a_whole_batch_is_planned_as_its_positions_are(plan, start, length):
+    positions = range(start, start + length)
+    assert plan.slots(positions) == [plan.slot(position) for position in positions]
+    assert plan.augment_seeds(positions) == [plan.augment_seed(position) for position in positions]
+
+
 @settings(max_examples=25, deadline=None)
 @given(plans(datasets=3))
 def test_a_mix_keeps_its_proportions_and_each_dataset_its_passes(plan):

@@ -19,6 +19,7 @@ from shards import as_list, fingerprint, write_shards
 from ssl_locat.data.index import open_dataset, open_mix
 from ssl_locat.data.plan import Plan, choose_plan, resume_plan
 from ssl_locat.data.quarantine import Bad, Quarantine
+from ssl_locat.data.store import Store
 from ssl_locat.data.stream import Reader, TrainStream
 from ssl_locat.errors import BadSample, DataBudgetExceeded, Outage, UserError
 
@@ -370,6 +371,22 @@ def test_memory_stays_at_two_windows_per_lane(tmp_path):
         most = max(most, max(len(windows) for windows in reader.windows.values()))
     assert most == 2
     reader.pool.shutdown()
+
+
+def test_closing_ends_reads_that_wait_for_a_dead_store(tmp_path):
+    """Else a stopped trainer would not end before the time for retries is over: its threads are waited for."""
+    dataset = open_dataset(write_shards(tmp_path / "data", [800, 800]))
+    plan = choose_plan([dataset], [1], 0, SIZES["global_batch_size"])
+    (tmp_path / "data").rename(tmp_path / "gone")
+    dataset.store = Store(budget_seconds=300)
+    reader = Reader([dataset], plan, fingerprint)
+    reads = [read for lane in range(4) for read in reader.request(plan.slot(lane * plan.unit)[:4]).reads]
+    time.sleep(0.3)
+    assert not any(read.done() for read in reads)
+    reader.close()
+    began = time.monotonic()
+    reader.pool.shutdown(wait=True)
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.slow

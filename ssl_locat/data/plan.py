@@ -67,6 +67,18 @@ class Plan:
         window = (low + index) // self.window
         return Slot(dataset, epoch, lane, window, low + index - max(low, window * self.window))
 
+    def slots(self, positions: range) -> list[Slot]:
+        """`slot` of each position, several times as fast for one dataset: what a batch needs at once."""
+        if len(self.sizes) > 1 or positions.stop >= 1 << 62:
+            return [self.slot(position) for position in positions]
+        run, within = np.divmod(np.arange(positions.start, positions.stop), self.unit)
+        turn, lane = np.divmod(run, self.lanes)
+        low, high = np.array([self._lane_part(0, lane) for lane in range(self.lanes)]).T[:, lane]
+        epoch, index = np.divmod(turn * self.unit + within, high - low)
+        window = (low + index) // self.window
+        offset = low + index - np.maximum(low, window * self.window)
+        return [Slot(0, *rest) for rest in zip(*(a.tolist() for a in (epoch, lane, window, offset)), strict=True)]
+
     def window_samples(self, dataset: int, epoch: int, lane: int, window: int) -> np.ndarray:
         """int64 [<= window]: the samples of one window in the order in which its lane meets them."""
         low, high = self._lane_part(dataset, lane)
@@ -96,6 +108,9 @@ class Plan:
     def augment_seed(self, position: int) -> int:
         """Seed of a position's crops."""
         return mix64(self.seed, _AUGMENT, position)
+
+    def augment_seeds(self, positions: range) -> list[int]:
+        return mix64_array(mix64(self.seed, _AUGMENT), np.arange(positions.start, positions.stop)).tolist()
 
     def readers_per_lane(self, micro_batch: int, world_size: int, workers: int) -> float:
         """In how many processes, on average, a lane is read: 1.0 is best, 2.0 doubles the traffic."""

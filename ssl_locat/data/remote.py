@@ -1,16 +1,18 @@
 """Remote stores: one exact range request each, and what the answer says about the object.
 
 fsspec does addressing, credentials and listing. Ranges are asked for and checked here: fsspec's http reader accepts a server that ignores
-Range, its s3 and gs readers do not tell which version of the object answered. All run on fsspec's event loop, from any thread.
+Range, its s3 and gs readers do not tell which version of the object answered, and its event loop costs several times a blocking read.
 """
 
 import re
 import threading
+from functools import cached_property
 
 import fsspec
 from fsspec.asyn import sync
 
 from ssl_locat.data.store import Gone, Stat, redact
+from ssl_locat.data.web import Answer, Web
 from ssl_locat.errors import DataError
 
 _MAX_WHOLE = 64 << 20  # bytes taken at most from a server that ignores Range and sends the whole object
@@ -97,15 +99,20 @@ class Http(_Listing):
     """Any web server that answers range requests. Proxies and ~/.netrc as the environment has them."""
 
     def __init__(self, timeout: float):
-        import aiohttp
+        self.web, self.timeout, self.ranges_work = Web(timeout), timeout, False
 
-        silence = aiohttp.ClientTimeout(total=6 * timeout, sock_connect=timeout, sock_read=timeout)  # total: against a slow drip
-        client = {"timeout": silence, "trust_env": True}
-        self.web = fsspec.filesystem("https", client_kwargs=client, skip_instance_cache=True)
-        self.fs, self.ranges_work = self.web, False
-
-    def read(self, url: str, start: int, end: int) -> tuple[bytes, Stat]:
-        return sync(self.web.loop, self._get, *self._address(url), start, end)
+    @cached_property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """For listing only."""
+        try:
+            import aiohttp
+        except ImportError:
+            raise DataError(
+                "listing a folder of a web server needs a package that is not installed: pip install 'ssl_locat[http]' "
+                "(or name the files: shards-{000..099}.tar)"
+            ) from None
+        silence = aiohttp.ClientTimeout(total=6 * self.timeout, sock_connect=self.timeout, sock_read=self.timeout)
+        return fsspec.filesystem("https", client_kwargs={"timeout": silence, "trust_env": True}, skip_instance_cache=True)
 
     def stat(self, url: str) -> Stat:
         return self.read(url, 0, 1)[1]
@@ -119,20 +126,21 @@ class Http(_Listing):
     def _from_info(self, info: dict) -> Stat | None:
         return None  # an index page tells names only
 
-    async def _get(self, url: str, headers: dict, start: int, end: int) -> tuple[bytes, Stat]:
-        session = await self.web.set_session()
-        wanted = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        async with session.get(url, headers=headers | wanted) as answer:
+    def read(self, url: str, start: int, end: int) -> tuple[bytes, Stat]:
+        url, headers = self._address(url)
+        with self.web.get(url, headers | {"Range": f"bytes={start}-{end - 1}"}) as answer:
             version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
             sent = answer.headers.get("Content-Range")
             if answer.status == 206:
-                data = await answer.read()
+                if (answer.size or 0) > end - start:
+                    raise ConnectionError(f"{answer.size} bytes instead of {end - start}")
+                data = answer.read()
                 self.ranges_work = True
                 return _cut(data, sent, start, end, version, url)
             if answer.status == 416:
                 return b"", Stat(_total(sent), version)
             if answer.status == 200:
-                return await self._whole(answer, start, end, version, url)
+                return self._whole(answer, start, end, version, url)
             if answer.status in (401, 403, 407):
                 raise PermissionError(f"HTTP {answer.status}")
             if answer.status in (404, 410):
@@ -141,19 +149,17 @@ class Http(_Listing):
                 raise DataError(f"{redact(url)}: the server answers HTTP {answer.status} ({answer.reason}). Check the URL.")
             raise ConnectionError(f"HTTP {answer.status}")
 
-    async def _whole(self, answer, start: int, end: int, version: str, url: str) -> tuple[bytes, Stat]:
+    def _whole(self, answer: Answer, start: int, end: int, version: str, url: str) -> tuple[bytes, Stat]:
         """The server ignored Range. A small object is taken whole; of a large one each sample would cost a download."""
-        size = answer.content_length
+        size = answer.size
         if self.ranges_work:  # a proxy's or a busy server's mood
-            answer.close()
             raise ConnectionError("the server ignored the range this time")
         if size is None or size > _MAX_WHOLE:
-            answer.close()
             raise DataError(
                 f"{redact(url)}: the server ignores range requests{'' if size is None else f' (it sends all {size} bytes)'}. Samples cannot be "
                 "read from it one by one: use a server that supports them (nginx, any object store), or copy the shards."
             )
-        return (await answer.read())[start:end], Stat(size, version.strip('"'))
+        return answer.read()[start:end], Stat(size, version.strip('"'))
 
 
 class Gcs(Http):

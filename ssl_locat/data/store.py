@@ -36,6 +36,14 @@ _MAX_WHOLE = 64 << 20  # bytes read at most when a server ignores Range and send
 _PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
+_reading = threading.local()  # what only reading threads have: `stopped`, an event that ends their patience
+
+
+def let_stop(stopped: threading.Event) -> None:
+    """For a thread that reads ahead: once the event is set, it no longer waits for a store, so that the process can end."""
+    _reading.stopped = stopped
+
+
 class Stat(NamedTuple):
     size: int
     version: str  # ETag, generation or modification time: another one means another object. '' if the store tells none
@@ -218,7 +226,11 @@ class Store:
                 warned = True
                 log.warning("%s does not answer (%s); trying for another %.0f s", redact(url), what[:200], left)
             # full jitter: many readers that failed together must not come back together
-            time.sleep(min(left, random.uniform(0, pause)))
+            pause_now, stopped = min(left, random.uniform(0, pause)), getattr(_reading, "stopped", None)
+            if stopped is None:
+                time.sleep(pause_now)
+            elif stopped.wait(pause_now):
+                raise Outage(f"{redact(url)}: {redact(what)[:300]}; reading was stopped")
             pause = min(pause * 2, 20)
 
 
@@ -254,31 +266,29 @@ class _Local:
     """Files, through a bounded number of open descriptors."""
 
     def __init__(self, max_open: int = 128):
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._lock, self._max_open = threading.Lock(), max_open
 
     def read(self, url: str, start: int, end: int) -> tuple[bytes, Stat]:
-        with self._lock:  # dup: another thread may push the descriptor out of the table while we read
+        with self._lock:
             if url not in self._open:
-                self._open[url] = _open_file(url)
+                self._open[url] = _Descriptor(url)
                 if len(self._open) > self._max_open:
-                    os.close(self._open.popitem(last=False)[1])
+                    self._open.popitem(last=False)
             self._open.move_to_end(url)
-            descriptor = os.dup(self._open[url])
+            file = self._open[url]  # stays open while we read, though another thread may push it out of the table
         try:
-            data = os.pread(descriptor, end - start, start)
+            data = os.pread(file.number, end - start, start)
             while 0 < len(data) < end - start:  # one call reads 2 GiB at most
-                more = os.pread(descriptor, end - start - len(data), start + len(data))
+                more = os.pread(file.number, end - start - len(data), start + len(data))
                 if not more:
                     break
                 data += more
-            return data, _stat(os.fstat(descriptor))
+            return data, _stat(os.fstat(file.number))
         except OSError:  # a stale handle (NFS) heals by opening again
-            with self._lock, suppress(KeyError):
-                os.close(self._open.pop(url))
+            with self._lock:
+                self._open.pop(url, None)
             raise
-        finally:
-            os.close(descriptor)
 
     def stat(self, url: str) -> Stat:
         return _stat(os.stat(url))
@@ -302,12 +312,19 @@ class _Local:
             temporary.unlink(missing_ok=True)
 
 
-def _open_file(url: str) -> int:
-    try:
-        return os.open(url, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        _check_mounted(url)
-        raise
+class _Descriptor:
+    """Of an open file; closed with the last reference."""
+
+    def __init__(self, url: str):
+        try:
+            self.number = os.open(url, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            _check_mounted(url)
+            raise
+
+    def __del__(self, close=os.close):
+        with suppress(AttributeError):  # was never opened
+            close(self.number)
 
 
 def _check_mounted(url: str) -> None:

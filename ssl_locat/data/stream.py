@@ -11,11 +11,14 @@ import logging
 import os
 import shutil
 import signal
+import sys
+import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +30,17 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ssl_locat.data.index import Dataset
 from ssl_locat.data.plan import Plan, Slot, micro_batch_size
 from ssl_locat.data.quarantine import Bad, Quarantine
+from ssl_locat.data.store import let_stop
 from ssl_locat.data.tar import Damage, RawSample
 from ssl_locat.errors import BadSample, DataBudgetExceeded, Outage, UserError
 
 log = logging.getLogger(__name__)
 
-_THREADS = 16  # concurrent reads of one worker from a remote store: enough for full chunks at 50 ms to the first byte
+_THREADS = 32  # concurrent reads of one worker from a remote store: enough for full chunks at 50 ms to the first byte
 _LOCAL_THREADS = 4
 _SUBSTITUTE_WINDOWS = 8
+# A reading thread that has bytes must not wait 5 ms (Python's default) for a busy main thread to let go of the interpreter, once per call.
+_SWITCH_SECONDS = 0.0005
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -58,7 +64,8 @@ class _Window:
     """The samples of one window, being read."""
 
     def __init__(self, samples: np.ndarray, dataset: Dataset, pool: ThreadPoolExecutor):
-        self.samples, self.dataset, self.followed = samples, dataset, False
+        self.samples, self.dataset = samples, dataset
+        self.followed = False
         ordered = np.sort(samples)
         borders = np.concatenate(([0], np.flatnonzero(np.diff(ordered) != 1) + 1, [len(ordered)]))
         starts = ordered[borders[:-1]]
@@ -70,10 +77,14 @@ class _Window:
             pool.submit(dataset.fetch, start, start + length)
             for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
         ]
+        self.entries: list[list | None] = [None] * len(self.reads)  # of the reads waited for
 
     def __getitem__(self, offset: int) -> RawSample | Damage:
         read, entry = self.places[offset]
-        return self.dataset.parse(self.reads[read].result()[entry])
+        entries = self.entries[read]
+        if entries is None:
+            entries = self.entries[read] = self.reads[read].result()
+        return self.dataset.parse(entries[entry])
 
 
 class Reader:
@@ -82,8 +93,15 @@ class Reader:
     def __init__(self, datasets: Sequence[Dataset], plan: Plan, prepare: Callable[[RawSample, int], Any]):
         self.datasets, self.plan, self.prepare = datasets, plan, prepare
         remote = any(dataset.remote for dataset in datasets)
-        self.pool = ThreadPoolExecutor(_THREADS if remote else _LOCAL_THREADS, thread_name_prefix="read")
+        self.stopped = threading.Event()
+        self.pool = ThreadPoolExecutor(
+            _THREADS if remote else _LOCAL_THREADS, "read", initializer=let_stop, initargs=(self.stopped,)
+        )
         self.windows: dict[tuple[int, int], dict[tuple, _Window]] = {}  # (dataset, lane) -> its current and next window
+
+    def close(self) -> None:
+        self.stopped.set()
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def request(self, name: tuple[int, int, int, int]) -> _Window:
         """The window (dataset, epoch, lane, number); its reads start on first touch."""
@@ -92,20 +110,42 @@ class Reader:
             lane[name] = _Window(self.plan.window_samples(*name), self.datasets[name[0]], self.pool)
         return lane[name]
 
-    def _advance(self, slot: Slot) -> _Window:
-        """The slot's window; the one after it is requested when this one is half consumed, those before it are dropped."""
-        window = self.request(slot[:4])
-        if not window.followed and slot.offset >= len(window.samples) // 2:
+    def _enter(self, slot: Slot) -> _Window:
+        """The slot's window; those before it are dropped."""
+        window, lane = self.request(slot[:4]), self.windows[slot.dataset, slot.lane]
+        while next(iter(lane)) != slot[:4]:
+            del lane[next(iter(lane))]
+        return window
+
+    def _follow(self, slot: Slot, window: _Window) -> None:
+        """Request the window after this one, early in its use. Lanes take turns, as they all move at the same pace: no rush, no pause."""
+        if slot.offset >= len(window.samples) * slot.lane // (2 * self.plan.lanes):
             window.followed = True
             self.request(self.plan.following(slot))
-            lane = self.windows[slot.dataset, slot.lane]
-            while next(iter(lane)) != slot[:4]:
-                del lane[next(iter(lane))]
-        return window
 
     def take(self, position: int, damaged: list[Bad]) -> tuple[str, Any]:
         """(key, prepared sample) at a position; what is damaged is added to the list and replaced by the next good sample."""
-        slot, seed = self.plan.slot(position), self.plan.augment_seed(position)
+        positions = range(position, position + 1)
+        return self.take_all(positions, self.plan.slots(positions), damaged)[0]
+
+    def take_all(self, positions: range, slots: list[Slot], damaged: list[Bad]) -> list[tuple[str, Any]]:
+        """`take` for each position of a batch, quicker: runs of positions share a window."""
+        found: list[tuple[str, Any]] = []
+        name, window = None, None
+        for position, slot, seed in zip(positions, slots, self.plan.augment_seeds(positions), strict=True):
+            if slot[:4] != name:
+                name, window = slot[:4], self._enter(slot)
+            if not window.followed:
+                self._follow(slot, window)
+            raw = window[slot.offset]
+            if isinstance(raw, RawSample):
+                with suppress(BadSample):
+                    found.append((raw.key, self.prepare(raw, seed)))
+                    continue
+            found.append(self._search(position, slot, seed, damaged))
+        return found
+
+    def _search(self, position: int, slot: Slot, seed: int, damaged: list[Bad]) -> tuple[str, Any]:
         dataset = self.datasets[slot.dataset]
         for number, raw in self._from(slot):
             if isinstance(raw, RawSample):
@@ -124,7 +164,7 @@ class Reader:
 
         The same for every world size, since it depends on the plan and the data only.
         """
-        window = self._advance(slot)
+        window = self.request(slot[:4])
         count = len(window.samples)
         for step in range(count):
             offset = (slot.offset + step) % count
@@ -148,24 +188,21 @@ class _MicroBatches(IterableDataset):
         first = self.start + (number * self.world_size + self.rank) * self.micro_batch
         return range(first, first + self.micro_batch)
 
-    def _first_of_runs(self, number: int, unit: int) -> list[int]:
-        """A position in each run of `unit` positions, which share a lane, of a micro-batch."""
-        positions = self.positions(number)
-        return [positions.start, *range((positions.start // unit + 1) * unit, positions.stop, unit)]
-
     def __iter__(self) -> Iterator[Batch | _Failure]:
         worker = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         reader = Reader(*self.arguments)
-        slot = reader.plan.slot
+        switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(min(switch_seconds, _SWITCH_SECONDS))
+        ahead = reader.plan.slots(self.positions(number))
         try:
             while True:
-                for ahead in (number, number + stride):  # the next batch keeps the pool busy while this one is decoded
-                    for position in self._first_of_runs(ahead, reader.plan.unit):
-                        reader.request(slot(position)[:4])
+                slots, ahead = ahead, reader.plan.slots(self.positions(number + stride))
+                for name in dict.fromkeys(slot[:4] for slot in slots + ahead):
+                    reader.request(name)  # the next batch keeps the pool busy while this one is decoded
                 began = time.perf_counter()
                 damaged: list[Bad] = []
-                taken = [reader.take(position, damaged) for position in self.positions(number)]
+                taken = reader.take_all(self.positions(number), slots, damaged)
                 payload = self.collate([sample for _, sample in taken])
                 if worker is not None:
                     _check_shared_memory(payload)
@@ -178,7 +215,8 @@ class _MicroBatches(IterableDataset):
                 raise
             yield _Failure(error)
         finally:
-            reader.pool.shutdown(wait=False, cancel_futures=True)
+            sys.setswitchinterval(switch_seconds)
+            reader.close()
 
 
 def _as_is(batch):
@@ -347,6 +385,9 @@ class TrainStream:
         if self._batches is not None and self.workers:
             self._close()
         self._batches = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def __enter__(self) -> "TrainStream":
         return self

@@ -81,9 +81,12 @@ def _number(field: bytes, at: int) -> int:
     if field[0] & 0x80:  # GNU's base-256, for sizes of 8 GiB and more
         return int.from_bytes(field, "big") & (1 << 8 * len(field) - 1) - 1
     try:
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+        number = int(field.split(b"\0", 1)[0].strip() or b"0", 8)
     except ValueError:
-        raise BadTar(at, f"unreadable number {field!r} in the tar header") from None
+        number = -1
+    if number < 0:  # would lead backwards, and round and round
+        raise BadTar(at, f"unreadable number {field!r} in the tar header")
+    return number
 
 
 def is_header(block: bytes) -> bool:
@@ -101,6 +104,8 @@ def _pax(records: bytes, at: int) -> dict[str, bytes]:
     try:
         while records.strip(b"\0"):
             length, rest = records.split(b" ", 1)
+            if int(length) <= len(length):  # would never end
+                raise ValueError
             record, records = rest[: int(length) - len(length) - 2], records[int(length) :]
             name, value = record.split(b"=", 1)
             found[name.decode()] = value
@@ -254,7 +259,7 @@ def _parse_plain(data: bytes, at: int, end: int, crc: int) -> tuple[str, dict[st
             extension = name[dot + 1 :].decode().lower()
             if key is None:
                 key = name[:dot]
-            if name[:dot] != key or extension in found or data_at + size > end or block[124] & 0x80:
+            if name[:dot] != key or extension in found or not 0 <= size <= end - data_at or block[124] & 0x80:
                 return None
             found[extension] = data[data_at : data_at + size]
         if at != end or not key or key.endswith(b"/") or zlib.crc32(key) != crc or b"." not in name:
