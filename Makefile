@@ -22,8 +22,10 @@ test-lowest: .venv-lowest/ready
 test-slurm: $(VENV)/ready
 	launch/dev_slurm test -- $(CURDIR)/$(PYTEST) -m "slurm and not slow" $(ARGS)
 
+# The second time with accounts (slurmdbd), for what depends on them.
 test-slurm-full: $(VENV)/ready
 	launch/dev_slurm test -- $(CURDIR)/$(PYTEST) -m slurm $(ARGS)
+	launch/dev_slurm test --accounting -- $(CURDIR)/$(PYTEST) -m slurm -k "states or crash" $(ARGS)
 
 bench: $(VENV)/ready
 	$(BIN)/ssl-locat bench all $(ARGS)

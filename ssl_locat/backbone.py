@@ -62,22 +62,28 @@ def load_backbone(model: str | Path, which: str = "teacher", step: int | None = 
     which: "teacher" or "student", step: which checkpoint (newest by default): both for run folders. Raises UserError or CheckpointError.
     """
     model = str(model)
+    check_exists(model)
     if model.startswith("timm:"):
         backbone = create_from_timm(model.removeprefix("timm:"))
     elif model.startswith("hf-hub:"):
         backbone = create_pretrained(model)
     elif Path(model.partition("?")[0]).is_file():
         backbone = load_weights_file(model)
-    elif not Path(model).exists():
-        raise UserError(
-            f"there is no {model}; a MODEL is a run folder, a checkpoint folder, an export folder, a file of weights, "
-            "timm:NAME or hf-hub:NAME"
-        )
     elif Path(model, "config.json").is_file():
         backbone = create_pretrained(f"local-dir:{model}")
     else:
         backbone = load_run(Path(model), which, step)
     return backbone.eval()
+
+
+def check_exists(model: str) -> None:
+    """UserError if MODEL is a path and nothing is there."""
+    if model.startswith(("timm:", "hf-hub:")) or Path(model).exists() or Path(model.partition("?")[0]).is_file():
+        return
+    raise UserError(
+        f"there is no {model}; a MODEL is a run folder, a checkpoint folder, an export folder, a file of weights, "
+        "timm:NAME or hf-hub:NAME"
+    )
 
 
 def init_weights(backbone: nn.Module, source: str) -> list[str]:
@@ -175,6 +181,6 @@ def find_checkpoint(run: Path, step: int | None) -> Path:
         whole = [path for path in whole if path.name == f"step_{step:08d}"]
     if not whole:
         found = ", ".join(str(int(path.name[5:])) for path in folders) or "none"
-        wanted = "a whole checkpoint" if step is None else f"a whole checkpoint of step {step}"
-        raise CheckpointError(f"{run} has no such thing as {wanted}; steps found: {found}")
+        wanted = "no whole checkpoint yet" if step is None else f"no whole checkpoint of step {step}"
+        raise CheckpointError(f"{run} holds {wanted}; steps found: {found}. `ssl-locat doctor {run}` says how far the run came.")
     return whole[-1]

@@ -32,6 +32,7 @@ On = Annotated[
     str | None,
     typer.Option("--on", help="where it runs: a launch profile (local, torchrun, slurm, ...) or a YAML", metavar="PROFILE"),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show what would run, run nothing")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 
 
@@ -63,7 +64,7 @@ def pretrain(
     overrides: Overrides = None,
     on: On = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint", metavar="auto|never|PATH")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would run, run nothing")] = False,
+    dry_run: DryRun = False,
     replay: Annotated[
         Path | None, typer.Option(help="run one saved batch again and say where it stops being finite", metavar="FILE")
     ] = None,
@@ -104,14 +105,20 @@ def evaluate(
     overrides: Overrides = None,
     on: On = None,
     as_json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Judge a frozen backbone by one protocol."""
     if on not in (None, "local"):
-        from ssl_locat.launch import submit_command
+        from ssl_locat.launch import submit_evaluate
 
-        submit_command(["evaluate", protocol, model, *(overrides or [])], on)
+        submit_evaluate(protocol, model, overrides or [], on, as_json=as_json, dry_run=dry_run)
         return
+    from ssl_locat.evaluate import dry_run as show_plan
     from ssl_locat.evaluate import run, show
+
+    if dry_run:
+        show_plan(protocol, model, overrides or [])
+        return
 
     result = run(protocol, model, overrides or [])
     _print_json(result) if as_json else show(result)
@@ -122,16 +129,18 @@ def table(
     name: Annotated[str, typer.Argument(metavar="TABLE", help="a shipped table or a YAML")],
     models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL ...]")] = None,
     on: On = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Models x protocols x data sets: our number beside the published one."""
     if on not in (None, "local"):
-        from ssl_locat.launch import submit_command
+        from ssl_locat.launch import submit_table
 
-        submit_command(["table", name, *(models or [])], on)
+        submit_table(name, models or [], on, dry_run=dry_run)
         return
+    from ssl_locat.table import dry_run as show_plan
     from ssl_locat.table import run
 
-    run(name, models or [])
+    show_plan(name, models or []) if dry_run else run(name, models or [])
 
 
 @app.command()
@@ -247,9 +256,9 @@ def jobs(
     names: Annotated[list[str] | None, typer.Argument(metavar="[JOB|RUN ...]")] = None,
 ) -> None:
     """Jobs on the cluster: list, logs, stop, requeue."""
-    from ssl_locat.launch import jobs
+    from ssl_locat.jobs import ACTIONS
 
-    jobs(action, names or [])
+    ACTIONS[action](names or [])
 
 
 # click's base of all usage errors; newer typer carries a copy of click of its own, so it is reached through a public name
@@ -271,6 +280,8 @@ def main() -> None:
     except _Usage as error:
         error.show()
         code = error.exit_code
+        if (option := getattr(error, "option_name", "") or "").startswith("--") and "." in option:
+            print(f"What a YAML says is overridden without dashes: {option.lstrip('-')}=VALUE", file=sys.stderr)
     except EXPECTED as error:
         print(f"ssl-locat: {error}", file=sys.stderr)
         code = error.exit_code

@@ -191,6 +191,12 @@ def remember_signals() -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, keep)
+    deliver_signals()
+
+
+def deliver_signals() -> None:
+    """Those that came while the process started were held back (launch.py blocks them): let them reach their handlers."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class StopFlag:

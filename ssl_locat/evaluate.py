@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
 from rich.table import Table
 
 from ssl_locat.config import check_options, keyword_names
@@ -60,6 +61,46 @@ def _check_data(protocol: str, loaded: LoadedYaml) -> None:
         )
 
 
+def _divide(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those that choose a network of a run folder, and the protocol's."""
+    own = [item for item in overrides if item.partition("=")[0] in ("which", "step")]
+    return own, [item for item in overrides if item not in own]
+
+
+def check(
+    protocol: str, model: str, overrides: Sequence[str] = (), model_may_come: bool = False
+) -> tuple[list[str], dict[str, Any]]:
+    """All that can be found wrong before the model is loaded: keys, the model's path, the data sets.
+
+    Returns the overrides that choose a network of a run folder, and the rest resolved, as a protocol's YAML that says the same.
+    `model_may_come`: a job that runs before this one may yet write the model.
+    """
+    own, overrides = _divide(overrides)
+    name, options = load_protocol(protocol, overrides)
+    check_inputs(model, name, options, model_may_come)
+    return own, {"protocol": name, **options}
+
+
+def check_inputs(model: str, protocol: str, options: dict[str, Any], model_may_come: bool = False) -> None:
+    """UserError if the model or a data set is not there; data is opened as the protocol will open it, and not read."""
+    from ssl_locat.backbone import check_exists
+    from ssl_locat.evaluation.samples import Members
+    from ssl_locat.evaluation.seg_datasets import open_scenes
+
+    if not model_may_come:
+        check_exists(model)
+    data = options.get("data") or {}
+    for name in ("train", "test"):
+        if data.get(name):
+            given = {key: value for key, value in data.items() if value is not None}
+            open_scenes(given, name) if protocol in ("segmentation", "hummingbird") else Members(data[name])
+
+
+def dry_run(protocol: str, model: str, overrides: Sequence[str] = ()) -> None:
+    """Check everything and print the resolved protocol, without running it."""
+    print(yaml.safe_dump(check(protocol, model, overrides)[1], sort_keys=False, allow_unicode=True), end="")
+
+
 def function_of(protocol: str) -> Callable[..., dict[str, float]]:
     """The `evaluate(backbone, *, ...)` of a protocol."""
     module, _, name = PROTOCOLS[protocol].partition(":")
@@ -72,8 +113,8 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
     Keys beside the protocol's own: `which` (teacher or student) and `step`, of a run folder. If MODEL is an export folder, its model card
     gets a row.
     """
-    own = [item for item in overrides if item.partition("=")[0] in ("which", "step")]
-    name, options = load_protocol(protocol, [item for item in overrides if item not in own])
+    own, overrides = _divide(overrides)
+    name, options = load_protocol(protocol, overrides)
     chosen = dict(item.split("=", 1) for item in own)
     if "step" in chosen:
         chosen["step"] = int(chosen["step"])

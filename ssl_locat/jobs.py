@@ -60,34 +60,44 @@ def after_queueing(queued: list[str], folder: Path) -> None:
 # --- states -----------------------------------------------------------------------------------------------------------------
 
 
-def _ask(*words: str) -> str:
-    """stdout of a Slurm command; '' if there is no such command or it fails."""
+def _ask(*words: str) -> str | None:
+    """stdout of a Slurm command; None if there is no such command or it fails."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
-def queue() -> dict[str, str]:
-    """Job -> state, of what is in the queue now; each element of an array by itself, as <array>_<index>."""
-    lines = _ask("squeue", "-r", "-h", "--me", "-o", "%i|%T").splitlines()
-    return dict(line.strip().split("|", 1) for line in lines if "|" in line)
+def queue() -> dict[str, str] | None:
+    """Job -> state, of what is in the queue now; each element of an array by itself, as <array>_<index>. None: Slurm does not answer."""
+    answer = _ask("squeue", "-r", "-h", "--me", "-o", "%i|%T")
+    return None if answer is None else dict(line.strip().split("|", 1) for line in answer.splitlines() if "|" in line)
 
 
-def state(record: dict[str, Any], queued: dict[str, str]) -> str:
-    """One word, or a few where the job's own account says more than Slurm's."""
+def state(record: dict[str, Any], queued: dict[str, str] | None) -> str:
+    """One word, or a few where the job's own account says more than Slurm's. queued: what `queue()` said."""
     job, own = record["job"], last_word(record)
-    if job in queued:
+    if queued is not None and job in queued:
         return queued[job]
     known = _from_scontrol(job) or _from_sacct(job)
     if own.get("state") == "STOPPED" and known in ("", "FAILED", "CANCELLED", "COMPLETED"):
         return "STOPPED"  # saved, and left with exit code 4, which Slurm takes for a failure
     if known:
         return known
+    if queued is None and own.get("state") not in ("COMPLETED", "FAILED", "STOPPED", "CANCELLED"):
+        return "UNKNOWN (Slurm does not answer)"
     if own.get("state") in ("RUNNING", "REQUEUED"):
         return f"LOST (last heard of {time.strftime('%Y-%m-%d %H:%M', time.localtime(own['time']))})"
     return own.get("state", "UNKNOWN")
+
+
+def note(folder: str, job: str, **fields) -> None:
+    """What this job last said of itself: the word that counts where Slurm has forgotten the job and keeps no accounts."""
+    path = Path(folder, f"{job}.json")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"time": time.time(), **fields}))
+    partial.replace(path)
 
 
 def last_word(record: dict[str, Any]) -> dict[str, Any]:
@@ -97,12 +107,12 @@ def last_word(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_scontrol(job: str) -> str:
-    fields = dict(word.split("=", 1) for word in _ask("scontrol", "show", "job", "-o", job).split() if "=" in word)
+    fields = dict(word.split("=", 1) for word in (_ask("scontrol", "show", "job", "-o", job) or "").split() if "=" in word)
     return fields.get("JobState", "")
 
 
 def _from_sacct(job: str) -> str:
-    lines = _ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job).split("\n")
+    lines = (_ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job) or "").split("\n")
     return lines[0].split(" ")[0].strip()  # 'CANCELLED by 0'
 
 
@@ -154,16 +164,19 @@ def first_fault(folder: Path, job: str) -> dict[str, Any] | None:
 
 
 def stop(names: list[str]) -> None:
-    """Save, then end; not requeued. A job that waits leaves the queue."""
+    """Save, then end; not requeued. A job that waits, or has nothing to save, is cancelled."""
     for record in _named(names, "stop"):
-        job, now = record["job"], queue().get(record["job"], "")
-        if now == "RUNNING":
+        job, now = record["job"], _queued(record["job"])
+        if now == "RUNNING" and "pretrain" in record["command"]:
             Path(record["folder"], f"{job}.stop").touch()
             _must("scancel", "--signal=USR2", job)
             print(f"{job}: asked to save and stop")
         elif now:
             _must("scancel", job)
-            print(f"{job}: {now}, taken out of the queue")
+            if now == "PENDING":  # it cannot say so itself
+                own = last_word(record)
+                note(record["folder"], job, **{**own, "state": "STOPPED" if own else "CANCELLED"})
+            print(f"{job}: {now}, {'taken out of the queue' if now == 'PENDING' else 'cancelled'}")
         else:
             print(f"{job}: {state(record, {})}, nothing to stop")
 
@@ -171,7 +184,7 @@ def stop(names: list[str]) -> None:
 def requeue(names: list[str]) -> None:
     """Save and start again when there is room; a job that ended, if Slurm still knows it, starts again."""
     for record in _named(names, "requeue"):
-        job, now = record["job"], queue().get(record["job"], "")
+        job, now = record["job"], _queued(record["job"])
         Path(record["folder"], f"{job}.stop").unlink(missing_ok=True)
         if now == "RUNNING" and "pretrain" in record["command"]:
             _must("scancel", "--signal=USR2", job)  # it asks Slurm for the requeue itself, once it is saved
@@ -184,6 +197,14 @@ def requeue(names: list[str]) -> None:
         else:
             command = shlex.join(record["command"])
             raise UserError(f"Slurm has forgotten job {job}. Queue it anew with --on; it goes on where it stopped: {command}")
+
+
+def _queued(job: str) -> str:
+    """The job's state in the queue; '' if it is not there."""
+    queued = queue()
+    if queued is None:
+        raise UserError("Slurm does not answer (squeue failed). Look with `scontrol ping`, and try again when it is back.")
+    return queued.get(job, "")
 
 
 def _named(names: list[str], action: str) -> list[dict[str, Any]]:

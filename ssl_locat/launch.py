@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+import yaml
 from submitit.core.utils import FailedJobError
 
 from ssl_locat import jobs as registry
@@ -41,8 +42,10 @@ OURS = {  # keys that are neither submitit's nor Slurm's, with their defaults
     "python": None,  # the interpreter on the nodes; default: this one
     "max_requeues": 1000,  # a job that is stopped more often than this stays stopped
 }
-# The shell ignores signals that come while Python still imports: they would kill it, and a killed job is not requeued.
-PATIENT = 'trap "" TERM USR1 USR2; exec "$0" "$@"'
+# Signals that come while Python still imports are kept until there is a handler (task.py): they would kill it, and a killed job is not
+# requeued. The shell ignores them for the instant until a first Python blocks them; blocked they stay over exec, and are delivered later.
+BLOCK = "import os, signal as s, sys; s.pthread_sigmask(s.SIG_BLOCK, [s.SIGTERM, s.SIGUSR1, s.SIGUSR2]); os.execvp(sys.argv[1], sys.argv[1:])"
+PATIENT = f'trap \'\' TERM USR1 USR2; exec "$0" -c {shlex.quote(BLOCK)} "$0" "$@"'
 
 
 @dataclass
@@ -154,16 +157,40 @@ def submit_pretrain(config: Config, on: str, resume: str = "auto", dry_run: bool
     _start(commands, profile, snapshot, [run.run_dir for run in runs], dry_run)
 
 
-def submit_command(arguments: list[str], on: str, dry_run: bool = False) -> None:
-    """Start any other command line (`["evaluate", "knn", "runs/a"]`) where the profile says."""
+def submit_evaluate(
+    protocol: str, model: str, overrides: list[str], on: str, as_json: bool = False, dry_run: bool = False
+) -> None:
+    """Judge a backbone where the profile says; the same checks as for a pretraining come first."""
+    from ssl_locat.evaluate import check
+
     profile = load_profile(on)
-    folder = Path("jobs", f"{arguments[0]}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    _start([arguments], profile, _snapshot(folder, dry_run), [str(folder)], dry_run)
+    own, resolved = check(protocol, model, overrides, model_may_come=_waits_for_a_job(profile))
+    _submit_judging("evaluate", protocol, resolved, [model, *own, *(["--json"] if as_json else [])], profile, dry_run)
 
 
-def jobs(action: str, names: list[str]) -> None:
-    """`ssl-locat jobs`; see jobs.py."""
-    registry.ACTIONS[action](names)
+def submit_table(name: str, arguments: list[str], on: str, dry_run: bool = False) -> None:
+    """Fill a table where the profile says; requeued, it goes on after the cells that are finished."""
+    from ssl_locat.table import check
+
+    profile = load_profile(on)
+    _submit_judging("table", name, check(name, arguments, model_may_come=_waits_for_a_job(profile)), [], profile, dry_run)
+
+
+def _submit_judging(
+    command: str, name: str, resolved: dict[str, Any], arguments: list[str], profile: Profile, dry_run: bool
+) -> None:
+    """`resolved`: the YAML with all that it was given on the command line, kept beside the code under its own name."""
+    folder = Path("jobs", f"{command}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    snapshot = _snapshot(folder, dry_run)
+    own = snapshot / f"{Path(name).stem}.yaml"
+    if not dry_run:
+        own.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    _start([[command, str(own), *arguments]], profile, snapshot, [str(folder)], dry_run)
+
+
+def _waits_for_a_job(profile: Profile) -> bool:
+    """A run folder that does not exist yet may be what the job waits for."""
+    return profile.launcher == "slurm" and bool(slurm_names(profile.options).get("dependency"))
 
 
 def expand_sweep(config: Config) -> list[Config]:
@@ -189,8 +216,15 @@ def _changed(config: Config, values: dict[str, Any]) -> Config:
 
 def _snapshot(folder: Path, dry_run: bool) -> Path:
     """A copy of the code beside the job's logs; jobs import it from there."""
-    target = folder / f"snapshot-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = f"snapshot-{time.strftime('%Y%m%d-%H%M%S')}"
+    target = folder / stem
     if not dry_run:
+        for number in itertools.count(2):  # several may be sent off within a second
+            try:
+                target.mkdir(parents=True)
+                break
+            except FileExistsError:
+                target = folder / f"{stem}-{number}"
         ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(Path(__file__).parent, target / "ssl_locat", ignore=ignore)
         for name in ("configs", "launch", "eval"):

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ssl_locat.config import DataSpec, Section, check_options, parse
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
-from ssl_locat.evaluate import judge
+from ssl_locat.evaluate import check_inputs, judge
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.log import console, progress
 from ssl_locat.table_text import Cell, write_table
@@ -136,6 +136,30 @@ def cells(table: TableConfig) -> Iterator[tuple[str, str, str, str, dict[str, An
             for model in models:
                 for seed in column.seeds or [None]:
                     yield row_name, column_name, model, protocol, options if seed is None else {**options, "seed": seed}
+
+
+def check(name: str, arguments: Sequence[str] = (), model_may_come: bool = False) -> dict[str, Any]:
+    """All that can be found wrong before anything is measured; the table as a YAML that says the same, with all options of its columns."""
+    table = load_table(name, arguments)
+    seen = set()
+    for _, _, model, protocol, options in cells(table):
+        about = json.dumps([model, protocol, options.get("data")], sort_keys=True, default=str)
+        if about not in seen:
+            seen.add(about)
+            check_inputs(model, protocol, options, model_may_come)
+    resolved = table.model_dump(mode="json")
+    for key, column in table.columns.items():
+        resolved["columns"][key]["options"] = _protocol(column, {})[1]
+    return resolved
+
+
+def dry_run(name: str, arguments: Sequence[str] = ()) -> None:
+    """Check everything and list the cells: those at hand, and those that would be measured."""
+    check(name, arguments)
+    table = load_table(name, arguments)
+    for row, column, model, protocol, options in cells(table):
+        state = "done" if cell_file(table, model, protocol, options).exists() else "to do"
+        print(f"{state:<6} {row}, {column}: {protocol} of {model}")
 
 
 def fingerprint(model: str) -> str:

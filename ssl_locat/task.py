@@ -5,11 +5,10 @@ Seen on a real Slurm, and why this is as it is:
   requeue itself, and everybody waits to be ended by Slurm.
 - `scontrol requeue` brings a cancelled job back to life. So it is only asked for while Slurm says RUNNING: after `scancel` and
   after an operator's requeue the state is COMPLETING already.
-- A signal that comes before there is a handler kills the process, and with it the requeue. So the shell that starts Python ignores
-  signals (launch.py), and the handlers that remember them come first here.
+- A signal that comes before there is a handler kills the process, and with it the requeue. So Python is started with signals blocked
+  (launch.py), and the handlers that remember them come first here.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from ssl_locat import distributed, log
 from ssl_locat.errors import EXPECTED, Outage, Preempted
+from ssl_locat.jobs import note
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def run(arguments: list[str], folder: str, cwd: str, max_requeues: int) -> None:
     else:  # begins again when requeued: nothing to save, and Slurm requeues only what did not exit by itself
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
+        distributed.deliver_signals()
     if distributed.is_main():
         shutil.rmtree(faults, ignore_errors=True)
         Path(folder, f"{job}_0_result.pkl").unlink(missing_ok=True)  # of an attempt whose node was lost
@@ -75,14 +76,6 @@ def run(arguments: list[str], folder: str, cwd: str, max_requeues: int) -> None:
         sys.stderr.flush()
         os._exit(code)
     distributed.shutdown()
-
-
-def note(folder: str, job: str, **fields) -> None:
-    """What this job last said of itself: the word that counts where Slurm has forgotten the job and keeps no accounts."""
-    path = Path(folder, f"{job}.json")
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"time": time.time(), **fields}))
-    partial.replace(path)
 
 
 def slurm_state(job: str) -> str:

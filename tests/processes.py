@@ -36,17 +36,18 @@ def start_ranks(function, world_size: int, *args):
     return processes, results
 
 
-def run_ranks(function, world_size: int, *args) -> list:
-    """Results in rank order."""
+def run_ranks(function, world_size: int, *args, seconds: float = 280) -> list:
+    """Results in rank order; `seconds` is how long to wait for one of them."""
     processes, results = start_ranks(function, world_size, *args)
     found = dict.fromkeys(range(world_size))
-    for _ in range(world_size):
-        rank, state, result = results.get(timeout=280)
-        if state == "failed":
-            for process in processes:
-                process.kill()
-            raise AssertionError(f"rank {rank}: {result}")
-        found[rank] = result
-    for process in processes:
-        process.join(30)
+    try:
+        for _ in range(world_size):
+            rank, state, result = results.get(timeout=seconds)
+            assert state == "ok", f"rank {rank}: {result}"
+            found[rank] = result
+        for process in processes:
+            process.join(30)
+    finally:
+        for process in processes:
+            process.kill()
     return [found[rank] for rank in range(world_size)]

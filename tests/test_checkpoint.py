@@ -287,3 +287,35 @@ def test_two_processes_and_one_read_each_other_and_a_failure_on_one_is_known_to_
     assert train(alone, its_optimizer, 2, 4) == expected
     files = json.loads((checkpointer.newest() / "checkpoint.json").read_text())["files"]
     assert len(files) == 2  # each rank wrote its part
+
+
+# ---- what it costs
+
+
+def test_saving_stalls_training_for_less_than_a_step(tmp_path):
+    """Measured in this thread's CPU time, each save beside a step: other work on the machine does not count."""
+    from ssl_locat.backbone import create_backbone
+
+    torch.manual_seed(0)
+    options = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
+    model = create_backbone("locatvit_tiny", **options)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpointer = Checkpointer(tmp_path, keep_last=1)
+
+    def step():
+        model.forward_features(torch.randn(16, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    steps, stalls = [], []
+    for number in range(1, 8):
+        began = time.thread_time()
+        step()
+        between = time.thread_time()
+        checkpointer.save(number, {"student": model}, optimizer, {})
+        stalls.append(time.thread_time() - between)
+        steps.append(between - began)
+        checkpointer.wait()
+    print(f"step {sorted(steps)[3] * 1e3:.1f} ms, stall {sorted(stalls)[3] * 1e3:.1f} ms of CPU time")
+    assert sorted(stalls)[3] < 0.5 * sorted(steps)[3]
+    assert checkpointer.newest().name == "step_00000007"

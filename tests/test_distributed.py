@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import torch
 from processes import run_ranks, start_ranks
@@ -57,11 +58,12 @@ def test_all_ranks_stop_at_the_same_step_for_a_signal_to_one():
 
 
 def test_signal_stops_one_process_at_the_step_border():
+    before = signal.getsignal(signal.SIGTERM)
     with StopFlag() as stop:
         assert not stop.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed() and stop.reason == "SIGTERM"
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_second_interrupt_ends_the_process_at_once():
@@ -91,6 +93,27 @@ def test_lost_rank_ends_the_others_within_seconds():
         process.join(30)
     assert (rank, state) == (0, "failed") and "agreed" in trace
     assert processes[0].exitcode != 0
+
+
+def _hangs():
+    distributed.shutdown()
+    distributed.setup("cpu", timeout=timedelta(seconds=5))
+    with StopFlag() as stop:
+        stop.agreed()
+        if distributed.rank() == 1:
+            time.sleep(60)  # alive, its connections open, and silent
+        stop.agreed()
+        stop.agreed()
+
+
+def test_hanging_rank_ends_the_others_with_a_message():
+    processes, results = start_ranks(_hangs, 2)
+    try:
+        rank, state, trace = results.get(timeout=200)
+        assert (rank, state) == (0, "failed") and "Timed out waiting" in trace and "agreed" in trace
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_fault_names_rank_and_host_first(tmp_path):

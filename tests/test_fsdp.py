@@ -124,10 +124,11 @@ def probed() -> list[float]:
     return twin(torch.ones(1, 3, 32, 32)).flatten().tolist() if distributed.is_main() else []
 
 
+@pytest.mark.timeout(1200)  # 24 trainings on two cores, where four processes wait for each other
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_as_one_and_checkpoints_load_in_any_form(processes, alone, tmp_path):
     expected = build(None, False)[0].teacher.backbone(torch.ones(1, 3, 32, 32)).flatten().tolist()
-    for index, found in enumerate(run_ranks(_all_forms, processes, tmp_path)):
+    for index, found in enumerate(run_ranks(_all_forms, processes, tmp_path, seconds=1000)):
         assert found["probed"] == ([] if index else expected)
         close(found["ddp accumulated"], alone)
         close(found["fsdp accumulated"], alone)

@@ -98,6 +98,37 @@ def test_batch_that_the_ranks_do_not_divide_is_refused_before_queueing(here):
         launch.submit_pretrain(load("config.yaml"), "slurm,nodes=3", dry_run=True)
 
 
+def test_missing_data_is_refused_before_queueing(here):
+    with pytest.raises(UserError, match=r"nowhere"):
+        launch.submit_pretrain(load("config.yaml", ["data.train=nowhere/a-{0..3}.tar"]), "slurm", dry_run=True)
+
+
+def test_judging_is_checked_before_queueing(here, capsys):
+    data = ["data.train=textures/textures-train-*.tar", "data.test=textures/textures-test-*.tar"]
+    model = "timm:vit_tiny_patch16_224?img_size=32&patch_size=8"
+    for wrong, message in (
+        (("knn", "runs/none", data, "slurm"), "there is no runs/none"),
+        (("knn", model, [data[0], "data.test=nowhere/x.tar"], "slurm"), r"nowhere/x\.tar"),
+        (("knn", model, [*data, "neighbours=3"], "slurm"), "neighbours"),
+        (("knn", model, data, "slurm,partitoin=x"), "partitoin"),
+    ):
+        with pytest.raises(UserError, match=message):
+            launch.submit_evaluate(*wrong, dry_run=True)
+    launch.submit_evaluate("knn", "runs/none", data, "slurm,slurm_dependency=afterok:1", dry_run=True)  # that job may write it
+    launch.submit_evaluate("knn", model, data, "slurm,nodes=3", as_json=True, dry_run=True)
+    scripts = capsys.readouterr().out
+    assert "#SBATCH --job-name=ssl-locat-evaluate\n" in scripts and "#SBATCH --nodes=3\n" in scripts
+    (here / "small.yaml").write_text(
+        "{title: T, results: r, data: {x: {train: nowhere/y.tar, test: nowhere/y.tar}},"
+        " columns: {c: {protocol: knn, data: x, metric: top1_k20}}, rows: {a: {model: 'timm:vit_tiny_patch16_224'}}}"
+    )
+    with pytest.raises(UserError, match=r"nowhere/y\.tar"):
+        launch.submit_table("small.yaml", [], "slurm", dry_run=True)
+    launch.submit_table("small.yaml", [f"data.x.train={data[0][11:]}", f"data.x.test={data[1][10:]}"], "slurm", dry_run=True)
+    assert "#SBATCH --job-name=ssl-locat-table\n" in capsys.readouterr().out
+    assert not (here / "jobs").exists()
+
+
 def test_sweep_is_every_combination_each_in_its_folder(here):
     runs = launch.expand_sweep(load("config.yaml", ["sweep={seed: [0, 1], optim.lr: [1e-3, 0.01]}"]))
     assert [(run.seed, run.optim.lr) for run in runs] == [(0, 0.001), (0, 0.01), (1, 0.001), (1, 0.01)]
@@ -113,6 +144,17 @@ def test_jobs_are_found_by_number_and_folder_and_unknown_ones_named(here):
         jobs.find("18")
     with pytest.raises(UserError, match="needs a job number"):
         jobs.stop([])
+
+
+def test_job_says_itself_what_slurm_does_not_know(here, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")  # no squeue, no scontrol, no sacct
+    jobs.add("21", str(here), "runs/b", ["ssl-locat", "pretrain", "x"])
+    for said, shown in (("COMPLETED", "COMPLETED"), ("STOPPED", "STOPPED"), ("RUNNING", "UNKNOWN (Slurm does not answer)")):
+        jobs.note(str(here), "21", state=said, restart=2)
+        assert jobs.state(jobs.find("21"), jobs.queue()) == shown
+    assert jobs.state(jobs.find("21"), {}).startswith("LOST (last heard of ")  # Slurm answers, and has never heard of it
+    with pytest.raises(UserError, match="Slurm does not answer"):
+        jobs.stop(["21"])
 
 
 def start(here, on: str, run: str, *more: str) -> subprocess.CompletedProcess:

@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     for index in range(40):
         Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(images / f"{index:03}.jpg")
-    run(folder, "ssl-locat pretrain quickstart", [*TINY, *SHORT, *QUICK])
+    run(folder, "ssl-locat pretrain quickstart", [*TINY, *SHORT, *QUICK, "optim.global_batch_size=64"])
     return folder
 
 
