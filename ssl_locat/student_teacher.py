@@ -99,11 +99,11 @@ def _channels(values: tuple[float, ...]) -> Tensor:
 
 
 def _on(grid: Grid, tokens: Tokens) -> Tensor:
-    """Patch tokens [B, N, D] brought to another grid."""
+    """Patch tokens [B, N, D] brought to another grid; bicubic without antialiasing, as DINOv3 does."""
     if tokens.grid == grid:
         return tokens.patches
     maps = tokens.patches.mT.unflatten(2, tokens.grid).float()
-    return F.interpolate(maps, grid, mode="bicubic", antialias=True).flatten(2).mT
+    return F.interpolate(maps, grid, mode="bicubic").flatten(2).mT
 
 
 class StudentTeacher(nn.Module):

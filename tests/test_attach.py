@@ -15,6 +15,7 @@ from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, Vi
 
 from ssl_locat.errors import UserError
 from ssl_locat.models import attach_locat, class_token, features, forward_tokens, last_blocks, refine
+from ssl_locat.models.attention import forced_backend
 from ssl_locat.models.jumbo import Jumbo
 from ssl_locat.models.registry import ROPE_MIXED
 from ssl_locat.models.tokens import normalise
@@ -145,6 +146,40 @@ def test_all_ways_to_the_tokens_agree(name):
     assert len(last_blocks(model, images, 2)) == 2
 
 
+def test_one_instance_serves_crops_probes_and_strips():
+    """224 and 96 px crops, not square, a 518 px probe, a single row of patches: each as a model made for that size alone gives it."""
+    small = {"patch_size": 14, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 0}
+    torch.manual_seed(0)
+    model = attach_locat(VisionTransformer(**small, img_size=224, dynamic_img_size=True)).eval()
+    for height, width in ((224, 224), (98, 98), (518, 518), (224, 126), (14, 112), (224, 224)):
+        images = torch.randn(1, 3, height, width)
+        options = {**small, "img_size": (height, width), "pos_embed": "none"}
+        alone = attach_locat(VisionTransformer(**options), gaug={"initial_grid": (16, 16)}).eval()
+        state = {name: value for name, value in model.state_dict().items() if name != "pos_embed"}
+        alone.load_state_dict(state)
+        kept, model.pos_embed = model.pos_embed, None
+        with torch.no_grad(), forced_backend("reference"):
+            expected = alone(images)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+        model.pos_embed = kept
+        with torch.no_grad():
+            assert model(images).isfinite().all()
+
+
+def test_every_named_model_is_there():
+    """On the meta device: no memory, no time. What LocAt adds to each is GAug's projections (and Jumbo's norm of patches)."""
+    for size in ("tiny", "small", "base", "large"):
+        for name in (f"vit_{size}", f"regvit_{size}", f"vit_{size}_nopos", f"vit_{size}_rope_mixed"):
+            with torch.device("meta"):
+                counts = [sum(p.numel() for p in timm.create_model(n).parameters()) for n in (name, f"locat{name}")]
+            assert counts[1] - counts[0] == 195 * (24 if size == "large" else 12), name
+    for size in ("tiny", "base"):
+        with torch.device("meta"):
+            swin, jumbo, locat = (timm.create_model(f"{n}_{size}") for n in ("locatswin", "jumbo", "locatjumbo"))
+        assert swin.has_gaug and locat.has_gaug and not jumbo.has_gaug
+
+
 def test_resolutions_may_alternate_in_one_step():
     model = attach_locat(randomised("vit"))
     small, large = images_for("vit", size=(16, 16)), images_for("vit", size=(32, 48))
@@ -195,7 +230,7 @@ def test_permuting_the_batch_permutes_the_output(seed, name):
 
 
 def test_pooling_of_prr():
-    """PRR refines all tokens; what pools them afterwards is the model's: class token, mean, or (by timm) class attention."""
+    """PRR refines all tokens; what pools them afterwards is the model's: class token or mean; or timm's attention with a learnt query."""
     images = images_for("vit")
     for name in ("vit", "average_of_patches"):
         vanilla = randomised(name)
@@ -210,6 +245,31 @@ def test_pooling_of_prr():
     pooling = VisionTransformer(**DYNAMIC, global_pool="map").eval()
     attached = attach_locat(copy.deepcopy(pooling), prr=False)
     assert attached(images).shape == (2, 5)
+
+
+def test_class_attention_pooling_equals_a_loop():
+    vanilla = randomised("registers")
+    model = attach_locat(copy.deepcopy(vanilla), gaug=False, prr={"kind": "class_attention"})
+    images = images_for("registers", size=(40, 24))
+    tokens, attn = vanilla.forward_features(images), model.prr.attn
+    expected = []
+    for x in tokens:
+        gathered = []
+        for head in range(3):
+            part = slice(8 * head, 8 * head + 8)
+            query = attn.q(x[0])[part]
+            scores = torch.stack([query @ attn.k(token)[part] / 8**0.5 for token in x]).softmax(0)
+            gathered.append(sum(score * attn.v(token)[part] for score, token in zip(scores, x, strict=True)))
+        expected.append(x[0] + attn.proj(torch.cat(gathered)))
+    torch.testing.assert_close(features(model, images), torch.stack(expected))
+    torch.testing.assert_close(refine(model, forward_tokens(model, images)).patches, tokens[:, 5:])  # patches pass as they are
+
+
+def test_pooling_kinds_are_checked():
+    with pytest.raises(UserError, match="Did you mean 'class_attention'"):
+        attach_locat(VisionTransformer(**DYNAMIC), prr={"kind": "class-attention"})
+    with pytest.raises(UserError, match="global_pool='token'"):
+        attach_locat(VisionTransformer(**DYNAMIC, global_pool="avg"), prr={"kind": "class_attention"})
 
 
 def test_twin_starts_at_the_vanilla_output():

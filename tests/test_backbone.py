@@ -45,7 +45,13 @@ def export(model, folder):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gaug": {"isotropic": True}, "pos_resize": "dino"}, {"gaug": {"kernel": "laplace"}, "prr": False}, {"gaug": False}],
+    [
+        {},
+        {"gaug": {"isotropic": True}, "pos_resize": "dino"},
+        {"gaug": {"kernel": "laplace"}, "prr": False},
+        {"gaug": False},
+        {"prr": {"kind": "class_attention"}},
+    ],
 )
 def test_export_and_reload_keep_outputs(tmp_path, options):
     model = create_backbone("locatvit_tiny", **TINY, **options).eval()

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_locat import bench
-from ssl_locat.benchmarks import attention, slow_step, step, timing
+from ssl_locat.benchmarks import attention, objectives, slow_step, step, timing
 from ssl_locat.errors import UserError
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.optim import clip_gradients
@@ -96,6 +97,24 @@ def test_peak_memory_counts_what_lives_at_once():
         return both[0].view(10, 100)
 
     assert timing.peak_bytes(call) == 6000
+
+
+def flops(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_masked_patch_loss_costs_no_more_than_its_tokens():
+    """Operations, counted: what iBOT adds to a DINO step is its head on the hidden patches, forward and backward, and the teacher's forward."""
+    make = objectives.COMBINATIONS
+    (dino, ibot), batch = (objectives.Step(make[name](), 2) for name in ("dino", "dino + ibot")), 2
+    head, hidden = ibot.model.student.heads["ibot"].head, len(ibot.masks.index)
+    assert 0 < hidden < 2 * batch * 64
+    tokens = torch.randn(hidden, objectives.SIZE["embed_dim"], requires_grad=True)
+    alone = flops(lambda: head(tokens).sum().backward()) + flops(lambda: head(tokens.detach()))
+    added = flops(lambda: ibot.loss().backward()) - flops(lambda: dino.loss().backward())
+    assert 0.99 * alone < added <= 1.001 * alone
 
 
 def test_locat_needs_little_more_memory_than_vanilla():

@@ -1,4 +1,5 @@
-"""The training step: LocAt beside the vanilla model, and our DINO step beside one written as the publication describes it."""
+"""The training step: LocAt beside the vanilla model, our DINO step beside one written as the publication describes it, and every
+objective beside DINO alone."""
 
 import copy
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import ssl_locat.models  # noqa: F401  (registers the LocAt models with timm)
-from ssl_locat.benchmarks import slow_step
+from ssl_locat.benchmarks import objectives, slow_step
 from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
 from ssl_locat.models.attention import forced_backend
 from ssl_locat.objectives import Progress
@@ -30,6 +31,7 @@ def rows(quick: bool) -> list[dict]:
     repeats = 5 if quick else 11
     result = model_rows("ViT-S", 224, 64 if on_gpu else 2, repeats, ["fp32", "bf16"])
     result += dino_rows(repeats)
+    result += objectives.rows(repeats)
     if not quick:
         result += model_rows("ViT-S", 512, 16 if on_gpu else 1, 5, ["fp32", "bf16"])
         result += part_rows(repeats)

@@ -1,12 +1,15 @@
 """`ssl-locat bench stream`: samples per second out of shards, beside webdataset's own pipeline on the same shards.
 
-Both sides read raw bytes (no decoding) in one process of their own, one after the other, from local files and from a web server on
-loopback, at once and with 50 ms to the first byte. webdataset shuffles through a buffer of 1000; what that is worth is a row of its own.
-Then resuming: how long from opening the data to the first batch, at 90 % of a pass over 1.28 million samples.
+Both sides read raw bytes (no decoding) in one process of their own, in turns, from local files and from a web server on loopback, at once
+and with 50 ms to the first byte. Each is timed once it runs steadily: after its buffer is full, ours after one pass. webdataset shuffles
+through a buffer of 1000; what that is worth is a row of its own. CPU-seconds (with those of webdataset's `curl`) tell what is left where
+other work shares the machine, and what a trainer's cores lose. The quick form's data sets are too small for ranges of full size.
+Then resuming: how long from opening the data to the first batch, at 90 % of a pass over 1.28 million samples, and how much that reads.
+Last an index of 100,000 shards of 10,000 samples: opening it, its memory, planning a window.
 """
 
 import asyncio
-import io
+import json
 import multiprocessing
 import os
 import random
@@ -20,12 +23,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ssl_locat.benchmarks.timing import make_rows
-from ssl_locat.data.index import open_dataset
+from ssl_locat.data.index import ShardDataset, open_dataset
 from ssl_locat.data.plan import choose_plan
+from ssl_locat.data.shard_index import _MAGIC, SIDECAR, read_index
+from ssl_locat.data.store import Store
 from ssl_locat.data.stream import TrainStream
 
 BASELINE = "webdataset, shuffle(1000)"
@@ -40,14 +46,15 @@ def rows(quick: bool) -> list[dict]:
     found: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="bench_stream") as folder, _index_cache(folder):
         root = Path(folder)
-        small = _make_shards(root / "small", 10 if quick else 40, 500, 2_500)
-        large = _make_shards(root / "large", 4 if quick else 12, 100, 100_000)
+        small = _make_shards(root / "small", 10 if quick else 200, 1000, 2_500)
+        large = _make_shards(root / "large", 4 if quick else 40, 250, 100_000)
         for name, samples, size in (("small, 2.5 kB", small, 2_500), ("large, 100 kB", large, 100_000)):
             found += _local_case(name, root / name.partition(",")[0], samples, size, 1 if quick else 3)
             for delay in (0.0, 0.05):
                 found += _web_case(name, root, name.partition(",")[0], samples, size, delay, 1 if quick else 3)
         found += _shuffle_rows(root / "small", small)
         found += _resume_rows(root, 100_000 if quick else 1_280_000)
+        found += _huge_rows(root, 1_000 if quick else 100_000)
     return found
 
 
@@ -58,47 +65,72 @@ def _local_case(name: str, folder: Path, samples: int, size: int, repeats: int) 
 
 
 def _web_case(name: str, root: Path, folder: str, samples: int, size: int, delay: float, repeats: int) -> list[dict]:
-    with _web_server(root, delay) as (url, requests):
+    with _web_server(root, delay) as (url, requests, _):
         urls = [f"{url}/{folder}/{path.name}" for path in sorted((root / folder).glob("*.tar"))]
-        _in_child(lambda: open_dataset(urls))  # not here: its event loop would not survive the forks to come
+        _in_child(lambda: len(open_dataset(urls)))  # the index
         return _compare(f"{name}, http{f' + {1000 * delay:.0f} ms' * bool(delay)}", urls, samples, size, repeats, requests)
 
 
 def _compare(case: str, urls: list[str], samples: int, size: int, repeats: int, requests) -> list[dict]:
-    """Both pipelines over one pass, in turns, each time in a fresh process."""
-    measured: dict[str, list[tuple[float, float, int]]] = {BASELINE: [], OURS: []}
+    """Both pipelines in turns, each time in a fresh process."""
+    measured: dict[str, list[_Pass]] = {BASELINE: [], OURS: []}
     for _ in range(repeats):
         for variant, run in ((BASELINE, _webdataset_pass), (OURS, _our_pass)):
-            before = requests.value if requests else 0
-            seconds, memory = _in_child(lambda run=run: run(urls, samples))
-            measured[variant].append((seconds, memory, (requests.value if requests else 0) - before))
-    seconds = {variant: statistics.median(run[0] for run in runs) for variant, runs in measured.items()}
-    found = make_rows("stream", case, "throughput", "samples/s", {v: samples / s for v, s in seconds.items()}, BASELINE)
-    found += make_rows("stream", case, "bandwidth", "MB/s", {v: samples * size / 1e6 / s for v, s in seconds.items()}, BASELINE)
-    found += make_rows(
-        "stream", case, "peak memory added", "MB", {v: max(r[1] for r in runs) for v, runs in measured.items()}, BASELINE
-    )
+            measured[variant].append(_in_child(lambda run=run: run(urls, samples, requests)))
+
+    def rows(metric: str, unit: str, value: Callable[[_Pass], float]) -> list[dict]:
+        medians = {variant: statistics.median(map(value, runs)) for variant, runs in measured.items()}
+        return make_rows("stream", case, metric, unit, medians, BASELINE)
+
+    found = rows("throughput", "samples/s", lambda run: run.samples / run.seconds)
+    found += rows("bandwidth", "MB/s", lambda run: run.samples * size / 1e6 / run.seconds)
+    found += rows("throughput per core", "samples/CPU-s", lambda run: run.samples / run.cpu_seconds)
+    found += rows("peak memory added", "MB", lambda run: run.memory)
     if requests:
-        per_thousand = {v: 1000 * statistics.median(r[2] for r in runs) / samples for v, runs in measured.items()}
-        found += make_rows("stream", case, "requests", "per 1000 samples", per_thousand, BASELINE)
+        found += rows("requests", "per 1000 samples", lambda run: 1000 * run.requests / run.samples)
     return found
+
+
+class _Pass(NamedTuple):
+    samples: int
+    seconds: float
+    cpu_seconds: float
+    memory: float  # MB added at the peak
+    requests: int
+
+
+def _measure(batches: Iterator, warm: int, timed: int, per_batch: int, requests) -> _Pass:
+    """Take `warm` batches, then time `timed` of them."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in islice(batches, warm):
+        pass
+    asked, cpu, began = requests.value if requests else 0, _cpu_seconds(), time.perf_counter()
+    for _ in islice(batches, timed):
+        pass
+    seconds, cpu = time.perf_counter() - began, _cpu_seconds() - cpu
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _Pass(timed * per_batch, seconds, cpu, memory, requests.value - asked if requests else 0)
+
+
+def _cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _count(raw, seed: int) -> int:
     return sum(map(len, raw.members.values()))
 
 
-def _our_pass(urls: list[str], samples: int) -> None:
+def _our_pass(urls: list[str], samples: int, requests) -> _Pass:
     dataset = open_dataset(urls)
     plan = choose_plan([dataset], [1.0], 0, _SIZES["global_batch_size"])
     with TrainStream([dataset], plan, _count, sum, start_samples=0, **_SIZES) as stream:
-        for _ in islice(stream, samples // BATCH):
-            pass
+        return _measure(iter(stream), samples // BATCH, samples // BATCH, BATCH, requests)
 
 
-def _webdataset_pass(urls: list[str], samples: int) -> None:
-    for _ in islice(_webdataset(urls), samples):
-        pass
+def _webdataset_pass(urls: list[str], samples: int, requests) -> _Pass:
+    """A part of the data: this pipeline is steady from its 1000th sample on."""
+    return _measure(_webdataset(urls), min(2000, samples // 4), samples // 5, 1, requests)
 
 
 def _webdataset(urls: list[str]) -> Iterator[tuple[int, str]]:
@@ -139,35 +171,71 @@ def _resume_rows(root: Path, samples: int) -> list[dict]:
     seconds: dict[str, float] = {}
     local = [str(root / "resume" / name) for name in names]
     open_dataset(local)
-    seconds["local"] = _in_child(lambda: _first_batch(local, samples * 9 // 10))[0]
-    with _web_server(root, 0.0) as (url, _):
+    seconds["local"], _, _ = _in_child(lambda: _first_batch(local, samples * 9 // 10, None))
+    with _web_server(root, 0.0) as (url, _, served):
         remote = [f"{url}/resume/{name}" for name in names]
-        _in_child(lambda: open_dataset(remote))
-        seconds["http"] = _in_child(lambda: _first_batch(remote, samples * 9 // 10))[0]
-    case = f"resume at 90 % of {samples / 1e6:.2g} M samples"
-    return make_rows("stream", case, "to the first batch", "s", seconds, "local")
+        _in_child(lambda: len(open_dataset(remote)))
+        seconds["http"], megabytes, window = _in_child(lambda: _first_batch(remote, samples * 9 // 10, served))
+    case = f"resume at 90 % of {samples / 1e6:.3g} M samples"
+    found = make_rows("stream", case, "to the first batch", "s", seconds, "local")
+    read = {"http": megabytes, "one window of each lane": window}
+    return found + make_rows("stream", case, "read before the first batch", "MB", read, "one window of each lane")
 
 
-def _first_batch(urls: list[str], start: int) -> None:
+def _first_batch(urls: list[str], start: int, served) -> tuple[float, float, float]:
+    """(seconds, MB read meanwhile, MB of one window for each lane)"""
+    began, before = time.perf_counter(), served.value if served else 0
     dataset = open_dataset(urls)
     plan = choose_plan([dataset], [1.0], 0, _SIZES["global_batch_size"])
     with TrainStream([dataset], plan, _count, sum, start_samples=start, **_SIZES) as stream:
         next(iter(stream))
+        seconds, read = time.perf_counter() - began, served.value - before if served else 0
+    return seconds, read / 1e6, plan.lanes * plan.window * dataset.mean_bytes / 1e6
+
+
+def _huge_rows(root: Path, shards: int) -> list[dict]:
+    """An index of counts; where its offsets would lie the file has a hole."""
+    per_shard, case = 10_000, f"{shards} shards x 10,000 samples"
+    block = 12 * per_shard + 8
+    lines = [[f"{i:06d}.tar", 10**9, "", per_shard, 0, f"{i:016x}", len(_MAGIC) + i * block] for i in range(shards)]
+    text = json.dumps(lines, separators=(",", ":")).encode()
+    with open(root / SIDECAR, "wb") as file:
+        file.write(_MAGIC)
+        file.seek(len(_MAGIC) + shards * block)
+        file.write(text + len(text).to_bytes(8, "little"))
+    opening, memory, window = _in_child(lambda: _open_huge(str(root / SIDECAR)))
+    found = make_rows("stream", case, "open and plan", "s", {OURS: opening}, OURS)
+    found += make_rows("stream", case, "memory per rank", "MB", {OURS: memory}, OURS)
+    return found + make_rows("stream", case, "plan a window", "ms", {OURS: window}, OURS)
+
+
+def _open_huge(index: str) -> tuple[float, float, float]:
+    """(seconds to open, MB that stay, ms to plan one window)"""
+    before, began = _resident(), time.perf_counter()
+    dataset = ShardDataset("huge", Store(), list(read_index(Store(), index).values()))
+    plan = choose_plan([dataset], [1.0], 0, 1024)
+    opening, memory = time.perf_counter() - began, _resident() - before
+    began = time.perf_counter()
+    for lane in range(100):
+        plan.window_samples(0, 3, lane, plan.slot(lane * plan.unit).window)
+    return opening, memory, (time.perf_counter() - began) / 100 * 1000
+
+
+def _resident() -> float:
+    """MB of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 # scaffolding ------------------------------------------------------------------------------------------------------------------
 
 
-def _in_child(run: Callable[[], object]) -> tuple[float, float]:
-    """(seconds, MB of memory added at the peak) of a call in a fresh process."""
+def _in_child(run: Callable[[], object]):
+    """What a call returns in a fresh process."""
     answers = _fork.SimpleQueue()
 
     def work():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        began = time.perf_counter()
         try:
-            run()
-            answers.put((time.perf_counter() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+            answers.put(run())
         finally:
             os._exit(0)  # past the clean-up of inherited things
 
@@ -194,7 +262,7 @@ def _make_shards(folder: Path, shards: int, per_shard: int, size: int) -> int:
     folder.mkdir()
     content = random.Random(0).randbytes(2 * size)
     for number in range(shards):
-        with tarfile.open(folder / f"{number:05d}.tar", "w") as archive:
+        with open(folder / f"{number:05d}.tar", "wb") as file:
             for i in range(per_shard):
                 for name, data in (
                     (f"{number:05d}{i:06d}.jpg", content[i % size : i % size + size]),
@@ -202,30 +270,31 @@ def _make_shards(folder: Path, shards: int, per_shard: int, size: int) -> int:
                 ):
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
+                    file.write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512))
+            file.write(bytes(1024))
     return shards * per_shard
 
 
 @contextmanager
 def _web_server(root: Path, delay: float):
-    """(URL, count of requests so far) of a web server with range requests, in a process of its own."""
-    requests, port = _fork.Value("l", 0), _fork.SimpleQueue()
-    server = _fork.Process(target=_serve, args=(root, delay, requests, port), daemon=True)
+    """(URL, count of requests so far, bytes sent so far) of a web server with range requests, in a process of its own."""
+    requests, served, port = _fork.Value("l", 0), _fork.Value("l", 0), _fork.SimpleQueue()
+    server = _fork.Process(target=_serve, args=(root, delay, requests, served, port), daemon=True)
     server.start()
     try:
-        yield f"http://127.0.0.1:{port.get()}", requests
+        yield f"http://127.0.0.1:{port.get()}", requests, served
     finally:
         server.kill()
         server.join()
 
 
-def _serve(root: Path, delay: float, requests, port) -> None:
+def _serve(root: Path, delay: float, requests, served, port) -> None:
     async def client(reader, writer):
         try:
             while head := (await reader.readuntil(b"\r\n\r\n")).decode("latin-1"):
                 requests.value += 1
                 await asyncio.sleep(delay)
-                await _answer(root / head.split()[1].lstrip("/"), head, writer)
+                served.value += await _answer(root / head.split()[1].lstrip("/"), head, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
 
@@ -237,10 +306,11 @@ def _serve(root: Path, delay: float, requests, port) -> None:
     asyncio.run(serve())
 
 
-async def _answer(path: Path, head: str, writer) -> None:
+async def _answer(path: Path, head: str, writer) -> int:
+    """Bytes sent of the object."""
     if not path.is_file():
         writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
-        return
+        return 0
     size = path.stat().st_size
     wanted = next((line for line in head.split("\r\n") if line.lower().startswith("range:")), None)
     start, end = 0, size
@@ -251,6 +321,7 @@ async def _answer(path: Path, head: str, writer) -> None:
     else:
         writer.write(b"HTTP/1.1 200 OK\r\n")
     writer.write(f'ETag: "{path.stat().st_mtime_ns}"\r\nContent-Length: {end - start}\r\n\r\n'.encode())
+    first_byte = start
     with open(path, "rb") as file:
         file.seek(start)
         while start < end and not head.startswith("HEAD"):
@@ -258,3 +329,4 @@ async def _answer(path: Path, head: str, writer) -> None:
             writer.write(piece)
             await writer.drain()
             start += len(piece)
+    return 0 if head.startswith("HEAD") else end - first_byte

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import UserError, did_you_mean
 from ssl_locat.models.gaug import GAug
-from ssl_locat.models.prr import PRR
+from ssl_locat.models.prr import PRR, ClassAttention
 from ssl_locat.models.tokens import Grid, input_grid, run_blocks
 
 POS_RESIZE = ("timm", "dino")
+POOLINGS = ("prr", "class_attention")
 GAUG_OPTIONS = tuple(p.name for p in inspect.signature(GAug).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
@@ -32,7 +33,8 @@ def attach_locat(model: nn.Module, gaug: bool | dict = True, prr: bool | dict = 
     Args:
         gaug: False, True, or options of `GAug` (`isotropic`, `alpha`, `kernel`, `small_start`, ...) and `initial_grid`: (rows, cols) that
             the weights are trained at, by default the model's own (Swin: its window).
-        prr: False, True, or {"num_heads": h}; by default as many heads as the last block's attention.
+        prr: False, True, or {"num_heads": h}; by default as many heads as the last block's attention. {"kind": "class_attention"} puts
+            class-attention pooling, which has parameters, in its place.
         pos_resize: how learned positional embeddings follow the input size: "timm" (bicubic, antialias, exact size) or "dino"
             (bicubic, no antialias, scale factor with 0.1 added, as facebookresearch/dino does).
 
@@ -102,13 +104,26 @@ def attach_gaug(model: nn.Module, options: dict) -> None:
 def attach_prr(model: nn.Module, options: dict) -> None:
     if model.prr is not None:
         raise UserError("PRR is attached to this model already")
-    if set(options) - {"num_heads"}:
-        raise UserError(f"prr has no option {sorted(set(options) - {'num_heads'})[0]!r}; known: num_heads")
+    unknown = sorted(set(options) - {"num_heads", "kind"})
+    if unknown:
+        raise UserError(f"prr has no option {unknown[0]!r}; known: num_heads, kind")
+    kind = options.get("kind", "prr")
+    if kind not in POOLINGS:
+        raise UserError(f"prr.kind is {kind!r}; known: {', '.join(POOLINGS)}.{did_you_mean(kind, POOLINGS)}")
+    if kind == "class_attention" and (model.global_pool != "token" or hasattr(model, "jumbo_mlp")):
+        raise UserError(
+            f"prr.kind=class_attention pools into one class token of the patches' width, which this {type(model).__name__} "
+            "does not pool by; choose a ViT with global_pool='token'"
+        )
     last = [m for m in model.modules() if hasattr(m, "num_heads") and hasattr(m, "proj")][-1]
     num_heads = options.get("num_heads", last.num_heads)
     if last.proj.out_features % num_heads:
         raise UserError(f"prr.num_heads is {num_heads}, which does not divide the tokens' width {last.proj.out_features}")
-    model.prr = PRR(num_heads)
+    if kind == "prr":
+        model.prr = PRR(num_heads)
+    else:
+        weight = last.proj.weight
+        model.prr = ClassAttention(last.proj.out_features, num_heads).to(weight.device, weight.dtype)
 
 
 def find_attentions(model: nn.Module) -> list[nn.Module]:
@@ -305,6 +320,8 @@ def locat_args(model: nn.Module) -> dict:
     args = {"gaug": dict(model.gaug_options) if model.has_gaug else False, "prr": False}
     if model.prr is not None:
         args["prr"] = {"num_heads": model.prr.num_heads}
+        if isinstance(model.prr, ClassAttention):
+            args["prr"]["kind"] = "class_attention"
     if getattr(model, "pos_resize", "timm") != "timm":
         args["pos_resize"] = model.pos_resize
     return args

@@ -2,9 +2,14 @@
 
 timm has a pooling of the same name (`timm.layers.AttentionPoolPrr`, `global_pool="prr"`). It is not used here because it returns only what
 is pooled, while patch tokens after PRR are needed too (patch losses, features); the class token of both is the same, and a test says so.
+
+What the paper compares it with: the class token as it is (no PRR), the mean of the patches (`global_pool="avg"`), and class attention, here below.
 """
 
+import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models.cait import ClassAttn
 from torch import Tensor, nn
 
 
@@ -31,3 +36,21 @@ class PRR(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
+
+
+class ClassAttention(nn.Module):
+    """Class-attention pooling in PRR's place: the class token adds what it gathers from all tokens by one attention of its own, with
+    parameters (CaiT, arXiv:2103.17239, section 2.2; here one such layer without the MLP). Registers and patches pass as they are.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn = ClassAttn(dim, num_heads, qkv_bias=True)
+        for layer in (self.attn.q, self.attn.k, self.attn.v, self.attn.proj):
+            trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, R + N, D] -> the same shape."""
+        return torch.cat([x[:, :1] + self.attn(x), x[:, 1:]], dim=1)

@@ -78,7 +78,7 @@ def trained_grid(state: dict[str, Tensor], num_prefix_tokens: int = 1) -> tuple[
 def fit(backbone: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
     """Load `state` into `backbone`; positional embeddings and patch kernels are resized where they differ, classifiers left out if so.
 
-    Only GAug's weights and the classifier may be missing; the names of what was missing are returned. GAug weights bring the grid that they
+    Only LocAt's weights (GAug, class-attention pooling) and the classifier may be missing; the names of what was missing are returned. GAug weights bring the grid that they
     were trained at along, which fixes its constants. Raises CheckpointError for weights of another architecture, and says what differs.
     """
     state = dict(state)
@@ -93,7 +93,7 @@ def fit(backbone: nn.Module, state: dict[str, Tensor], source: str) -> list[str]
     state = {n: v for n, v in state.items() if not (n.startswith("head.") and n in own and own[n].shape != v.shape)}
     missing = [name for name in own if name not in state and not name.startswith("head.")]
     wrong = {
-        "lack": [name for name in missing if ".gaug." not in name],
+        "lack": [name for name in missing if ".gaug." not in name and not name.startswith("prr.")],
         "have besides": [name for name in state if name not in own],
         "differ in shape": [
             f"{n} ({tuple(v.shape)}, not {tuple(own[n].shape)})" for n, v in state.items() if n in own and own[n].shape != v.shape
@@ -108,7 +108,7 @@ def fit(backbone: nn.Module, state: dict[str, Tensor], source: str) -> list[str]
             )
     backbone.load_state_dict(state, strict=False)
     if missing:
-        log.info("%s: %d GAug tensors are not in these weights and stay as initialised", source, len(missing))
+        log.info("%s: %d tensors of LocAt are not in these weights and stay as initialised", source, len(missing))
     return missing
 
 

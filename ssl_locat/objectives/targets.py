@@ -54,7 +54,7 @@ class Center(nn.Module):
     @torch.no_grad()
     def add(self, scores: Tensor) -> None:
         """scores [n, K] of one micro-batch; the centre itself moves in `finish_step`."""
-        self.seen.append(torch.cat([scores.float().sum(0), scores.new_tensor([len(scores)], dtype=torch.float32)]))
+        self.seen.append(torch.cat([scores.float().sum(0), scores.new_full((1,), len(scores), dtype=torch.float32)]))
 
     @torch.no_grad()
     def finish_step(self) -> None:
