@@ -139,8 +139,8 @@ class Crops(Section):
     solarize_prob: tuple[float, float, float] = Field(
         default=(0.0, 0.2, 0.0), description="global crop 1, global crop 2, local crops"
     )
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="of the channels in 0..1, one for each")
+    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), description="likewise")
 
     @field_validator("global_scale", "local_scale")
     @classmethod
@@ -148,6 +148,17 @@ class Crops(Section):
         if not 0 < value[0] <= value[1] <= 1:
             raise ValueError(f"is {list(value)}; expected [smallest, largest] with 0 < smallest <= largest <= 1")
         return value
+
+    @model_validator(mode="after")
+    def _colours_need_rgb(self) -> "Crops":
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} numbers and std {len(self.std)}; give one of each for every channel")
+        if len(self.mean) != 3 and (self.gray_prob or self.jitter[2] or self.jitter[3]):
+            raise ValueError(
+                f"grey, saturation and hue are made of RGB, the images have {len(self.mean)} channels: set gray_prob: 0.0 and the last two "
+                f"of jitter to 0, as in [{self.jitter[0]}, {self.jitter[1]}, 0.0, 0.0]"
+            )
+        return self
 
 
 class Optim(Section):
@@ -164,7 +175,10 @@ class Optim(Section):
         default=(0.04, 0.4), description="start and end of a cosine; none on biases and norms"
     )
     layer_decay: float = Field(
-        default=1.0, gt=0, le=1, description="factor on the lr from each block to the one before it; below 1 early blocks move less"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="factor on the lr from each block to the one before it; below 1 early blocks move less",
     )
     patch_embed_lr: float = Field(default=1.0, ge=0, description="factor on the lr of the patch embedding, besides")
     betas: tuple[float, float] = (0.9, 0.999)
@@ -235,6 +249,16 @@ class Config(Section):
     )
     export: bool = Field(default=False, description="export the teacher to RUN/export when the run ends")
     sweep: dict[str, list[Any]] = Field(default={}, description="key -> values: on a cluster, one job for each combination")
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> "Config":
+        channels = self.backbone.options.get("in_chans", 3)
+        if channels != len(self.crops.mean):
+            raise ValueError(
+                f"backbone.in_chans is {channels}, but crops.mean has {len(self.crops.mean)} numbers: give crops.mean and crops.std one for "
+                "each channel (`ssl-locat init` measures them)"
+            )
+        return self
 
     @property
     def objectives(self) -> list[Objective]:

@@ -70,7 +70,7 @@ def sample_data(datasets: list[Dataset], config: Config, count: int = 64) -> Dat
             try:
                 data = find_image(sample.members, config.data.image_key)
                 began = time.perf_counter()
-                image = decode_image(data, max_pixels=config.data.max_pixels)
+                image = decode_image(data, channels=len(config.crops.mean), max_pixels=config.data.max_pixels)
                 decoded = time.perf_counter()
                 cut.append(crops.cut(image, seed=looked_at))
                 spent["decode"] += decoded - began
@@ -89,7 +89,15 @@ def sample_data(datasets: list[Dataset], config: Config, count: int = 64) -> Dat
 
 def kind_of(data: bytes) -> str:
     """Image format by its first bytes."""
-    magic = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+    magic = {
+        b"\xff\xd8": "JPEG",
+        b"\x89PNG": "PNG",
+        b"GIF8": "GIF",
+        b"BM": "BMP",
+        b"II*\0": "TIFF",
+        b"MM\0*": "TIFF",
+        b"\x93NUMPY": "npy",
+    }
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WebP"
     return next((name for start, name in magic.items() if data.startswith(start)), "other")

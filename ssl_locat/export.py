@@ -147,7 +147,7 @@ def compare(backbone: nn.Module, outputs: Callable, shapes: list[tuple[int, int,
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for batch, height, width in shapes:
-        images = torch.randn(batch, 3, height, width, generator=generator)
+        images = torch.randn(batch, backbone.pretrained_cfg["input_size"][0], height, width, generator=generator)
         for name, expected, given in zip(("class token", "patch tokens"), module(images), outputs(images), strict=True):
             difference = ((given - expected).abs().max() / expected.abs().max()).item()
             if not difference <= tolerance:
@@ -171,9 +171,9 @@ def write_program(backbone: nn.Module, path: Path) -> tuple[Callable, list[tuple
 
     Any batch size; any image size where the architecture's graph allows it, else the size it was trained at.
     """
-    module, (_, height, width) = BothTokens(backbone.eval()), backbone.pretrained_cfg["input_size"]
+    module, (channels, height, width) = BothTokens(backbone.eval()), backbone.pretrained_cfg["input_size"]
     shapes = _shapes(backbone)
-    images = torch.zeros(2, 3, height, width)
+    images = torch.zeros(2, channels, height, width)
     write = {".onnx": _write_onnx, ".pt2": _write_pt2}[path.suffix]
     if len({shape[1:] for shape in shapes}) > 1:
         try:

@@ -34,7 +34,7 @@ class Look(NamedTuple):
     formats: list[str]
     gray: float  # share of images without colour
     damaged: float  # share
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # one for each channel
     std: tuple[float, ...]
     num_classes: int | None  # class folders, or labels seen
     mean_bytes: float
@@ -71,7 +71,7 @@ def init(source: str, out: str | None = None) -> Path:
         raise
     say = console().print
     say(
-        f"{seen.count:,} images, {min(seen.short_sides)} to {max(seen.short_sides)} px (shorter side), {' and '.join(sorted(set(seen.formats)))}"
+        f"{seen.count:,} images of {_channels(len(seen.mean))}, {min(seen.short_sides)} to {max(seen.short_sides)} px (shorter side), {' and '.join(sorted(set(seen.formats)))}"
     )
     if test:
         say(f"Found labelled images to measure on: {test}", markup=False)
@@ -108,7 +108,7 @@ def look(source: str) -> Look:
             if isinstance(sample, Damage):
                 raise BadSample(sample.reason)
             data = find_image(sample.members)
-            image = decode_image(data)
+            image = decode_image(data, channels=None)
         except BadSample:
             damaged += 1
             continue
@@ -116,7 +116,11 @@ def look(source: str) -> Look:
         sides.append(min(height, width))
         ratios.append(max(height, width) / min(height, width))
         formats.append(kind_of(data))
-        small = image[:: max(1, height // 64), :: max(1, width // 64)].reshape(-1, 3) / 255
+        small = image[:: max(1, height // 64), :: max(1, width // 64)].reshape(-1, image.shape[2]) / 255
+        if pixels and small.shape[1] != pixels[0].shape[1]:
+            raise UserError(
+                f"{source}: images of {pixels[0].shape[1]} and of {small.shape[1]} channels ({sample.key}); a run takes one kind. Sort them apart."
+            )
         gray += bool(np.abs(small - small.mean(1, keepdims=True)).max() < 0.02)
         pixels.append(small)
         if "cls" in sample.members:
@@ -191,7 +195,9 @@ def compose(name: str, train: str, test: str | None, seen: Look) -> str:
     while gpu and batch // accumulate * per_image > 0.7 * gpu_gb and accumulate < batch // 8:
         accumulate *= 2
     epochs = choose_epochs(seen.count, gpu)
-    gray, labelled = seen.gray > 0.9, test is not None
+    channels, labelled = len(seen.mean), test is not None
+    in_chans = "" if channels == 3 else f", in_chans: {channels}"
+    gray = f"{_channels(channels)}, no colours" if channels != 3 else "the images are grey" if seen.gray > 0.9 else ""
     lines = [
         f"# Written by `ssl-locat init` for {seen.count:,} images in {train}: {min(seen.short_sides)} to {max(seen.short_sides)} px",
         f"# on the shorter side, {max(seen.ratios):.1f} the longest ratio of sides, about {seen.mean_bytes / 1000:.0f} kB each.",
@@ -205,8 +211,8 @@ def compose(name: str, train: str, test: str | None, seen: Look) -> str:
         *([f"  test: {_quoted(test)}   # labelled: k-NN is measured on it during training"] if test else []),
         *([f"  num_classes: {seen.num_classes}"] if seen.num_classes and labelled else []),
         f"  workers: {max(1, min(8, cores - 1))}   # this machine has {cores} cores",
-        f"  max_bad: {max(0.001, round(2 * seen.damaged, 3))}   # share of unreadable images above which the run stops; {100 * seen.damaged:.0f} % of those looked at",
-        f"backbone: {{{backbone}, img_size: {sizes.global_size}, patch_size: {sizes.patch_size}}}   # {why}",
+        f"  max_bad: {max(0.01, round(2 * seen.damaged, 3))}   # share of unreadable images above which the run stops; {100 * seen.damaged:.0f} % of those looked at",
+        f"backbone: {{{backbone}, img_size: {sizes.global_size}, patch_size: {sizes.patch_size}{in_chans}}}   # {why}",
         "objective:",
         "  name: dino",
         f"  num_prototypes: {choose_prototypes(seen.count)}   # about one for eight images",
@@ -221,7 +227,7 @@ def compose(name: str, train: str, test: str | None, seen: Look) -> str:
             if sizes.global_size <= 64
             else []
         ),
-        *(["  gray_prob: 0.0   # the images are grey", "  jitter: [0.4, 0.4, 0.0, 0.0]"] if gray else []),
+        *([f"  gray_prob: 0.0   # {gray}", "  jitter: [0.4, 0.4, 0.0, 0.0]"] if gray else []),
         *([f"  mean: {list(seen.mean)}   # of these images", f"  std: {list(seen.std)}"] if gray or _unusual(seen) else []),
         "optim:",
         f"  epochs: {epochs}",
@@ -244,8 +250,14 @@ def compose(name: str, train: str, test: str | None, seen: Look) -> str:
 def _unusual(seen: Look) -> bool:
     """Far from ImageNet's mean and deviation."""
     return (
-        max(abs(a - b) for a, b in zip((*seen.mean, *seen.std), (0.485, 0.456, 0.406, 0.229, 0.224, 0.225), strict=True)) > 0.12
+        len(seen.mean) != 3
+        or max(abs(a - b) for a, b in zip((*seen.mean, *seen.std), (0.485, 0.456, 0.406, 0.229, 0.224, 0.225), strict=True))
+        > 0.12
     )
+
+
+def _channels(number: int) -> str:
+    return "1 channel" if number == 1 else f"{number} channels"
 
 
 def _quoted(text: str) -> str:

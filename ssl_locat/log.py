@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from ssl_locat.errors import ConfigError, UserError, did_you_mean
+from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, UserError, did_you_mean
 
 _PLAIN_EVERY_SECONDS = (5, 60)  # first plain progress line after 5 s, then ever more seldom, at least one a minute
 
@@ -217,6 +217,21 @@ class EventLog:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             _append(self.path, [{"time": now, "kind": kind, **{name: _finite(value) for name, value in fields.items()}}])
 
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """An error that leaves the block is told as the last event, "outage" or "fault", which `doctor RUN` reads. Preempted and Diverged
+        are not: who raises those has told more."""
+        try:
+            yield
+        except (Preempted, Diverged):
+            raise
+        except Outage as error:
+            self.add("outage", message=str(error))
+            raise
+        except BaseException as error:
+            self.add("fault", message=f"{type(error).__name__}: {error}")
+            raise
+
 
 class MetricsLog:
     """`metrics.jsonl`, TensorBoard and other trackers behind one `add` that never waits for the GPU.
@@ -332,6 +347,7 @@ class _Wandb(_Tracker):
     """Offline unless WANDB_MODE=online; `wandb sync RUN/wandb/offline-run-*` uploads later."""
 
     def __init__(self, run_dir: Path, resume_step: int, config: dict):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; it reports to its makers otherwise
         try:
             import wandb
         except ImportError:
@@ -348,9 +364,11 @@ class _Wandb(_Tracker):
 
 
 class _Mlflow(_Tracker):
-    """Into RUN/mlruns unless MLFLOW_TRACKING_URI names a server."""
+    """Into RUN/mlruns unless MLFLOW_TRACKING_URI names a server; look with `mlflow ui --backend-store-uri RUN/mlruns`."""
 
     def __init__(self, run_dir: Path, resume_step: int, config: dict):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at import
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # plain files: its newer default needs a database driver
         try:
             from mlflow import MlflowClient
         except ImportError:
@@ -359,6 +377,8 @@ class _Mlflow(_Tracker):
         experiment = self.client.get_experiment_by_name("ssl_locat")
         experiment_id = experiment.experiment_id if experiment else self.client.create_experiment("ssl_locat")
         self.run_id = self.client.create_run(experiment_id, run_name=run_dir.name).info.run_id
+        for name, value in config.items():
+            self.client.log_param(self.run_id, name, str(value)[:500])  # the shortest limit of its stores
 
     def log(self, step: int, values: dict) -> None:
         from mlflow.entities import Metric

@@ -27,7 +27,7 @@ class Probes:
         self.period, self.total_steps = period or total_steps, total_steps
         self.folder = Path(config.run_dir) / "probes"
         data = config.data.model_dump(mode="json")
-        self.data = {name: data[name] for name in ("train", "test", "num_classes", "image_key", "label_key")}
+        self.data = {name: data[name] for name in ("train", "test", "num_classes", "image_key", "label_key", "max_bad")}
         self.results: dict[str, list[dict]] = {}
 
     def due(self, step: int) -> bool:
@@ -58,5 +58,5 @@ class Probes:
         first, last = self.results["knn"][0], self.results["knn"][-1]
         key = next(name for name in first if name.startswith("top1"))
         own = (self.config.probes.options["knn"] or {}).get("data") or {}  # the probe's splits, over the run's
-        raw = raw_pixel_knn(data={**self.data, **own}, k=int(key.removeprefix("top1_k")))
+        raw = raw_pixel_knn(data={**self.data, **own}, k=int(key.removeprefix("top1_k")), channels=len(self.config.crops.mean))
         return {"raw_pixels": raw[key], "init": first[key], "trained": last[key]}

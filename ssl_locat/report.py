@@ -52,6 +52,8 @@ def report(runs: list[str], out: str | None = None, watch: bool = False, port: i
     if not runs:
         raise UserError("report needs at least one run folder.")
     paths = [Path(run) for run in dict.fromkeys(runs)]
+    for path in paths:
+        open_run(path)  # says what is wrong with it before anything else is
     target = Path(out) if out else paths[0] / "report.html"
     if target.is_dir() or not target.parent.is_dir():
         raise UserError(

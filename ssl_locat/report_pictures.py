@@ -23,6 +23,7 @@ from ssl_locat.backbone import load_backbone
 from ssl_locat.checkpoint import problem
 from ssl_locat.data.decode import decode_image, find_image
 from ssl_locat.errors import EXPECTED, BadSample
+from ssl_locat.evaluation.image_views import as_picture
 from ssl_locat.evaluation.samples import Members
 from ssl_locat.log import progress
 from ssl_locat.models.gaug import GAug
@@ -93,7 +94,7 @@ def _sections(run: Run, steps: list[int]) -> list[dict]:
 
 
 def _fixed_images(run: Run, backbone: nn.Module) -> Tensor:
-    """[n, 3, S, S], normalised as the backbone wants it: the same images for every checkpoint, spread over the data."""
+    """[n, C, S, S], normalised as the backbone wants it: the same images for every checkpoint, spread over the data."""
     data = run.config["data"]
     members = Members(data.get("test") or data["train"])
     size = int(backbone.pretrained_cfg["input_size"][-1])
@@ -101,26 +102,30 @@ def _fixed_images(run: Run, backbone: nn.Module) -> Tensor:
     images = []
     for place in places.tolist():
         try:
-            pixels = decode_image(find_image(members[place].members, data.get("image_key")))
+            channels = len(backbone.pretrained_cfg["mean"])
+            pixels = decode_image(find_image(members[place].members, data.get("image_key")), channels=channels)
         except BadSample:
             continue
-        images.append(torch.from_numpy(_square(pixels, size)).permute(2, 0, 1).float() / 255)
-    mean, std = (torch.tensor(backbone.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+        images.append(
+            torch.from_numpy(np.array(as_picture(pixels, lambda picture: _square(picture, size)))).permute(2, 0, 1) / 255
+        )
+    mean, std = (torch.tensor(backbone.pretrained_cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return (torch.stack(images) - mean) / std
 
 
-def _square(pixels: np.ndarray, size: int) -> np.ndarray:
-    image = Image.fromarray(pixels)
+def _square(image: Image.Image, size: int) -> Image.Image:
     scale = size / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
-    return np.array(image.crop((left, top, left + size, top + size)))
+    return image.crop((left, top, left + size, top + size))
 
 
 def _thumbnails(images: Tensor, backbone: nn.Module) -> list[np.ndarray]:
-    """uint8 [TILE, TILE, 3] each."""
-    mean, std = (torch.tensor(backbone.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    pixels = ((images * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    """uint8 [TILE, TILE, 3] each; of more than three channels the first three, of fewer the first as grey."""
+    mean, std = (torch.tensor(backbone.pretrained_cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    images = images * std + mean
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    pixels = (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
     return [np.array(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS)) for image in pixels]
 
 

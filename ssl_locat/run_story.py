@@ -160,7 +160,7 @@ def explain(run: Run) -> tuple[list[str], list[str]]:
         facts.append(f"{len(run.quarantine)} damaged samples were replaced.")
         advice.append(f"They are listed in {run.path / 'quarantine.jsonl'}; `ssl-locat shards check` finds them all.")
     for event in run.events[-50:]:
-        if event["kind"] in ("warning", "diverged", "fault"):
+        if event["kind"] in ("warning", "diverged", "outage", "fault"):
             facts.append(str(event.get("message", "")))
             advice.append(str(event.get("advice", "")))
     return [fact for fact in dict.fromkeys(facts) if fact], [sentence for sentence in dict.fromkeys(advice) if sentence]

@@ -171,10 +171,11 @@ class Prepare:
     """From a raw sample to its crops; runs in the loader's workers."""
 
     def __init__(self, crops: MultiCrop, data: Data):
-        self.crops, self.image_key, self.max_pixels = crops, data.image_key, data.max_pixels
+        self.crops, self.image_key = crops, data.image_key
+        self.options = {"channels": len(crops.mean), "max_pixels": data.max_pixels}
 
     def __call__(self, sample, seed: int):
-        return self.crops.cut(decode_image(find_image(sample.members, self.image_key), max_pixels=self.max_pixels), seed)
+        return self.crops.cut(decode_image(find_image(sample.members, self.image_key), **self.options), seed)
 
 
 # --- the run ------------------------------------------------------------------------------------------------------------
@@ -285,12 +286,16 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
         checkpointer.save(step, modules, optimizer, meta, scaler.state_dict() if scaler.is_enabled() else None, block=block)
         events.add("save", step=step)
 
-    if step == 0:
-        judge(0)
     autocast = torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32")
     micro_batches, own_losses = config.optim.accumulate_steps, []
     batches = iter(stream)
-    with distributed.StopFlag() as stop, progress("pretraining", length.total_steps, "steps", start=step) as bar:
+    with (
+        events.ending(),
+        distributed.StopFlag() as stop,
+        progress("pretraining", length.total_steps, "steps", start=step) as bar,
+    ):
+        if step == 0:
+            judge(0)
         while step < length.total_steps:
             step_began = time.monotonic()
             torch.manual_seed(mix64(config.seed, step, rank()))  # stochastic depth: the same again after a resume

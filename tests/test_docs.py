@@ -11,6 +11,7 @@ from trained import write_config
 
 from ssl_locat import cli, config_reference
 from ssl_locat.config import Config, load
+from ssl_locat.data.decode import decode_image
 from ssl_locat.data.textures import make_textures
 from ssl_locat.diagnosis import KINDS
 from ssl_locat.evaluation import PROTOCOLS
@@ -66,17 +67,25 @@ def test_every_yaml_in_the_docs_is_a_valid_part_of_a_config(workplace):
         for language, title, code in blocks(str(page.relative_to(DOCS))):
             if language != "yaml" or title or page.name in OTHERS:
                 continue
-            part = yaml.safe_load(code)
-            for key, value in part.items():
+            merged = dict(base)
+            for key, value in yaml.safe_load(code).items():
                 base_value = base.get(key, {})
-                merged = {**base_value, **value} if isinstance(value, dict) and isinstance(base_value, dict) else value
+                merged[key] = {**base_value, **value} if isinstance(value, dict) and isinstance(base_value, dict) else value
                 if key == "optim" and "total_steps" in value:
-                    merged.pop("epochs")
-                path = workplace / "part.yaml"
-                path.write_text(yaml.safe_dump({**base, key: merged}))
-                load(str(path))
+                    merged[key].pop("epochs")
                 seen += 1
+            path = workplace / "part.yaml"
+            path.write_text(yaml.safe_dump(merged))
+            load(str(path))
     assert seen >= 10
+
+
+def test_the_guide_to_channels_makes_an_image(workplace):
+    (code,) = [code for language, _, code in blocks("guides/channels.md") if language == "python"]
+    (workplace / "save.py").write_text(code)
+    runpy.run_path(str(workplace / "save.py"))
+    image = decode_image((workplace / "image_0001.npy").read_bytes(), channels=6)
+    assert image.shape == (64, 64, 6) and image.max() == 255
 
 
 def test_the_config_reference_is_current():

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,17 +66,44 @@ def test_unknown_tracker_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_optional_trackers_work_offline_or_name_their_extra(tmp_path, name):
-    try:
-        __import__(name)
-    except ImportError:
-        with pytest.raises(ValueError, match=rf"ssl_locat\[{name}\]"):
-            log.MetricsLog(tmp_path, tensorboard=False, trackers=(name,))
-        return
-    metrics = log.MetricsLog(tmp_path, tensorboard=False, trackers=(name,), every_steps=1)
-    metrics.add(1, 8, loss=2.0)
+def test_a_tracker_that_is_not_installed_names_its_extra(tmp_path, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)  # what import sees of a package that is not there
+    with pytest.raises(ValueError, match=rf"ssl_locat\[{name}\]"):
+        log.MetricsLog(tmp_path, tensorboard=False, trackers=(name,))
+
+
+def three_steps(folder: Path, tracker: str) -> None:
+    folder.mkdir()
+    metrics = log.MetricsLog(folder, tensorboard=False, trackers=(tracker,), every_steps=2, config={"seed": 3})
+    for step in (1, 2, 3):
+        metrics.add(step, 8 * step, loss=torch.tensor(1.0 / step), note=None)
     metrics.close()
-    assert any(tmp_path.iterdir())
+
+
+def test_mlflow_writes_plain_files_into_the_run_folder(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="the mlflow extra is not installed: pip install 'ssl_locat[mlflow]'")
+    monkeypatch.chdir(tmp_path)
+    three_steps(tmp_path / "run", "mlflow")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing beside it
+    found = list((tmp_path / "run" / "mlruns").glob("*/*/metrics/loss"))
+    assert len(found) == 1
+    rows = [line.split() for line in found[0].read_text().splitlines()]
+    assert [(float(row[1]), int(row[2])) for row in rows] == [(pytest.approx(1.0 / step), step) for step in (1, 2, 3)]
+    assert list((tmp_path / "run" / "mlruns").glob("*/*/params/seed"))
+
+
+@pytest.mark.slow
+def test_wandb_stays_offline_in_the_run_folder(tmp_path, monkeypatch):
+    """Slow: its service process takes most of a minute to come and go."""
+    pytest.importorskip("wandb", reason="the wandb extra is not installed: pip install 'ssl_locat[wandb]'")
+    monkeypatch.chdir(tmp_path)
+    three_steps(tmp_path / "run", "wandb")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    found = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(found) == 1
+
+    written = found[0].read_bytes()  # records with JSON values inside; their reader is not public
+    assert all(value in written for value in (b"loss", b"0.5", b"0.33333334", b"samples_seen", b"24"))
 
 
 def test_events_append_and_only_rank_0_writes(tmp_path, monkeypatch):

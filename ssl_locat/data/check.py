@@ -58,7 +58,7 @@ def check_command(spec: str | list[str], as_json: bool) -> int:
 
 def _decode_images(sample: RawSample) -> None:
     """Samples without an image are damage too: training would quarantine them."""
-    decode_image(find_image(sample.members))
+    decode_image(find_image(sample.members), channels=None)
 
 
 def check(spec: str | list[str], decode: Callable[[RawSample], object] | None = None, store: Store | None = None) -> Report:

@@ -1,6 +1,6 @@
 """Multi-crop: DINO's asymmetric augmentation of one image into two global and n local crops (arXiv:2104.14294, section 4 and its code).
 
-    cut(image, seed)          in a loader worker: uint8 [H, W, 3] -> one sample
+    cut(image, seed)          in a loader worker: uint8 [H, W, C] -> one sample
     collate(samples)          in a loader worker: samples -> a dict of tensors, view-major, still uint8 (4x less to move than fp32)
     finish(payload, device)   in the training process: -> normalised float crops on the device
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_locat.data import crops_device
-from ssl_locat.data.draws import FIELDS, JITTER_ORDERS, Draw, draw_box
+from ssl_locat.data.draws import FIELDS, FIRST_OF_COLOUR, JITTER_ORDERS, Draw, draw_box
 from ssl_locat.errors import ConfigError, did_you_mean
 
 # cv2's own threads do not survive the fork of a loader worker, and each worker has one core anyway
@@ -50,8 +50,8 @@ class Sample(NamedTuple):
 class Crops(NamedTuple):
     """What the networks see. View-major: crop v of image i is row `v * B + i`."""
 
-    global_crops: Tensor  # float [2 * B, 3, H, W]
-    local_crops: Tensor | None  # float [num_local * B, 3, h, w]
+    global_crops: Tensor  # float [2 * B, C, H, W]
+    local_crops: Tensor | None  # float [num_local * B, C, h, w]
 
 
 class MultiCrop:
@@ -65,7 +65,8 @@ class MultiCrop:
         blur_sigma: (lowest, highest) standard deviation in pixels of the crop.
         mode: one of MODES; "auto" asks `choose_mode`.
         device: type of the device that `finish` will be given; only read by "auto".
-        mean, std: of the normalisation, for RGB in 0..1.
+        mean, std: of the normalisation, for channels in 0..1; as many as the images have channels. Saturation, hue and grey are made
+            of RGB: with another number of channels they do nothing.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class MultiCrop:
         return [self._draw_view(rng.random, view, height, width) for view in views]
 
     def cut(self, image: np.ndarray, seed: int) -> Sample:
-        """uint8 [H, W, 3] -> what is done with it in the worker."""
+        """uint8 [H, W, C] -> what is done with it in the worker."""
         draws = self.draw(*image.shape[:2], seed)
         table = np.array(draws, np.float32)
         if self.mode == "device":
@@ -122,7 +123,7 @@ class MultiCrop:
     def collate(self, samples: list[Sample]) -> dict[str, Tensor]:
         """B samples -> a flat dict of tensors, view-major.
 
-        "global" uint8 [2 * B, H, W, 3] and "local" [num_local * B, h, w, 3]; with photometric work left, their draws too; in
+        "global" uint8 [2 * B, H, W, C] and "local" [num_local * B, h, w, C]; with photometric work left, their draws too; in
         mode "device" padded images and "draws" [B, V, FIELDS] instead.
         """
         draws = torch.from_numpy(np.stack([sample.draws for sample in samples]))
@@ -166,7 +167,7 @@ class MultiCrop:
         return tuple(finished)
 
     def _normalize(self, crops: Tensor) -> Tensor:
-        """float [N, 3, H, W] in 0..255, overwritten."""
+        """float [N, C, H, W] in 0..255, overwritten."""
         std, mean = (torch.tensor(values, device=crops.device)[:, None, None] for values in (self.std, self.mean))
         return crops.mul_(1 / (255 * std)).sub_(mean / std)
 
@@ -196,26 +197,30 @@ def choose_mode(device: str) -> str:
 
 
 def resized_crop(image: np.ndarray, draw: Draw, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [size, size, 3]: cut first, then antialiased bicubic (never reads outside the box), then flip."""
+    """uint8 [H, W, C] -> uint8 [size, size, C]: cut first, then antialiased bicubic (never reads outside the box), then flip."""
     box = image[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
     if box.shape[:2] != (size, size):
         # batch first, then permute: the other order of the two misses ATen's channels-last uint8 kernel
         pixels = torch.from_numpy(box)[None].permute(0, 3, 1, 2)
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
         box = pixels.permute(0, 2, 3, 1)[0].numpy()
+    if box.shape[2] != 3:  # cv2 drops an axis of one
+        return np.ascontiguousarray(box[:, ::-1] if draw.flip else box)
     return cv2.flip(box, 1) if draw.flip else np.ascontiguousarray(box)
 
 
 def photometric(crop: np.ndarray, draw: Draw) -> np.ndarray:
-    """uint8 [h, w, 3] -> the same shape: jitter, grey, blur, solarise, as drawn."""
+    """uint8 [h, w, C] -> the same shape: jitter, grey, blur, solarise, as drawn."""
+    shape, colours = crop.shape, crop.shape[2] == 3
     if draw.jitter_order >= 0:
         for operation in JITTER_ORDERS[draw.jitter_order]:
-            crop = JITTER[operation](crop, draw[_FIRST_FACTOR + operation])
-    if draw.gray:
+            if colours or operation < FIRST_OF_COLOUR:
+                crop = JITTER[operation](crop, draw[_FIRST_FACTOR + operation])
+    if draw.gray and colours:
         crop = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if draw.sigma > 0:
         crop = cv2.GaussianBlur(crop, (0, 0), draw.sigma, borderType=cv2.BORDER_REPLICATE)
-    return cv2.LUT(crop, _SOLARIZE) if draw.solarize else crop
+    return (cv2.LUT(crop, _SOLARIZE) if draw.solarize else crop).reshape(shape)
 
 
 def _brightness(crop: np.ndarray, factor: float) -> np.ndarray:
@@ -223,7 +228,8 @@ def _brightness(crop: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _contrast(crop: np.ndarray, factor: float) -> np.ndarray:
-    mean = int(cv2.mean(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))[0] + 0.5)
+    gray = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY) if crop.shape[2:] == (3,) else crop
+    mean = int((cv2.mean(gray)[0] if gray.ndim == 2 else gray.mean()) + 0.5)
     return cv2.addWeighted(crop, factor, crop, 0, mean * (1 - factor) + _TRUNCATE)
 
 
@@ -255,14 +261,14 @@ def _stack_views(samples: list[list[np.ndarray]]) -> Tensor:
 
 
 def _stack_images(images: list[np.ndarray]) -> dict[str, Tensor]:
-    """Images of like size, padded to one: {"images.K": uint8 [n, H, W, 3], "rows.K": int64 [n], their numbers in the batch}."""
+    """Images of like size, padded to one: {"images.K": uint8 [n, H, W, C], "rows.K": int64 [n], their numbers in the batch}."""
     buckets: dict[tuple[int, int], list[int]] = {}
     for row, image in enumerate(images):
         buckets.setdefault(tuple(-(-side // _BUCKET) for side in image.shape[:2]), []).append(row)
     payload = {}
     for number, rows in enumerate(buckets.values()):
         height, width = (max(images[row].shape[axis] for row in rows) for axis in (0, 1))
-        padded = np.zeros((len(rows), height, width, 3), np.uint8)
+        padded = np.zeros((len(rows), height, width, images[0].shape[2]), np.uint8)
         for place, row in enumerate(rows):
             padded[place, : images[row].shape[0], : images[row].shape[1]] = images[row]
         payload[f"images.{number}"], payload[f"rows.{number}"] = torch.from_numpy(padded), torch.tensor(rows)

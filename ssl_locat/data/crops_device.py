@@ -1,6 +1,6 @@
 """The device's part of multi-crop: the same draws as on the CPU, applied to a whole batch at once.
 
-Crops are float [N, 3, H, W] with whole values 0..255 throughout, rounded where the CPU's 8-bit operations round, so that both give the
+Crops are float [N, C, H, W] with whole values 0..255 throughout, rounded where the CPU's 8-bit operations round, so that both give the
 same crops: resize within 1 of 255 of Pillow, photometric operations within 2, hue 2 on average (the CPU's HSV has 8 bits). What
 depends on a choice is gathered by indices made on the CPU, where the draws are: nothing waits for the device.
 """
@@ -10,21 +10,25 @@ import math
 import torch
 from torch import Tensor
 
-from ssl_locat.data.draws import FIELDS, JITTER_ORDERS
+from ssl_locat.data.draws import FIELDS, FIRST_OF_COLOUR, JITTER_ORDERS
 
 _GRAY = (0.299, 0.587, 0.114)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 
 
 def photometric(crops: Tensor, draws: Tensor) -> Tensor:
-    """Jitter, grey, blur, solarise. `crops` float [N, 3, H, W] in 0..255 (may be overwritten), `draws` [N, FIELDS] on the CPU."""
+    """Jitter, grey, blur, solarise. `crops` float [N, C, H, W] in 0..255 (may be overwritten), `draws` [N, FIELDS] on the CPU."""
     device = crops.device
     orders = torch.tensor([*JITTER_ORDERS, (-1,) * 4])[draws[:, FIELDS["jitter_order"]].long()]  # -1 picks the last row
     factors = draws[:, FIELDS["brightness"] : FIELDS["hue"] + 1]
+    colours = crops.shape[1] == 3
+    if not colours:
+        orders = torch.where(orders < FIRST_OF_COLOUR, orders, -1)
     for turn in range(4):
         crops = _jitter(crops, orders[:, turn], factors)
     flags = draws.to(device, non_blocking=True)
-    crops = torch.where(_flag(flags, "gray"), _gray(crops), crops)
+    if colours:
+        crops = torch.where(_flag(flags, "gray"), _gray(crops), crops)
     blurred = draws[:, FIELDS["sigma"]].nonzero()[:, 0]
     if len(blurred):
         sigmas = draws[blurred, FIELDS["sigma"]]
@@ -37,22 +41,23 @@ def resized_crops(images: Tensor, draws: Tensor, size: int) -> Tensor:
     """Antialiased bicubic crops of padded images by two matrix products, horizontal first and rounded in between, as Pillow does.
 
     Args:
-        images: uint8 [n, H, W, 3] on the device; padding is never read.
+        images: uint8 [n, H, W, C] on the device; padding is never read.
         draws: [n, V, FIELDS] on the device.
 
-    Returns float [V, n, 3, size, size].
+    Returns float [V, n, C, size, size].
     """
-    count, height, width, _ = images.shape
+    count, height, width, channels = images.shape
     views = draws.shape[1]
-    pixels = images.permute(0, 3, 1, 2).float().reshape(count, 3 * height, width)
+    pixels = images.permute(0, 3, 1, 2).float().reshape(count, channels * height, width)
     field = {name: draws[..., index] for name, index in FIELDS.items()}
     across = _resize_weights(field["left"], field["width"], width, size, field["flip"])  # [n, V, size, W]
     down = _resize_weights(field["top"], field["height"], height, size, None)
     # all views side by side in one product: broadcasting the image over views would copy it for each
     narrow = torch.bmm(pixels, across.reshape(count, views * size, width).transpose(1, 2)).round_().clamp_(0, 255)
-    narrow = narrow.reshape(count, 3, height, views, size).permute(0, 3, 2, 1, 4).reshape(count * views, height, 3 * size)
+    narrow = narrow.reshape(count, channels, height, views, size).permute(0, 3, 2, 1, 4)
+    narrow = narrow.reshape(count * views, height, channels * size)
     crops = torch.bmm(down.reshape(count * views, size, height), narrow).round_().clamp_(0, 255)
-    return crops.reshape(count, views, size, 3, size).permute(1, 0, 3, 2, 4)
+    return crops.reshape(count, views, size, channels, size).permute(1, 0, 3, 2, 4)
 
 
 def _resize_weights(start: Tensor, length: Tensor, full: int, size: int, flip: Tensor | None) -> Tensor:
@@ -80,7 +85,9 @@ def _flag(draws: Tensor, name: str) -> Tensor:
 
 
 def _gray(crops: Tensor) -> Tensor:
-    """[N, 1, H, W], whole values."""
+    """[N, 1, H, W]: of RGB, in whole values; of other channels, their mean."""
+    if crops.shape[1] != 3:
+        return crops.mean(1, keepdim=True)
     red, green, blue = crops.unbind(1)
     return (red * _GRAY[0] + green * _GRAY[1] + blue * _GRAY[2]).round_()[:, None]
 
@@ -135,8 +142,8 @@ def _blur(crops: Tensor, sigmas: Tensor) -> Tensor:
     sigmas = sigmas.to(crops.device, non_blocking=True)
     across = _blur_weights(sigmas, reach, width)
     down = across if height == width else _blur_weights(sigmas, reach, height)
-    count = len(crops)
-    crops = torch.bmm(crops.reshape(count, 3 * height, width), across.transpose(1, 2)).reshape(count, 3, height, width)
+    shape = crops.shape
+    crops = torch.bmm(crops.reshape(len(crops), -1, width), across.transpose(1, 2)).reshape(shape)
     crops = torch.matmul(down[:, None], crops)
     return crops.round_().clamp_(0, 255)
 
@@ -153,10 +160,10 @@ def _blur_weights(sigmas: Tensor, reach: int, size: int) -> Tensor:
 
 
 def assemble(buckets: list[tuple[Tensor, Tensor]], draws: Tensor, size: int) -> Tensor:
-    """Crops [V * B, 3, size, size], view-major, out of buckets of padded images (uint8 [n, H, W, 3], their numbers [n])."""
+    """Crops [V * B, C, size, size], view-major, out of buckets of padded images (uint8 [n, H, W, C], their numbers [n])."""
     batch, views = draws.shape[:2]
     device = buckets[0][0].device
-    crops = torch.empty(views, batch, 3, size, size, device=device)
+    crops = torch.empty(views, batch, buckets[0][0].shape[3], size, size, device=device)
     for images, numbers in buckets:
         crops[:, numbers] = resized_crops(images, draws[numbers], size)
     return crops.flatten(0, 1)

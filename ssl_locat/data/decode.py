@@ -1,9 +1,11 @@
-"""Bytes of one sample -> RGB pixels, label, mask. Every kind of image becomes 8-bit RGB, or a `BadSample` that says why not.
+"""Bytes of one sample -> pixels, label, mask. Every kind of image becomes 8-bit RGB, or a `BadSample` that says why not.
 
 Choices, the same for every reader of this package:
   EXIF orientation is applied, as viewers show the photograph; a mask stored like its image gets the same turn (`decode_mask`).
   Alpha is dropped, not composited (what `convert("RGB")` does everywhere in this field); of an animation the first frame is used.
   16-bit greys are scaled to 8 bits (value / 257), never clipped; 32-bit and float greys are stretched from their own range.
+  Where a backbone takes one channel, colours become grey; where it takes another number than 1 or 3, images are .npy files (uint8
+  [H, W, C]), or have as many 8-bit bands themselves (RGBA and CMYK have four).
   Size is read from the header and checked before any pixel is allocated; only the formats below are opened (no EPS, no PDF).
 """
 
@@ -20,6 +22,7 @@ from ssl_locat.errors import BadSample
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: above the largest photographs, far below a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2")  # in order of preference
+ARRAY_EXTENSION = "npy"  # an image where the sample or folder holds no other; beside one it is something else, such as features
 LABEL_KEYS = ("cls", "label", "class", "target", "cls.txt", "label.txt")
 MASK_KEYS = ("seg.png", "mask.png", "label.png", "segmentation.png", "seg", "mask")
 _MASK_WORDS = ("seg", "mask", "label", "segmentation", "depth", "annotation")
@@ -37,8 +40,19 @@ _UPRIGHT = {
 }
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """uint8 [H, W, 3] RGB, upright, contiguous and writable. Raises BadSample for anything that is not a whole image."""
+def decode_image(data: bytes, *, channels: int | None = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [H, W, C], upright, contiguous and writable. Raises BadSample for anything that is not a whole image.
+
+    channels: 3, RGB; 1, grey; another number, as stored, if the image has so many; None, as stored in an array and RGB otherwise.
+    """
+    if data[:6] == b"\x93NUMPY":
+        return _with_channels(_decode_array(data, max_pixels), channels)
+    if channels not in (1, 3, None):
+        return _decode_bands(data, channels, max_pixels)
+    return _with_channels(_decode_rgb(data, max_pixels), channels)
+
+
+def _decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
     if data[:2] == b"\xff\xd8":
         pixels = _decode_jpeg(data, max_pixels)
         if pixels is not None:
@@ -52,6 +66,53 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             return _turn(_to_rgb(image), orientation)
         except Exception as error:
             raise BadSample(f"image does not decode: {type(error).__name__}: {error}") from None
+
+
+def _decode_array(data: bytes, max_pixels: int) -> np.ndarray:
+    """A .npy file of uint8 [H, W] or [H, W, C] -> [H, W, C]. Its header is looked at before anything is allocated; nothing is unpickled."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, columns_first, dtype = read_header(stream)
+    except ValueError as error:
+        raise BadSample(f"not a .npy file that can be read: {error}") from None
+    if dtype != np.uint8 or len(shape) not in (2, 3):
+        raise BadSample(
+            f"the array is {dtype} {list(shape)}; expected uint8 [height, width, channels]: scale other types to 0..255 first"
+        )
+    _check_size(shape[1], shape[0], max_pixels)
+    values = np.frombuffer(data, np.uint8, offset=stream.tell())
+    if len(values) != np.prod(shape):
+        raise BadSample(f"the array's header says {list(shape)}, but {len(values)} bytes follow")
+    return np.array(values.reshape(shape, order="F" if columns_first else "C").reshape(*shape[:2], -1), order="C")
+
+
+def _decode_bands(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
+    """An image whose own 8-bit bands are as many as asked for, untouched."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(data, max_pixels)
+        bands = len(image.getbands())
+        if bands != channels or image.mode.startswith("I;16") or image.mode in ("I", "F", "P"):
+            raise BadSample(
+                f"the image has {bands} channels (mode {image.mode}), the backbone takes {channels}: see the guide to channels"
+            )
+        try:
+            return _turn(np.array(image), _orientation(image))
+        except Exception as error:
+            raise BadSample(f"image does not decode: {type(error).__name__}: {error}") from None
+
+
+def _with_channels(pixels: np.ndarray, channels: int | None) -> np.ndarray:
+    have = pixels.shape[2]
+    if channels in (have, None):
+        return pixels
+    if have == 3 and channels == 1:
+        return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
+    if have == 1 and channels == 3:
+        return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+    raise BadSample(f"the image has {have} channels, the backbone takes {channels}: set backbone.in_chans={have}")
 
 
 def image_orientation(data: bytes) -> int:
@@ -103,6 +164,8 @@ def find_image(members: dict[str, bytes], image_key: str | None = None) -> bytes
             head, _, last = name.rpartition(".")
             if last == extension and not any(word in _MASK_WORDS for word in head.split(".")):
                 return members[names[name]]
+    if ARRAY_EXTENSION in names:
+        return members[names[ARRAY_EXTENSION]]
     raise BadSample(f"no image among the members {_list(members)}; name the one to use with image_key")
 
 
@@ -175,10 +238,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if min(width, height) <= 0:
+        raise BadSample(f"no pixels ({width} x {height})")
     if width * height > max_pixels:
         raise BadSample(f"refused from its header: {width} x {height} pixels, more than max_pixels = {max_pixels}")
-    if width * height == 0:
-        raise BadSample(f"no pixels ({width} x {height})")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -6,6 +6,7 @@ from itertools import permutations
 from typing import NamedTuple
 
 JITTER_ORDERS = tuple(permutations(range(4)))  # of brightness, contrast, saturation, hue
+FIRST_OF_COLOUR = 2  # from there on, operations need RGB
 _RATIO = (3 / 4, 4 / 3)  # aspect ratios of RandomResizedCrop
 
 

@@ -25,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ssl_locat.data.decode import IMAGE_EXTENSIONS
+from ssl_locat.data.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS
 from ssl_locat.data.shard_index import Shard, load_block, open_shards, scan_shard, write_sidecars
 from ssl_locat.data.store import Gone, Stat, Store, join, normalise, redact, scheme_of
 from ssl_locat.data.tar import COMPRESSED, Damage, RawSample, parse
@@ -271,6 +271,7 @@ def _list_folder(store: Store, folder: str) -> tuple[dict[str, Stat | None], lis
     files = store.walk(folder)
     tars = {join(folder, name): stat for name, stat in files.items() if "/" not in name and name.endswith(".tar")}
     images = [name for name in files if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+    images = images or [name for name in files if name.lower().endswith(f".{ARRAY_EXTENSION}")]
     if not tars and not images:
         raise DataError(
             f"{redact(folder)} holds neither .tar shards nor images ({len(files)} files; images end in {', '.join(IMAGE_EXTENSIONS)})"

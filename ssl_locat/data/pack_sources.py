@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ssl_locat.data.decode import IMAGE_EXTENSIONS, LABEL_KEYS
+from ssl_locat.data.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS, LABEL_KEYS
 from ssl_locat.data.tar import COMPRESSED, split_name
 from ssl_locat.errors import DataError
 
@@ -48,7 +48,9 @@ def list_source(source: str, unpacked: Path) -> Listing:
         raise DataError(f"{source}: packing reads local files; copy it here first (shards are then read from anywhere)")
     if os.path.isdir(source):
         tars = sorted(str(path) for path in Path(source).iterdir() if path.name.lower().endswith((".tar", *COMPRESSED)))
-        listing = _list_tars(tars, unpacked) if tars else _list_folder(source)
+        listing = _list_tars(tars, unpacked) if tars else _list_folder(source, IMAGE_EXTENSIONS)
+        if not tars and not listing.samples:
+            listing = _list_folder(source, (ARRAY_EXTENSION,))
     else:
         tars = sorted(glob.glob(source)) if not os.path.exists(source) else [source]
         if not tars:
@@ -60,13 +62,13 @@ def list_source(source: str, unpacked: Path) -> Listing:
     return listing
 
 
-def _list_folder(folder: str) -> Listing:
+def _list_folder(folder: str, extensions: tuple[str, ...]) -> Listing:
     files, samples, ignored = [], [], 0
     for directory, names, entries in os.walk(folder):
         names.sort()
         for entry in sorted(entries):
             extension = entry.rpartition(".")[2].lower()
-            if extension not in IMAGE_EXTENSIONS:
+            if extension not in extensions:
                 ignored += 1
                 continue
             path = os.path.join(directory, entry)
@@ -126,7 +128,7 @@ def _group(found: list[tuple[str, int, int]], file: int, inner: str | None) -> t
     ignored, last, places = 0, None, []
 
     def close() -> int:
-        if not any(place.extension.rpartition(".")[2] in IMAGE_EXTENSIONS for place in places):
+        if not any(place.extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION) for place in places):
             return len(places)
         group = inner if inner is not None else (last.partition("/")[0] if "/" in last else "")
         samples.append(Source(_key(f"{inner}/{last}" if inner else last), tuple(places), group, last.rpartition("/")[2]))

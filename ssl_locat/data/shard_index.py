@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ssl_locat.data.store import Denied, Gone, Stat, Store, join, redact, scheme_of
 from ssl_locat.data.tar import DAMAGED, Scan, scan
-from ssl_locat.errors import BadSample, DataError
+from ssl_locat.errors import BadSample, DataError, did_you_mean
 from ssl_locat.log import progress
 
 log = logging.getLogger(__name__)
@@ -218,12 +218,21 @@ def _scan_pool(urls: Iterable[str]) -> Executor:
     return ThreadPoolExecutor(_THREADS)
 
 
+KINDS = "a folder of images, tar shards, or a quoted pattern of them"
+
+
+def _near(url: str) -> str:
+    """What lies beside a local path that is not there and has nearly its name."""
+    folder, _, name = url.removeprefix("file://").rstrip("/").rpartition("/")
+    return did_you_mean(name, os.listdir(folder or "/")) if scheme_of(url) == "file" and os.path.isdir(folder or "/") else ""
+
+
 def _stat_all(store: Store, urls: list[str]) -> dict[str, Stat]:
     def stat(url: str) -> Stat:
         try:
             return store.stat(url)
         except Gone:
-            raise DataError(f"shard {redact(url)} does not exist. Check the data pattern.") from None
+            raise DataError(f"{redact(url)} does not exist.{_near(url)} Expected {KINDS}.") from None
         except Denied as error:
             raise DataError(str(error)) from None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssl_locat.backbone import load_backbone
 from ssl_locat.distributed import is_main
 from ssl_locat.errors import ConfigError
-from ssl_locat.evaluation.features import patch_size
+from ssl_locat.evaluation.features import check_colours, patch_size
 from ssl_locat.evaluation.image_views import normalisation
 from ssl_locat.evaluation.pictures import pictures
 from ssl_locat.models.grid import patch_distances
@@ -38,6 +38,7 @@ def evaluate(
     images: how many of data.test; patches: (row, column) as fractions of the image; layer: which block, -1 is the last;
     beside: a MODEL of the same patch size to show next to this one; out: folder of the PNG and the JSON, null for none.
     """
+    check_colours(backbone, "attention")
     for place in patches:
         if len(place) != 2 or not all(0 <= part < 1 for part in place):
             raise ConfigError(f"patches has {place!r}; expected (row, column), each a fraction of the image in [0, 1).")

@@ -19,25 +19,25 @@ from ssl_locat.distributed import barrier, is_main, rank, world_size
 from ssl_locat.errors import BadSample, ConfigError, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.features import check_image_size, default_resize
 from ssl_locat.evaluation.image_views import centre_view, normalisation
-from ssl_locat.evaluation.samples import Members, load_in_order, share
+from ssl_locat.evaluation.samples import NO_LABEL, Members, load_in_order, share
 from ssl_locat.log import progress
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
 
 FORMATS = ("safetensors", "npy", "parquet")
-NO_LABEL = -1
 
 
 class _Images(Dataset):
     """(tensor, key, label or -1) of each sample; a damaged image is an error that names it."""
 
-    def __init__(self, members: Members, view, image_key: str | None, label_key: str | None):
+    def __init__(self, members: Members, view, image_key: str | None, label_key: str | None, channels: int):
         self.members, self.view, self.image_key, self.label_key = members, view, image_key, label_key
+        self.channels = channels
 
     def fetch(self, indices: list[int]) -> list[tuple[Tensor, str, int]]:
         found = []
         for sample in self.members.fetch(indices):
             try:
-                image = self.view(decode_image(find_image(sample.members, self.image_key)), 0)
+                image = self.view(decode_image(find_image(sample.members, self.image_key), channels=self.channels), 0)
             except BadSample as error:
                 raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
             try:
@@ -100,7 +100,7 @@ def dump(
 
     keys = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     with progress("features", total=len(members), unit="images") as bar:
-        for batch in load_in_order(_Images(members, view, image_key, label_key), keys, workers):
+        for batch in load_in_order(_Images(members, view, image_key, label_key, len(mean)), keys, workers):
             images, names, labels = batch
             raw = forward_tokens(backbone, images.to(device))
             refined = refine(backbone, raw)

@@ -19,7 +19,7 @@ from ssl_locat.log import progress
 from ssl_locat.models.tokens import features as class_features
 from ssl_locat.seeds import mix64
 
-DATA_KEYS = ("train", "test", "num_classes", "image_key", "label_key")
+DATA_KEYS = ("train", "test", "num_classes", "image_key", "label_key", "max_bad")
 
 
 class Features(NamedTuple):
@@ -72,6 +72,15 @@ def check_image_size(backbone: nn.Module, image_size: int | None) -> int:
     return image_size
 
 
+def check_colours(backbone: nn.Module, protocol: str) -> None:
+    """Raises UserError unless the backbone takes RGB, for protocols whose augmentation or data sets are made of colours."""
+    channels = len(normalisation(backbone)[0])
+    if channels != 3:
+        raise UserError(
+            f"{protocol} works on RGB images; this backbone takes {channels} channels. knn, linear and features serve it."
+        )
+
+
 def default_resize(image_size: int) -> int:
     """Shorter side before the centre crop: DINO's 256 for 224, in proportion; images of under 96 px are shown whole."""
     return image_size if image_size < 96 else round(image_size * 256 / 224)
@@ -91,7 +100,7 @@ def labelled_images(
     mean, std = normalisation(backbone)
     view = partial(centre_view, size=image_size, resize=resize_size or default_resize(image_size), mean=mean, std=std)
     members = Members(source)
-    samples = LabelledSamples(members, view, data.get("image_key"), data.get("label_key"))
+    samples = LabelledSamples(members, view, data.get("image_key"), data.get("label_key"), len(mean), data.get("max_bad") or 0.0)
     return Pass(samples, torch.arange(len(members)), batch_size=batch_size, workers=workers)
 
 
@@ -99,7 +108,8 @@ def labelled_images(
 def extract(backbone: nn.Module, images: Pass, read: Callable[[nn.Module, Tensor], Tensor] = class_features) -> Features:
     """All features of a labelled set, in its order, the same on every process.
 
-    `read(backbone, images [B, 3, H, W]) -> [B, D]`. The backbone is put into eval mode. Rows of damaged images are left out.
+    `read(backbone, images [B, 3, H, W]) -> [B, D]`. The backbone is put into eval mode. Rows of damaged images are left out where
+    data.max_bad allows it.
     """
     backbone.eval()
     device = next(backbone.parameters()).device
@@ -118,6 +128,12 @@ def extract(backbone: nn.Module, images: Pass, read: Callable[[nn.Module, Tensor
     seen = labels >= 0
     if values is None or not seen.any():
         raise DataError("no image of the set could be read. Check it with `ssl-locat shards check`.")
+    left_out = int((~seen).sum())
+    if left_out > images.samples.max_bad * len(images):
+        raise DataError(
+            f"{left_out} of {len(images)} images could not be read, more than data.max_bad = {images.samples.max_bad:g} allows. "
+            "Their names are in the log; check the set with `ssl-locat shards check`, or remove them."
+        )
     return Features(values[seen], labels[seen])
 
 

@@ -1,6 +1,7 @@
 """Views of one image for protocols: a centre crop, and the random resized crop that classifiers train on. Functions of image and seed."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,22 +17,34 @@ def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def to_tensor(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [H, W, 3] -> float32 [3, H, W], normalised."""
+    """uint8 [H, W, C] -> float32 [C, H, W], normalised."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def as_picture(image: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """uint8 [H, W, C], changed by Pillow: the colours together, or channel by channel where there are not three."""
+    if image.shape[2] == 3:
+        return np.asarray(change(Image.fromarray(image)))
+    return np.stack(
+        [np.asarray(change(Image.fromarray(np.ascontiguousarray(band)))) for band in np.moveaxis(image, 2, 0)], axis=2
+    )
 
 
 def centre_view(
     image: np.ndarray, seed: int, *, size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Tensor:
-    """float32 [3, size, size]: shorter side to `resize` (bicubic, antialiased), then the centre, normalised."""
+    """float32 [C, size, size]: shorter side to `resize` (bicubic, antialiased), then the centre, normalised."""
     height, width = image.shape[:2]
     factor = resize / min(height, width)
-    picture = Image.fromarray(image)
-    if factor != 1:
-        picture = picture.resize((max(size, round(width * factor)), max(size, round(height * factor))), BICUBIC)
-    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
-    return to_tensor(np.asarray(picture.crop((left, top, left + size, top + size))), mean, std)
+
+    def shown(picture: Image.Image) -> Image.Image:
+        if factor != 1:
+            picture = picture.resize((max(size, round(width * factor)), max(size, round(height * factor))), BICUBIC)
+        left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
+        return picture.crop((left, top, left + size, top + size))
+
+    return to_tensor(as_picture(image, shown), mean, std)
 
 
 def training_view(
@@ -43,10 +56,10 @@ def training_view(
     std: tuple[float, ...],
     scale: tuple[float, float] = (0.08, 1.0),
 ) -> Tensor:
-    """float32 [3, size, size]: a random resized crop (bilinear, antialiased), flipped half the time, normalised."""
+    """float32 [C, size, size]: a random resized crop (bilinear, antialiased), flipped half the time, normalised."""
     rng = np.random.default_rng(seed)
-    picture = Image.fromarray(image).resize((size, size), BILINEAR, box=random_box(*image.shape[:2], scale, rng))
-    pixels = np.asarray(picture)
+    box = random_box(*image.shape[:2], scale, rng)
+    pixels = as_picture(image, lambda picture: picture.resize((size, size), BILINEAR, box=box))
     return to_tensor(pixels[:, ::-1] if rng.random() < 0.5 else pixels, mean, std)
 
 

@@ -4,7 +4,6 @@ ssl-locat evaluate knn MODEL data.train=... data.test=...
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -137,9 +136,11 @@ def evaluate(
     return score(bank, queries, ks, temperatures, num_classes, device)
 
 
-def raw_pixel_knn(*, data: dict, k: int | Sequence[int] = 20, image_size: int = 32, workers: int = 0) -> dict[str, float]:
+def raw_pixel_knn(
+    *, data: dict, k: int | Sequence[int] = 20, image_size: int = 32, channels: int = 3, workers: int = 0
+) -> dict[str, float]:
     """The same vote on pixels: images resized to 32 x 32, standardised per channel, flattened. What learned features must beat."""
-    pixels = _Pixels()
+    pixels = _Pixels(channels)
     tables = [
         extract(
             pixels,
@@ -150,19 +151,18 @@ def raw_pixel_knn(*, data: dict, k: int | Sequence[int] = 20, image_size: int = 
         )
         for name in ("train", "test")
     ]
-    colours = tables[0].values.unflatten(1, (3, -1))
+    colours = tables[0].values.unflatten(1, (channels, -1))
     mean, std = colours.mean((0, 2))[:, None], colours.std((0, 2))[:, None]
-    bank, queries = (Features(((t.values.unflatten(1, (3, -1)) - mean) / std).flatten(1), t.labels) for t in tables)
+    bank, queries = (Features(((t.values.unflatten(1, (channels, -1)) - mean) / std).flatten(1), t.labels) for t in tables)
     return score(bank, queries, _listed(k), [0.07], check_classes(bank.labels, queries.labels, data.get("num_classes")))
 
 
 class _Pixels(nn.Module):
     """Stands where a backbone would: pixels in 0..1, on the CPU."""
 
-    pretrained_cfg: ClassVar = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-
-    def __init__(self):
+    def __init__(self, channels: int):
         super().__init__()
+        self.pretrained_cfg = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
         self.device_of = nn.Parameter(torch.zeros(()), requires_grad=False)
 
 

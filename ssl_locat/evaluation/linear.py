@@ -133,8 +133,8 @@ class Task:
         members, test = Members(split(data, "train")), Members(split(data, "test"))
         same_classes(members, test)
         centre = partial(centre_view, size=size, resize=resize_size or default_resize(size), mean=mean, std=std)
-        self.plain, self.test = LabelledSamples(members, centre, *keys), LabelledSamples(test, centre, *keys)
-        self.views = LabelledSamples(members, partial(training_view, size=size, mean=mean, std=std), *keys)
+        self.plain, self.test = (LabelledSamples(part, centre, *keys, len(mean)) for part in (members, test))
+        self.views = LabelledSamples(members, partial(training_view, size=size, mean=mean, std=std), *keys, len(mean))
         labels, test_labels = (read_labels(part, keys[1], workers) for part in (members, test))
         self.num_classes = check_classes(labels, test_labels, data.get("num_classes"))
         chosen = label_subset(labels, train_fraction, seed)
@@ -146,7 +146,7 @@ class Task:
         self.batch_size = min(batch_size, len(self.train) // world_size() * world_size())
         self.steps_per_epoch = len(self.train) // self.batch_size
         with torch.no_grad():
-            tokens = last_blocks(backbone, torch.zeros(1, 3, size, size, device=self.device), blocks)[-1]
+            tokens = last_blocks(backbone, torch.zeros(1, len(mean), size, size, device=self.device), blocks)[-1]
             tokens = refine(backbone, tokens)
             self.layout = Layout(blocks, class_token(backbone, tokens).shape[1], tokens.patches.shape[2])
 

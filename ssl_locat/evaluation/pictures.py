@@ -17,20 +17,20 @@ from ssl_locat.evaluation.samples import Members, load_in_order, share
 
 
 class Pictures(NamedTuple):
-    images: Tensor  # [B, 3, H, W], normalised
+    images: Tensor  # [B, C, H, W], normalised
     valid: Tensor  # [B] bool; False on repeats, which make all processes' shares equally long
 
 
 class _Views(Dataset):
-    def __init__(self, members: Members, view, image_key: str | None):
-        self.members, self.view, self.image_key = members, view, image_key
+    def __init__(self, members: Members, view, image_key: str | None, channels: int):
+        self.members, self.view, self.image_key, self.channels = members, view, image_key, channels
 
     def fetch(self, indices: list[int]) -> list[Tensor]:
         return [self._view(sample) for sample in self.members.fetch(indices)]
 
     def _view(self, sample) -> Tensor:
         try:
-            return self.view(decode_image(find_image(sample.members, self.image_key)), 0)
+            return self.view(decode_image(find_image(sample.members, self.image_key), channels=self.channels), 0)
         except BadSample as error:
             raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
 
@@ -53,5 +53,6 @@ def pictures(
     indices, valid = share(min(len(members), limit or len(members)), rank(), world_size())
     starts = range(0, len(indices), batch_size)
     keys = [indices[start : start + batch_size] for start in starts]
-    for start, views in zip(starts, load_in_order(_Views(members, view, data.get("image_key")), keys, workers), strict=True):
+    samples = _Views(members, view, data.get("image_key"), len(mean))
+    for start, views in zip(starts, load_in_order(samples, keys, workers), strict=True):
         yield Pictures(torch.stack(views), torch.tensor(valid[start : start + len(views)]))

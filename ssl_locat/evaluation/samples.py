@@ -8,6 +8,7 @@ import bisect
 import bz2
 import gzip
 import itertools
+import logging
 import lzma
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,10 @@ from ssl_locat.distributed import all_gather_cat, rank, world_size
 from ssl_locat.errors import BadSample, DataError, UserError
 from ssl_locat.log import progress
 from ssl_locat.seeds import mix64
+
+log = logging.getLogger(__name__)
+
+NO_LABEL = -1
 
 
 def share(total: int, rank: int, world_size: int) -> tuple[list[int], list[bool]]:
@@ -170,23 +175,44 @@ def same_classes(train: Members, test: Members) -> None:
 
 
 class LabelledSamples(Dataset):
-    """Decoded, prepared images with labels, fetched by (index, seed): prepare(image uint8 [H, W, 3], seed) -> tensor [3, h, w]."""
+    """Decoded, prepared images with labels, fetched by (index, seed): prepare(image uint8 [H, W, C], seed) -> tensor [C, h, w].
+
+    max_bad: share of damaged samples that may be left out; with 0 the first is an error. Only readers that heed NO_LABEL may allow more.
+    """
 
     def __init__(
-        self, members: Members, prepare: Callable[[np.ndarray, int], Tensor], image_key: str | None, label_key: str | None
+        self,
+        members: Members,
+        prepare: Callable[[np.ndarray, int], Tensor],
+        image_key: str | None,
+        label_key: str | None,
+        channels: int = 3,
+        max_bad: float = 0.0,
     ):
         self.members, self.prepare, self.image_key, self.label_key = members, prepare, image_key, label_key
+        self.channels, self.max_bad = channels, max_bad
 
     def fetch(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        if self.max_bad:
+            return [self._prepared_or_blank(index, seed) for index, seed in keys]
         samples = self.members.fetch([index for index, _ in keys])
         return [self._prepared(sample, seed) for sample, (_, seed) in zip(samples, keys, strict=True)]
 
     def _prepared(self, sample: RawSample, seed: int) -> tuple[Tensor, int]:
         try:
             label = find_label(sample.members, self.label_key)
-            return self.prepare(decode_image(find_image(sample.members, self.image_key)), seed), label
+            image = decode_image(find_image(sample.members, self.image_key), channels=self.channels)
+            return self.prepare(image, seed), label
         except BadSample as error:
             raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
+
+    def _prepared_or_blank(self, index: int, seed: int) -> tuple[Tensor, int]:
+        """Black, and no label, where the sample is damaged."""
+        try:
+            return self._prepared(self.members[index], seed)
+        except DataError as error:
+            log.info("left out: %s", error)
+            return self.prepare(np.zeros((64, 64, self.channels), np.uint8), seed), NO_LABEL
 
 
 class _Labels(Dataset):
@@ -219,7 +245,7 @@ class Batch(NamedTuple):
     images: Tensor  # [B, 3, H, W]
     labels: Tensor  # [B] int64
     index: Tensor  # [B]
-    valid: Tensor  # [B] bool; False on repeats
+    valid: Tensor  # [B] bool; False on repeats, and on damaged images where they may be left out
 
 
 class Pass:
@@ -239,4 +265,5 @@ class Pass:
         for start, batch in zip(starts, load_in_order(self.samples, keys, self.workers), strict=True):
             images, labels = batch
             end = start + len(labels)
-            yield Batch(images, torch.tensor(labels), torch.tensor(indices[start:end]), torch.tensor(valid[start:end]))
+            labels = torch.tensor(labels)
+            yield Batch(images, labels, torch.tensor(indices[start:end]), torch.tensor(valid[start:end]) & (labels != NO_LABEL))

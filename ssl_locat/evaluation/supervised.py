@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ssl_locat.backbone import load_backbone
 from ssl_locat.distributed import all_reduce_sum_, is_main, rank, world_size
 from ssl_locat.errors import ConfigError
-from ssl_locat.evaluation.features import check_classes, check_image_size, label_subset, split
+from ssl_locat.evaluation.features import check_classes, check_colours, check_image_size, label_subset, split
 from ssl_locat.evaluation.heads import load_progress, save_progress
 from ssl_locat.evaluation.image_views import centre_view, normalisation
 from ssl_locat.evaluation.metrics import top_hits
@@ -160,6 +160,7 @@ def evaluate(
         weights_file: a .safetensors for the trained weights; as a MODEL it is judged by the other protocols.
     """
     size = check_image_size(backbone, image_size)
+    check_colours(backbone, "supervised")
     if precision not in DTYPES:
         raise ConfigError(f"precision is {precision!r}; known: {', '.join(DTYPES)}.")
     if batch_size % (2 * world_size()):

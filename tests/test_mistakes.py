@@ -1,0 +1,108 @@
+"""What people meet on their first day: a wrong path, a damaged image, a run that stopped. Each answer says what to do."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from servers import FaultProxy, nginx, program
+from trained import write_config
+
+from ssl_locat.config import load
+from ssl_locat.data.index import open_dataset
+from ssl_locat.data.textures import make_textures
+from ssl_locat.doctor import doctor
+from ssl_locat.errors import CheckpointError, DataError, Outage, UserError
+from ssl_locat.evaluate import evaluate
+from ssl_locat.log import console, read_jsonl
+from ssl_locat.report import report
+from ssl_locat.run_story import open_run
+from ssl_locat.train import pretrain
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Class folders of 40 and 20 images; one of the first cannot be read."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 10)):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 120, (36, 36, 3), dtype=np.uint8) + np.uint8(120 * label)
+                Image.fromarray(pixels).save(tmp_path / "photos" / part / name / f"{number}.png")
+    (tmp_path / "photos/train/cat/torn.png").write_bytes(b"\x89PNG and no more")
+    return tmp_path / "photos"
+
+
+def over_photos(folder, photos, **changes):
+    data = {"train": f"{photos}/train", "test": f"{photos}/val", "num_classes": 2, "workers": 0, "max_bad": 0.1}
+    return load(str(write_config(folder, data={**data, **changes})))
+
+
+def test_a_damaged_image_costs_neither_the_run_nor_its_probe(tmp_path, photos):
+    config = over_photos(tmp_path, photos)
+    summary = pretrain(config)
+    assert summary["quarantined"] >= 1 and set(summary["knn"]) == {"raw_pixels", "init", "trained"}
+    assert len(read_jsonl(tmp_path / "run/probes/knn.jsonl")) == 3
+    data = {"train": config.data.train, "test": config.data.test}
+    with pytest.raises(DataError, match=r"cat/torn: not an image"):  # a score of record leaves nothing out unasked
+        evaluate(config.run_dir, "knn", data=data, k=[5], workers=0)
+    assert (
+        evaluate(config.run_dir, "knn", data={**data, "max_bad": 0.1}, k=[5], workers=0)["top1_k5"] == summary["knn"]["trained"]
+    )
+
+
+def test_too_many_damaged_images_end_the_run_and_the_doctor_says_so(tmp_path, photos, capsys):
+    for number in range(8):
+        (photos / f"train/dog/{number}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"9 of 41 images could not be read, more than data.max_bad = 0\.1"):
+        pretrain(over_photos(tmp_path, photos))
+    assert open_run(tmp_path / "run").status == "failed"
+    console.cache_clear()
+    doctor(str(tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert "Failed: 0 of" in said and "9 of 41 images could not be read" in said
+    console.cache_clear()
+
+
+@pytest.mark.store
+@pytest.mark.skipif(program("nginx") is None, reason="no nginx on this machine to serve the images")
+def test_a_store_that_falls_silent_starves_the_run_and_it_goes_on(tmp_path):
+    make_textures(tmp_path / "set", num_train=96, num_test=40, image_size=32, progress=False)
+    (tmp_path / "scratch").mkdir()
+    run = tmp_path / "run"
+    with nginx(tmp_path, tmp_path / "scratch") as target, FaultProxy(target) as proxy:
+        (shard,) = sorted((tmp_path / "set").glob("textures-train-*.tar"))[:1]
+        data = {"train": f"{proxy.url}/set/{shard.name}", "num_classes": 10, "workers": 0, "retry_minutes": 0.02}
+        config = load(str(write_config(tmp_path, data=data, probes={})), ["optim.epochs=null", "optim.total_steps=40"])
+        proxy.rule = lambda number, line: "503" if list(run.glob("checkpoints/step_0000000?")) else None
+        with pytest.raises(Outage):
+            pretrain(config)
+        assert open_run(run).status == "starved" and open_run(run).last["step"] >= 4
+        proxy.rule = lambda number, line: None
+        assert pretrain(config)["restarts"] == 1
+    assert open_run(run).status == "finished"
+
+
+def test_a_path_that_is_not_there_names_its_neighbour(photos):
+    with pytest.raises(DataError, match=r"photos/trian does not exist\. Did you mean 'train'\? Expected a folder of images"):
+        open_dataset(f"{photos}/trian")
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere is no folder; expected a run folder"):
+        report([str(tmp_path / "nowhere")])
+
+
+def test_a_run_without_a_checkpoint_cannot_be_judged_yet(tmp_path, photos):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(over_photos(tmp_path, photos).to_yaml())
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint yet; steps found: none"):
+        evaluate(str(tmp_path / "run"), "knn", data={"train": f"{photos}/train", "test": f"{photos}/val"})
+
+
+def test_an_override_written_as_an_option_is_corrected():
+    command = [sys.executable, "-m", "ssl_locat.cli", "pretrain", "quickstart", "--optim.epochs=1"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 2 and "overridden without dashes: optim.epochs=VALUE" in answer.stderr
