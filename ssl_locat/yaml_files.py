@@ -190,7 +190,8 @@ def _apply_override(loaded: LoadedYaml, override: str) -> None:
 def _list_item(target: list, parts: Path_, override: str) -> Any:
     last = parts[-1]
     if not isinstance(last, int) or last >= len(target):
+        name = ".".join(map(str, parts[:-1]))
         raise ConfigError(
-            f"{override!r}: {'.'.join(map(str, parts[:-1]))} is a list of {len(target)}; expected a number below that."
+            f"{override!r}: {name} is a list of {len(target)}; say which by a number below that, as in {name}.0.KEY=VALUE"
         )
     return target[last]

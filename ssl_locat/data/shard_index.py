@@ -221,8 +221,10 @@ def _scan_pool(urls: Iterable[str]) -> Executor:
 KINDS = "a folder of images, tar shards, or a quoted pattern of them"
 
 
-def _near(url: str) -> str:
-    """What lies beside a local path that is not there and has nearly its name."""
+def _hint(url: str) -> str:
+    """Why something may not be there: a local path with nearly its name, or a hub that does not tell what one may not see."""
+    if scheme_of(url) == "hf":
+        return " Without a token that may read it, a private data set looks like none: `hf auth login`, or set HF_TOKEN."
     folder, _, name = url.removeprefix("file://").rstrip("/").rpartition("/")
     return did_you_mean(name, os.listdir(folder or "/")) if scheme_of(url) == "file" and os.path.isdir(folder or "/") else ""
 
@@ -232,7 +234,7 @@ def _stat_all(store: Store, urls: list[str]) -> dict[str, Stat]:
         try:
             return store.stat(url)
         except Gone:
-            raise DataError(f"{redact(url)} does not exist.{_near(url)} Expected {KINDS}.") from None
+            raise DataError(f"{redact(url)} does not exist.{_hint(url)} Expected {KINDS}.") from None
         except Denied as error:
             raise DataError(str(error)) from None
 
