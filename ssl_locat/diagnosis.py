@@ -101,6 +101,7 @@ class Diagnosis:
         self.ln_k = math.log(num_prototypes) if num_prototypes else None
         self.fatal, self.settle, self.patience = frozenset(fatal), settle, patience
         self.best: dict[str, float] = defaultdict(float)
+        self.losses: deque[float] = deque()  # of the last tenth of the run
         self.recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=patience))
         self.warned: set[str] = set()
 
@@ -110,6 +111,10 @@ class Diagnosis:
         Raises Diverged for a kind in `fatal`."""
         for name in ("feature_std", "rankme"):
             self.best[name] = max(self.best[name], metrics.get(name, 0.0))
+        if (loss := metrics.get("dino", metrics.get("loss"))) is not None:
+            self.losses.append(loss)
+            if len(self.losses) > max(1, 0.1 * total_steps):
+                self.losses.popleft()
         if step < self.settle * total_steps:
             return []
         seen = self._signs(metrics)
@@ -157,7 +162,7 @@ class Diagnosis:
         if ln_k and loss is not None:
             judge(
                 "loss_at_ln_k",
-                abs(loss - ln_k) < 0.01 * ln_k,
+                abs(loss - ln_k) < 0.01 * ln_k and max(self.losses) - loss < 0.01 * ln_k,  # not on its way past it
                 f"the loss {loss:.3f} still is that of guessing (ln K = {ln_k:.3f}): the student has learned nothing from its targets.",
             )
         if std is not None:

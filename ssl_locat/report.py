@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CHARTS = [
     ("Loss", "Cross-entropy between teacher and student. The dotted line is guessing; near it early is normal.", ["loss"], "nats", False),
     ("Teacher entropy and KL", "Entropy near 0 or near ln K means collapse; KL is what the student still has to learn.",
-     ["teacher_entropy", "kl"], "nats", False),
+     ["teacher_entropy", "kl", "dino_teacher_entropy", "dino_kl"], "nats", False),
     ("Spread of features", "1: all directions are used evenly; 0: all images look the same. Patch-to-class similarity near 1 means that "
      "patches no longer say where things are.", ["feature_std", "patch_cls_similarity"], "", False),
     ("RankMe", "How many directions the features use.", ["rankme"], "dimensions", False),

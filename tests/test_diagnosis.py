@@ -87,6 +87,14 @@ def test_early_steps_and_single_spikes_are_not_judged():
         assert watch.check(HEALTHY, step, 1000) == watch.check(HEALTHY | SICK["collapse"], step + 1, 1000) == []
 
 
+def test_a_loss_that_falls_through_ln_k_is_not_stuck_there():
+    """A sharp teacher starts above ln K; as quickstart.yaml's."""
+    watch = Diagnosis(512)
+    assert not any(watch.check(HEALTHY | {"loss": 6.6 - 0.006 * step}, step, 200) for step in range(200))
+    stuck = [w.kind for step in range(200) for w in watch.check(HEALTHY | {"loss": 6.24}, step, 200)]
+    assert stuck == ["loss_at_ln_k"]
+
+
 def test_only_what_the_config_names_is_fatal():
     with pytest.raises(ConfigError, match="Did you mean 'collapse'"):
         Diagnosis(512, fatal=["collapses"])

@@ -88,16 +88,18 @@ class DINO(nn.Module):
             log_targets = sinkhorn(teacher.flatten(0, 1), temperature).view_as(teacher)
         else:
             log_targets = centered(teacher, self.center, temperature)
+            self.seen.append(teacher.mean((0, 1)).unsqueeze(0))
         targets = log_targets.exp()
         loss = pair_loss(student.float() / self.student_temp, targets)
-        self.seen.append(teacher.mean((0, 1)).unsqueeze(0))
         with torch.no_grad():
             entropy = -(targets * log_targets).sum(-1).mean()
         return loss, {"teacher_entropy": entropy, "kl": loss.detach() - entropy}
 
     @torch.no_grad()
     def finish_step(self) -> dict[str, Tensor]:
-        """Move the centre by the mean over the whole global batch (eq. 4): every micro-batch, every rank."""
+        """Move the centre, if targets are centred, by the mean over the whole global batch (eq. 4): every micro-batch, every rank."""
+        if self.targets != "centering":
+            return {}
         mean = all_reduce_mean_(torch.stack(self.seen).mean(0))
         self.seen.clear()
         drift = center_drift(self.center, mean, self.teacher_temp[1])
