@@ -31,7 +31,7 @@ def rows(quick: bool) -> list[dict]:
     repeats = 5 if quick else 11
     result = model_rows("ViT-S", 224, 64 if on_gpu else 2, repeats, ["fp32", "bf16"])
     result += dino_rows(repeats)
-    result += objectives.rows(repeats)
+    result += objectives.rows(2 if quick else repeats)
     if not quick:
         result += model_rows("ViT-S", 512, 16 if on_gpu else 1, 5, ["fp32", "bf16"])
         result += part_rows(repeats)
