@@ -37,7 +37,10 @@ def _rank() -> int:
 @cache
 def console() -> Console:
     """The one console, on stderr. rich respects NO_COLOR; bars and log lines share it, so as not to overwrite each other."""
-    return Console(stderr=True)
+    found = Console(stderr=True)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = 160  # a log file has no width; rich takes 80, which breaks tables
+    return found
 
 
 def setup(quiet: bool = False, verbose: bool = False) -> None:

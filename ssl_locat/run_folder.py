@@ -43,7 +43,8 @@ def prepare(config: Config) -> None:
     folder = Path(config.run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "config.yaml").is_file():
+        # without a step done it is what a mistake in the config left
+        if (folder / "config.yaml").is_file() and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             changed = list(differences(read_config(folder), config))
             if changed:
                 raise UserError(

@@ -106,3 +106,14 @@ def test_an_override_written_as_an_option_is_corrected():
     command = [sys.executable, "-m", "ssl_locat.cli", "pretrain", "quickstart", "--optim.epochs=1"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 2 and "overridden without dashes: optim.epochs=VALUE" in answer.stderr
+
+
+def test_a_mistake_leaves_no_run_behind_and_a_run_is_not_mixed_with_another(tmp_path, photos):
+    config = over_photos(tmp_path, photos)
+    wrong = config.model_copy(update={"backbone": config.backbone.model_copy(update={"name": "locatvit_tny"})})
+    with pytest.raises(UserError, match="locatvit_tny"):
+        pretrain(wrong)
+    pretrain(config)
+    other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-4})})
+    with pytest.raises(UserError, match=r"holds a run with other settings: optim\.lr was .*, now 0\.0001\."):
+        pretrain(other)

@@ -67,6 +67,8 @@ def model_rows(name: str, size: int, batch: int, repeats: int, wanted: list[str]
 
     result = []
     for precision in wanted:
+        if precision not in precisions():
+            continue
         dtype = precisions()[precision]
         variants = {
             "vanilla": lambda dtype=dtype: forward_backward(vanilla, images, dtype),
@@ -96,7 +98,8 @@ def utilisation_rows(case: str, vanilla: nn.Module, images: torch.Tensor, timing
 
 
 def memory_rows(name: str, size: int) -> list[dict]:
-    """Peak bytes that one more image costs in a bfloat16 forward + backward, with and without activation checkpointing."""
+    """Peak bytes that one more image costs in a forward + backward, with and without activation checkpointing."""
+    precision, dtype = list(precisions().items())[-1]
     result = []
     for checkpointing in (False, True):
         values = {}
@@ -104,9 +107,9 @@ def memory_rows(name: str, size: int) -> list[dict]:
             model = make_model(model_name, size)
             model.set_grad_checkpointing(checkpointing)
             one, two = (torch.randn(batch, 3, size, size, device=device()) for batch in (1, 2))
-            peaks = [peak_bytes(lambda m=model, x=x: forward_backward(m, x, torch.bfloat16)) for x in (one, two)]
+            peaks = [peak_bytes(lambda m=model, x=x: forward_backward(m, x, dtype)) for x in (one, two)]
             values[variant] = (peaks[1] - peaks[0]) / 2**20
-        case = f"{name} {size} px bf16" + ", checkpointing" * checkpointing
+        case = f"{name} {size} px {precision}" + ", checkpointing" * checkpointing
         result += make_rows("step", case, "memory per image", "MiB", values, "vanilla")
     return result
 
