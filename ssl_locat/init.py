@@ -182,6 +182,25 @@ def choose_epochs(count: int, gpu: bool) -> int:
     )
 
 
+def compose_objective(prototypes: int, gpu: bool, quick: bool, epochs: int) -> list[str]:
+    """Lines below `objective:`. A short run on a CPU drifts to the uniform teacher unless that is quick and sharp (docs/results.md)."""
+    dino = ["name: dino", f"num_prototypes: {prototypes}   # about one for eight images"]
+    if gpu:
+        dino += ["teacher_temp: [0.04, 0.07]", f"teacher_temp_warmup_epochs: {min(30, epochs // 10)}"]
+        return [f"  {line}" for line in dino]
+    dino += ["hidden_dim: 256", "bottleneck_dim: 64"]
+    if not quick:
+        return [f"  {line}" for line in dino]
+    dino += [
+        "batch_norm: true",
+        "targets: sinkhorn   # holds so quick and sharp a teacher in place",
+        "teacher_temp: [0.02, 0.02]",
+    ]
+    dino += ["frozen_last_layer_epochs: 9999   # prototypes stay as drawn"]
+    koleo = "  - {name: koleo, weight: 0.03}   # keeps images apart in the first steps"
+    return [f"  - {dino[0]}", *(f"    {line}" for line in dino[1:]), koleo]
+
+
 def compose(name: str, train: str, test: str | None, seen: Look) -> str:
     """The YAML, with the reason beside each choice."""
     gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
@@ -198,6 +217,8 @@ def compose(name: str, train: str, test: str | None, seen: Look) -> str:
     channels, labelled = len(seen.mean), test is not None
     in_chans = "" if channels == 3 else f", in_chans: {channels}"
     gray = f"{_channels(channels)}, no colours" if channels != 3 else "the images are grey" if seen.gray > 0.9 else ""
+    quick = not gpu and batch >= 64  # Sinkhorn targets and KoLeo compare the images of a batch
+    objective = compose_objective(choose_prototypes(seen.count), gpu, quick, epochs)
     lines = [
         f"# Written by `ssl-locat init` for {seen.count:,} images in {train}: {min(seen.short_sides)} to {max(seen.short_sides)} px",
         f"# on the shorter side, {max(seen.ratios):.1f} the longest ratio of sides, about {seen.mean_bytes / 1000:.0f} kB each.",
@@ -214,10 +235,7 @@ def compose(name: str, train: str, test: str | None, seen: Look) -> str:
         f"  max_bad: {max(0.01, round(2 * seen.damaged, 3))}   # share of unreadable images above which the run stops; {100 * seen.damaged:.0f} % of those looked at",
         f"backbone: {{{backbone}, img_size: {sizes.global_size}, patch_size: {sizes.patch_size}{in_chans}}}   # {why}",
         "objective:",
-        "  name: dino",
-        f"  num_prototypes: {choose_prototypes(seen.count)}   # about one for eight images",
-        *(["  hidden_dim: 256", "  bottleneck_dim: 64"] if not gpu else []),
-        *(["  teacher_temp: [0.04, 0.07]", f"  teacher_temp_warmup_epochs: {min(30, epochs // 10)}"] if gpu else []),
+        *objective,
         "crops:",
         f"  global_size: {sizes.global_size}   # images: {statistics.median(seen.short_sides):.0f} px in the median",
         f"  local_size: {sizes.local_size}",
@@ -233,9 +251,9 @@ def compose(name: str, train: str, test: str | None, seen: Look) -> str:
         f"  epochs: {epochs}",
         f"  global_batch_size: {batch}",
         f"  accumulate_steps: {accumulate}   # raise it if the GPU runs out of memory",
-        f"  lr: {'5.0e-4' if gpu else '1.0e-3'}   # at a batch of 256; scaled linearly",
+        f"  lr: {'5.0e-4' if gpu else '6.0e-3' if quick else '1.0e-3'}   # at a batch of 256; scaled linearly",
         f"  warmup_epochs: {max(1, epochs // 20)}",
-        f"teacher: {{momentum: [{0.996 if seen.count * epochs / batch > 50_000 else 0.99 if gpu else 0.98}, 1.0]}}   # nearer to 1 for longer runs",
+        f"teacher: {{momentum: [{0.996 if seen.count * epochs / batch > 50_000 else 0.99 if gpu else 0.9 if quick else 0.98}, 1.0]}}   # nearer to 1 for longer runs",
         f"precision: {'bf16' if gpu else 'fp32'}",
         *(
             ["probes:", f"  every_epochs: {max(1, epochs // 20)}", f"  knn: {{k: [20], image_size: {sizes.global_size}}}"]

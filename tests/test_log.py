@@ -95,9 +95,10 @@ def test_mlflow_writes_plain_files_into_the_run_folder(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_wandb_stays_offline_in_the_run_folder(tmp_path, monkeypatch):
     """Slow: its service process takes most of a minute to come and go."""
-    pytest.importorskip("wandb", reason="the wandb extra is not installed: pip install 'ssl_locat[wandb]'")
+    wandb = pytest.importorskip("wandb", reason="the wandb extra is not installed: pip install 'ssl_locat[wandb]'")
     monkeypatch.chdir(tmp_path)
     three_steps(tmp_path / "run", "wandb")
+    wandb.teardown()  # its service would wait for this process to end
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     found = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(found) == 1
