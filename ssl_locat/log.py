@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -228,11 +228,10 @@ class EventLog:
             yield
         except (Preempted, Diverged):
             raise
-        except Outage as error:
-            self.add("outage", message=str(error))
-            raise
         except BaseException as error:
-            self.add("fault", message=f"{type(error).__name__}: {error}")
+            outage = isinstance(error, Outage)
+            with suppress(OSError):  # a full disk, a deleted folder: the error itself is what people must see
+                self.add("outage" if outage else "fault", message=str(error) if outage else f"{type(error).__name__}: {error}")
             raise
 
 

@@ -47,7 +47,13 @@ def test_other_formats_decode(format):
 def test_every_mode_becomes_rgb(mode):
     image = Image.fromarray(np.arange(960, dtype=np.uint16).reshape(24, 40) * 60) if mode == "I;16" else photo().convert(mode)
     format = {"CMYK": "JPEG", "YCbCr": "TIFF", "I": "TIFF", "F": "TIFF"}.get(mode, "PNG")
-    assert decode_image(encode(image, format)).shape == (24, 40, 3)
+    data = encode(image, format)
+    if mode == "YCbCr":
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except OSError as error:  # Pillow before 13
+            pytest.skip(f"this Pillow cannot read the YCbCr TIFF that it writes: {error}")
+    assert decode_image(data).shape == (24, 40, 3)
 
 
 def test_sixteen_bits_are_scaled_not_clipped():

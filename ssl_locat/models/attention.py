@@ -9,7 +9,6 @@ The Gaussian is separable: it is the product of one factor per axis, so W + H ex
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -66,7 +65,7 @@ def gaussian_attention(
     if torch.is_autocast_enabled(q.device.type):  # as PyTorch does for its own fused attention
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     if backend == "auto":
-        backend = _forced.get()
+        backend = _forced
     plain = dropout_p == 0 and extra_bias is None
     if backend == "auto":
         backend = choose(q, coeff, plain)
@@ -166,14 +165,15 @@ def choose(q: Tensor, coeff: Gaussian, plain: bool) -> str:
     return "tiled" if needs_grad or q[..., 0].numel() * q.shape[2] > SMALL_BIAS else "sdpa"
 
 
-_forced: ContextVar[str] = ContextVar("attention backend", default="auto")
+_forced = "auto"  # a plain global: torch.compile of torch 2.11 cannot read a ContextVar
 
 
 @contextmanager
 def forced_backend(name: str) -> Iterator[None]:
     """All Gaussian attention inside takes this backend (comparisons, tests, a suspected kernel)."""
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
