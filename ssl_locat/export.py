@@ -205,6 +205,7 @@ def _plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sc
 
 
 def _plain_repeat(x, repeats, dim):
+    dim %= x.ndim
     return x.unsqueeze(dim + 1).expand(*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]).flatten(dim, dim + 1)
 
 
