@@ -236,7 +236,9 @@ class Config(Section):
         default="fp32", description="of the networks; losses and weights stay fp32"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
-    compile: bool = Field(default=False, description="torch.compile student and teacher")
+    compile: bool | Literal["cuda-graphs"] = Field(
+        default=False, description="torch.compile student and teacher; cuda-graphs: and launch each pass as one graph"
+    )
     parallel: Literal["ddp", "fsdp"] = Field(default="ddp", description="how several processes share the model")
     activation_checkpointing: bool = Field(
         default=False, description="recompute blocks in the backward pass: less memory, more time"

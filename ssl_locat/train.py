@@ -27,6 +27,7 @@ from ssl_locat.data.crops import MultiCrop
 from ssl_locat.data.decode import decode_image, find_image
 from ssl_locat.data.index import Dataset, open_mix
 from ssl_locat.data.plan import choose_plan, micro_batch_size, resume_plan
+from ssl_locat.data.prefetch import prefetch
 from ssl_locat.data.store import Store
 from ssl_locat.data.stream import TrainStream
 from ssl_locat.data.textures import make_textures
@@ -143,7 +144,9 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
     if config.activation_checkpointing:
         distributed.checkpoint_activations(blocks[model.student])
     if config.compile:
-        model.student.compile(dynamic=False)
+        mode = "reduce-overhead" if config.compile == "cuda-graphs" else None
+        for network in blocks:
+            network.compile(mode=mode)  # dynamic sizes are found out: the number of hidden patches changes
     if world_size() == 1:
         return model.student
     if any(isinstance(module, nn.BatchNorm1d) for module in model.student.heads.modules()):
@@ -288,7 +291,7 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
 
     autocast = torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32")
     micro_batches, own_losses = config.optim.accumulate_steps, []
-    batches = iter(stream)
+    batches = prefetch(stream, crops, device)
     with (
         events.ending(),
         distributed.StopFlag() as stop,
@@ -305,11 +308,11 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
             looked_at = step % config.log.every_steps == 0
             waited, sums, positions = 0.0, {}, []
             for micro in range(micro_batches):
+                torch.compiler.cudagraph_mark_step_begin()
                 waiting = time.monotonic()
-                batch = next(batches)
+                batch, (global_crops, local_crops) = next(batches)
                 waited += time.monotonic() - waiting
                 positions.extend(batch.positions)
-                global_crops, local_crops = crops.finish(batch.payload, device)
                 masks = model.make_masks(losses, mask_seeds(config, batch.positions), global_crops)
                 with distributed.gradient_sync(student, now=micro == micro_batches - 1):
                     with autocast:

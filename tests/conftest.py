@@ -68,6 +68,14 @@ def shared_data():
     return find
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Test workers run side by side on few cores; bit-exact comparisons want a fixed thread count."""

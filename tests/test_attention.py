@@ -158,7 +158,6 @@ def test_packing_by_xformers_that_cannot_serve_says_why():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_packing_by_xformers_equals_sdpa():
     groups = crops_of_two_sizes("cuda", torch.float16)
     if reason := xformers_refusal(groups[0][0]):

@@ -256,8 +256,6 @@ def test_auto_is_the_cpu_without_an_accelerator():
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["device-photometric", "device"])
 def test_a_gpu_gives_the_same_crops(photos, mode):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     crops = MultiCrop(64, 24, 3, mode=mode)
     payload = crops.collate([crops.cut(image, seed) for seed, image in enumerate(photos * 6)])
     for a, b in zip(crops.finish(payload, "cpu"), crops.finish(payload, "cuda"), strict=True):

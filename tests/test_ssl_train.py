@@ -75,6 +75,28 @@ def test_accumulation_does_not_change_ibot_with_centring(tiny, tmp_path):
     assert list(losses(parts.run_dir).values()) == pytest.approx(list(losses(whole.run_dir).values()), rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_run_has_the_same_losses(tiny, tmp_path, device):
+    """Student and teacher compiled, two resolutions, a number of hidden patches that changes from step to step, accumulation."""
+    options = [
+        "optim.epochs=null",
+        "optim.total_steps=8",
+        "optim.accumulate_steps=2",
+        "backbone.drop_path_rate=0",
+        f"device={device}",
+    ]
+    found = {}
+    for mode in ("false", "true", "cuda-graphs"):
+        torch._dynamo.reset()
+        koleo = KOLEO.replace("16", "2")
+        config = tiny(f"[{DINO}, {IBOT}, {koleo}]", f"run_dir={tmp_path}/{mode}", f"compile={mode}", "probes={}", *options)
+        pretrain(config)
+        found[mode] = list(losses(config.run_dir).values())
+    assert found["true"] == pytest.approx(found["false"], rel=1e-4)
+    assert found["cuda-graphs"] == pytest.approx(found["false"], rel=1e-4)
+
+
 def test_gram_anchors_at_an_earlier_run(tiny, tmp_path):
     first = tiny(DINO, f"run_dir={tmp_path}/first", "optim.epochs=null", "optim.total_steps=1")
     pretrain(first)

@@ -91,7 +91,6 @@ def test_operator_is_registered_soundly():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("grid", "prefix", "dim"), [((14, 14), 1, 64), ((6, 6), 1, 64), ((32, 32), 5, 64), ((9, 15), 3, 128)])
 def test_equals_reference_on_a_gpu(grid, prefix, dim, dtype):
