@@ -158,7 +158,11 @@ def export(
     """Write a backbone that timm, Hugging Face or ONNX users load."""
     from ssl_locat.export import export
 
-    export(model, out, format=format, which=which, step=step, with_head=with_head, push_to_hub=push_to_hub)
+    target = export(model, out, format=format, which=which, step=step, with_head=with_head, push_to_hub=push_to_hub)
+    log.next_steps(
+        f"""python -c "import ssl_locat.models, timm; timm.create_model('local-dir:{target}', pretrained=True)\"""",
+        f"ssl-locat evaluate knn {target} data.train=DATA data.test=DATA",
+    )
 
 
 @app.command()
@@ -178,12 +182,19 @@ def features(
 def shards_pack(
     source: Annotated[str, typer.Argument(metavar="FOLDER", help="images, class folders, or tars of tars")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the shards")],
-    overrides: Overrides = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value ...]",
+            help="resize=256 (shorter side of stored images, px), max_shard_mb=256, workers=8, labels=auto|none|FILE.csv, masks=FOLDER, "
+            "max_pixels=100_000_000, seed=0",
+        ),
+    ] = None,
 ) -> None:
     """Pack images into WebDataset shards; started again, it goes on."""
     from ssl_locat.data.pack import pack_command
 
-    pack_command(source, out, overrides or [])
+    pack_command(source, out, options or [])
 
 
 @shards.command("index")

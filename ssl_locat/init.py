@@ -18,7 +18,7 @@ from ssl_locat.data.index import open_dataset
 from ssl_locat.data.tar import Damage
 from ssl_locat.doctor_measure import kind_of, measure_step, sample_data
 from ssl_locat.errors import BadSample, UserError
-from ssl_locat.log import console, duration, progress
+from ssl_locat.log import console, duration, next_steps, progress
 
 NUM_LOOKED_AT = 64
 TEST_NAMES = ("val", "valid", "validation", "test")
@@ -34,6 +34,7 @@ class Look(NamedTuple):
     formats: list[str]
     gray: float  # share of images without colour
     damaged: float  # share
+    damage: str  # of the first: what it is
     mean: tuple[float, ...]  # one for each channel
     std: tuple[float, ...]
     num_classes: int | None  # class folders, or labels seen
@@ -75,10 +76,10 @@ def init(source: str, out: str | None = None) -> Path:
     )
     if test:
         say(f"Found labelled images to measure on: {test}", markup=False)
-    say(
-        f"Wrote {target}. Next:\n  ssl-locat doctor {target}\n  ssl-locat pretrain {target}\n  ssl-locat report {config.run_dir} --watch",
-        markup=False,
-    )
+    if seen.damage:
+        say(f"{100 * seen.damaged:.0f} % of those looked at cannot be read, such as {seen.damage}", markup=False)
+    say(f"Wrote {target}.", markup=False)
+    next_steps(f"ssl-locat doctor {target}", f"ssl-locat pretrain {target}", f"ssl-locat report {config.run_dir} --watch")
     return target
 
 
@@ -100,7 +101,7 @@ def split(source: str) -> tuple[str, str | None]:
 def look(source: str) -> Look:
     """Open the data and read a sample of it."""
     dataset = open_dataset(source)
-    pixels, sides, ratios, formats, labels, damaged, gray = [], [], [], [], [], 0, 0
+    pixels, sides, ratios, formats, labels, damaged, gray = [], [], [], [], [], [], 0
     places = np.linspace(0, len(dataset) - 1, min(NUM_LOOKED_AT, len(dataset))).round().astype(int).tolist()
     for place in places:
         sample = dataset.read(place, place + 1)[0]
@@ -109,8 +110,8 @@ def look(source: str) -> Look:
                 raise BadSample(sample.reason)
             data = find_image(sample.members)
             image = decode_image(data, channels=None)
-        except BadSample:
-            damaged += 1
+        except BadSample as error:
+            damaged.append(f"{sample.key}: {error.reason}")
             continue
         height, width = image.shape[:2]
         sides.append(min(height, width))
@@ -127,7 +128,7 @@ def look(source: str) -> Look:
             labels.append(sample.members["cls"])
     if not pixels:
         raise UserError(
-            f"{source}: none of {len(places)} samples could be read as an image. Look at them: ssl-locat shards show {source}"
+            f"{source}: none of {len(places)} samples could be read as an image, such as {damaged[0]}. Look at them: ssl-locat shards show {source}"
         )
     joined = np.concatenate(pixels)
     classes = len(getattr(dataset, "classes", None) or []) or None
@@ -139,7 +140,8 @@ def look(source: str) -> Look:
         ratios,
         formats,
         gray / found,
-        damaged / found,
+        len(damaged) / found,
+        damaged[0] if damaged else "",
         mean,
         std,
         classes if labels else None,
@@ -169,8 +171,8 @@ def choose_backbone(gpu_gb: float) -> tuple[str, str]:
 
 
 def choose_prototypes(count: int) -> int:
-    """A power of two, about one for eight images, from 256 to 65536."""
-    return min(65536, max(256, 2 ** round(np.log2(max(count / 8, 1)))))
+    """A power of two, about one for eight images, from 64 to 65536."""
+    return min(65536, max(64, 2 ** round(np.log2(max(count / 8, 1)))))
 
 
 def choose_epochs(count: int, gpu: bool) -> int:

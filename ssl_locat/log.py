@@ -43,6 +43,14 @@ def console() -> Console:
     return found
 
 
+def next_steps(*commands: str) -> None:
+    """What a command says at its end on rank 0, unless `--quiet`: what people do then."""
+    if not (_quiet or _rank()):
+        console().print(
+            "\n".join(["Next:", *(f"  {command}" for command in commands)]), markup=False, highlight=False, soft_wrap=True
+        )
+
+
 def setup(quiet: bool = False, verbose: bool = False) -> None:
     """Configure logging for a command: info on rank 0, warnings with rank and host elsewhere; `quiet` keeps warnings only."""
     global _quiet
@@ -101,7 +109,8 @@ class _Bar:
         parts = [f"{self.done}" + (f"/{self.total}" if self.total else "") + (f" {self.unit}" if self.unit else "")]
         parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.fields.items()]
         if rate > 0:
-            parts.append(f"{rate:.3g} {self.unit or 'it'}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit or 'it'}")
+            unit = self.unit or "it"
+            parts.append(f"{rate:.3g} {unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{unit.removesuffix('s')}")
             if self.total and self.done < self.total:
                 parts.append(f"ETA {duration((self.total - self.done) / rate)}")
         return "  ".join(parts)

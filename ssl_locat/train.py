@@ -34,7 +34,7 @@ from ssl_locat.data.textures import make_textures
 from ssl_locat.diagnosis import Diagnosis, feature_std, not_finite, patch_cls_similarity, rankme, save_replay
 from ssl_locat.distributed import is_main, rank, world_size
 from ssl_locat.errors import ConfigError, Preempted, UserError
-from ssl_locat.log import EventLog, MetricsLog, progress
+from ssl_locat.log import EventLog, MetricsLog, next_steps, progress
 from ssl_locat.objectives import Progress
 from ssl_locat.optim import build_optimizer, clip_gradients, set_hyperparameters
 from ssl_locat.probes import Probes
@@ -506,11 +506,7 @@ def last_words(config: Config, summary: dict[str, Any]) -> None:
         names = {"raw_pixels": "raw pixels", "init": "random initialisation", "trained": "trained backbone"}
         lines += [f"  {names[name]:<24}{value:5.1f} %" for name, value in knn.items()]
     lines += [f"Run folder: {run}" + (f"   exported backbone: {run}/export" if config.export else "")]
-    test = f" data.train='{config.data.train}' data.test='{config.data.test}'" if isinstance(config.data.train, str) else ""
-    lines += [
-        "Next:",
-        f"  ssl-locat report {run}",
-        f"  ssl-locat evaluate linear {run}{test if config.data.test else ''}",
-        "  ssl-locat init FOLDER_OF_YOUR_IMAGES",
-    ]
     print("\n".join(lines), file=sys.stderr)
+    train, test = (split if isinstance(split, str) else "DATA" for split in (config.data.train, config.data.test))
+    own_images = ["ssl-locat init FOLDER_OF_YOUR_IMAGES"] if config.data.make else []
+    next_steps(f"ssl-locat report {run}", f"ssl-locat evaluate linear {run} data.train='{train}' data.test='{test}'", *own_images)

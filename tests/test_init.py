@@ -81,4 +81,4 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path):
 def test_choices_follow_the_images():
     assert choose_sizes([32], gpu=False).patch_size == 4 and choose_sizes([500], gpu=True).global_size == 224
     assert choose_sizes([500], gpu=False).global_size == 96
-    assert [choose_prototypes(count) for count in (10, 10_000, 1_281_167)] == [256, 1024, 65536]
+    assert [choose_prototypes(count) for count in (10, 10_000, 1_281_167)] == [64, 1024, 65536]

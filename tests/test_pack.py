@@ -178,3 +178,13 @@ def test_a_shard_is_whole_or_absent(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_shard(tmp_path / "x.tar", samples())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_beyond_max_pixels_is_left_out_unless_more_is_allowed(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, side in (("small", 40), ("large", 90)):
+        Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / "in" / f"{name}.png")
+    result = pack(str(tmp_path / "in"), tmp_path / "a", resize=32, max_pixels=5000, workers=1)
+    assert (result["samples"], result["skipped"]) == (1, 1)
+    assert "90 x 90 pixels, more than max_pixels = 5000" in (tmp_path / "a" / "shard-000000.skipped.txt").read_text()
+    assert pack(str(tmp_path / "in"), tmp_path / "b", resize=32, max_pixels=9000, workers=1)["samples"] == 2

@@ -1,6 +1,6 @@
 """Folders and archives of images -> WebDataset shards: plain tars whose members of one sample stand side by side.
 
-    ssl-locat shards pack FOLDER OUT [max_shard_mb=... workers=... resize=... labels=... masks=...]
+    ssl-locat shards pack FOLDER OUT [resize=256 max_shard_mb=... workers=... labels=... masks=... max_pixels=...]
 
 Reads a folder of images or of class folders, tars, tars of tars (ImageNet as shipped), compressed tars, shards to be repacked.
 Samples are shuffled once, so that class folders do not become shards of one class. Every shard appears only when it is whole, so an
@@ -26,10 +26,10 @@ import numpy as np
 import simplejpeg
 import yaml
 
-from ssl_locat.data.decode import IMAGE_EXTENSIONS, decode_image, decode_mask, image_orientation
+from ssl_locat.data.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, decode_mask, image_orientation
 from ssl_locat.data.pack_sources import Listing, Place, Source, has_labels, list_source, plan_shards
 from ssl_locat.errors import BadSample, DataError, UserError, did_you_mean
-from ssl_locat.log import progress
+from ssl_locat.log import next_steps, progress
 from ssl_locat.seeds import mix64
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
 
 def pack_command(source: str, out: str, overrides: list[str]) -> None:
     """`ssl-locat shards pack`: the overrides are the keyword arguments of `pack`."""
-    known = ("max_shard_mb", "workers", "labels", "masks", "resize", "seed")
+    known = ("max_shard_mb", "workers", "labels", "masks", "resize", "max_pixels", "seed")
     options = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -75,6 +75,7 @@ def pack_command(source: str, out: str, overrides: list[str]) -> None:
         options[key] = yaml.safe_load(value)
     result = pack(source, out, **options)
     log.info("packed %(samples)d samples into %(shards)d shards under %(out)s", result)
+    next_steps(f"ssl-locat shards show '{result['out']}/*.tar'", f"ssl-locat init {result['out']}")
 
 
 def pack(
@@ -86,6 +87,7 @@ def pack(
     labels: str = "auto",
     masks: str | None = None,
     resize: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     seed: int = 0,
 ) -> dict:
     """Write shards `OUT/shard-000000.tar`, ... and `OUT/pack.json` (settings, class names, counts).
@@ -98,6 +100,7 @@ def pack(
             or a CSV file of name,class (file name with or without extension; ids from 0, or names that are then sorted).
         masks: folder that mirrors the images' paths with .png files, which become member `seg.png`.
         resize: shorter side in pixels; larger images are reduced (and re-encoded, upright, as JPEG), masks by nearest neighbour.
+        max_pixels: with `resize`, an image with more is refused before it is decoded, and left out.
         seed: of the shuffle.
 
     Returns {"samples", "shards", "classes", "ignored", "skipped", "out"}. Raises DataError or UserError for what cannot be packed.
@@ -115,7 +118,8 @@ def pack(
     sizes = array("Q", (sum(place.size + _PADDING for place in sample.places) for sample in samples))
     plan = plan_shards(sizes, int(max_shard_mb * 1e6))
     settings = {
-        **{"source": str(source), "max_shard_mb": max_shard_mb, "labels": labels, "masks": masks, "resize": resize, "seed": seed},
+        **{"source": str(source), "max_shard_mb": max_shard_mb, "labels": labels, "masks": masks, "resize": resize},
+        **{"max_pixels": max_pixels, "seed": seed},
         "samples": len(samples),
         "bytes": sum(sizes),
     }
@@ -125,7 +129,7 @@ def pack(
     jobs = []  # shards that are whole already are left alone
     for path, (start, stop) in zip(paths, plan, strict=True):
         if not path.exists():
-            jobs.append((path, *_with_own_files(samples[start:stop], listing.files), resize))
+            jobs.append((path, *_with_own_files(samples[start:stop], listing.files), resize, max_pixels))
     done = len(samples) - sum(len(job[1]) for job in jobs)
     with progress("packing", total=len(samples), unit="images", start=done) as bar:
         for count in _run(jobs, workers or os.cpu_count() or 1):
@@ -160,7 +164,7 @@ def _with_own_files(samples: list[Source], files: list[str]) -> tuple[list[Sourc
     return samples, {place.file: files[place.file] for sample in samples for place in sample.places}
 
 
-def _pack_shard(path: Path, samples: list[Source], files: dict[int, str], resize: int | None) -> int:
+def _pack_shard(path: Path, samples: list[Source], files: dict[int, str], resize: int | None, max_pixels: int) -> int:
     """Returns how many samples were read; those that `resize` could not decode are listed beside the shard."""
     skipped: list[str] = []
 
@@ -168,7 +172,7 @@ def _pack_shard(path: Path, samples: list[Source], files: dict[int, str], resize
         for sample in samples:
             content = {place.extension: _read(files[place.file], place) for place in sample.places}
             try:
-                content = _resized(content, resize) if resize else content
+                content = _resized(content, resize, max_pixels) if resize else content
             except BadSample as error:
                 skipped.append(f"{sample.key}\t{error.reason}")
                 continue
@@ -191,11 +195,11 @@ def _read(file: str, place: Place) -> bytes:
     return data
 
 
-def _resized(content: dict[str, bytes], size: int) -> dict[str, bytes]:
+def _resized(content: dict[str, bytes], size: int, max_pixels: int) -> dict[str, bytes]:
     """Images whose shorter side exceeds `size` are reduced; the rest of the sample stays."""
     names = [name for name in content if name.rpartition(".")[2] in IMAGE_EXTENSIONS and name != "seg.png"]
     for name in names:
-        image = decode_image(content[name])
+        image = decode_image(content[name], max_pixels=max_pixels)
         height, width = image.shape[:2]
         scale = size / min(height, width)
         if scale >= 1:
@@ -203,7 +207,8 @@ def _resized(content: dict[str, bytes], size: int) -> dict[str, bytes]:
         shape = (max(1, round(width * scale)), max(1, round(height * scale)))
         reduced = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
         if "seg.png" in content:
-            mask = decode_mask(content["seg.png"], orientation=image_orientation(content[name])).astype(np.uint16)
+            turned = image_orientation(content[name])
+            mask = decode_mask(content["seg.png"], orientation=turned, max_pixels=max_pixels).astype(np.uint16)
             mask = cv2.resize(mask, shape, interpolation=cv2.INTER_NEAREST_EXACT)
             mask = mask.astype(np.uint8) if mask.max() < 256 else mask
             content["seg.png"] = cv2.imencode(".png", mask)[1].tobytes()
