@@ -173,7 +173,8 @@ def _lines(run: Run, names: list[str], axis: str, number: int | None) -> list[Li
         if points:
             label = name if number is None else f"{run.name}: {name}" if len(names) > 1 else run.name
             x, y = zip(*points, strict=True)
-            lines.append(Line(label, x, y, color=offset if number is None else number, dashed=number is not None and offset > 0))
+            later = len(lines) % 2 == 1  # an objective's own names come in place of the plain ones
+            lines.append(Line(label, x, y, color=offset if number is None else number, dashed=number is not None and later))
     return lines
 
 
