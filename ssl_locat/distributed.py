@@ -166,6 +166,45 @@ def all_gather_cat(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """What all ranks' losses say about the sum comes back to each summand."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_reduce_sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum_(gradient.clone())
+
+
+class SyncBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of [B, C, ...] over all ranks' batches, which are of one size, on any device (torch's own serves GPUs alone)."""
+
+    def _check_input_dim(self, _input: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        return self._over_ranks(x)
+
+    @torch.compiler.disable  # collectives
+    def _over_ranks(self, x: Tensor) -> Tensor:
+        others = [dim for dim in range(x.ndim) if dim != 1]
+        shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
+        count = world_size() * x.numel() // x.shape[1]
+        mean = _SumOverRanks.apply(x.float().sum(others)) / count
+        centred = x.float() - mean.view(shape)
+        var = _SumOverRanks.apply(centred.square().sum(others)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
 def broadcast_object(value=None):
     """Rank 0's `value` (anything JSON can hold) on every rank."""
     if world_size() == 1:

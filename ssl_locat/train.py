@@ -125,7 +125,10 @@ def build_model(config: Config, device: torch.device) -> tuple[StudentTeacher, n
         for name, objective in losses.items()
         if getattr(objective, "anchor", None) not in (None, "teacher")
     }
-    return StudentTeacher(backbone, losses, anchors).to(device), losses.to(device)
+    model = StudentTeacher(backbone, losses, anchors).to(device)
+    if config.optim.accumulate_steps > 1 and any(isinstance(part, nn.BatchNorm1d) for part in model.student.heads.modules()):
+        raise ConfigError("batch_norm in a head sees one micro-batch at a time: with it, optim.accumulate_steps must be 1.")
+    return model, losses.to(device)
 
 
 def saved_modules(model: StudentTeacher, losses: nn.ModuleDict) -> dict[str, nn.Module]:
@@ -149,11 +152,6 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
             network.compile(mode=mode)  # dynamic sizes are found out: the number of hidden patches changes
     if world_size() == 1:
         return model.student
-    if any(isinstance(module, nn.BatchNorm1d) for module in model.student.heads.modules()):
-        if config.optim.accumulate_steps > 1:
-            raise ConfigError("batch_norm in a head sees one micro-batch at a time: with it, optim.accumulate_steps must be 1.")
-        for network in blocks:
-            nn.SyncBatchNorm.convert_sync_batchnorm(network.heads)
     if config.parallel == "fsdp":
         for network, parts in blocks.items():
             distributed.shard(network, [*parts, *network.heads.values()], device)

@@ -39,6 +39,36 @@ def test_collectives_of_two_processes():
         assert found["object"] == {"text": "ä" * 1000, "rank": 0}
 
 
+SHAPES = [(8, 5), (6, 5, 3, 2)]
+
+
+def _normalise(shape):
+    """Output, gradients and running statistics of this rank's share of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    x, cotangent = (torch.randn(shape, generator=generator) for _ in range(2))
+    world, rank = distributed.world_size(), distributed.rank()
+    mine = (3 * x + 1).chunk(world)[rank].clone().requires_grad_()
+    norm = distributed.SyncBatchNorm(5)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    out = norm(mine)
+    (out * cotangent.chunk(world)[rank]).sum().backward()
+    gradients = distributed.all_reduce_sum_(torch.cat([norm.weight.grad, norm.bias.grad]))
+    return [part.tolist() for part in (out.detach(), mine.grad, gradients, norm.running_mean, norm.running_var)]
+
+
+def _normalise_all():
+    return [_normalise(shape) for shape in SHAPES]
+
+
+def test_batch_norm_of_two_ranks_equals_that_of_one():
+    ranks = run_ranks(_normalise_all, 2)
+    for number, shape in enumerate(SHAPES):
+        whole, (first, second) = _normalise(shape), (found[number] for found in ranks)
+        for index, expected in enumerate(whole):
+            found = first[index] + second[index] if index < 2 else first[index]
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
 def _stop_at(signalled_rank: int):
     steps = 0
     with StopFlag() as stop:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ssl_locat.distributed import all_reduce_sum_, rank, world_size
+from ssl_locat.distributed import SyncBatchNorm, all_reduce_sum_, rank, world_size
 from ssl_locat.errors import ConfigError, DataError, did_you_mean
 from ssl_locat.evaluation.dense import IMAGENET, PreparedScenes, keep_aspect, last_patches
 from ssl_locat.evaluation.features import check_colours, check_image_size, stride
@@ -29,28 +29,6 @@ HEADS = ("mlp", "linear")
 SAVE_EVERY = 1000  # iterations
 
 
-class SyncNorm(nn.Module):
-    """Batch normalisation of frozen features [B, C, H, W] over all processes: no gradient flows to what it normalises."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean, var = self.mean, self.var
-        if self.training:
-            with torch.no_grad():
-                sums = torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
-                mean, square = all_reduce_sum_(sums) / (world_size() * x[:, 0].numel())
-                var = (square - mean**2).clamp(min=0)
-                self.mean.lerp_(mean, 0.1)
-                self.var.lerp_(var, 0.1)
-        scale = self.weight * (var + 1e-5).rsqrt()
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
-
-
 def make_head(kind: str, width: int, hidden: int, num_classes: int, *, paper_compat: bool) -> nn.Module:
     """patches [B, D, h, w] -> logits [B, C, h, w]. `mlp`: 1x1 to `hidden`, norm, GELU, 1x1; `linear`: batch norm, 1x1.
 
@@ -59,7 +37,7 @@ def make_head(kind: str, width: int, hidden: int, num_classes: int, *, paper_com
     if kind not in HEADS:
         raise ConfigError(f"head is {kind!r}; known: {', '.join(HEADS)}.{did_you_mean(kind, HEADS)}")
     if kind == "linear":
-        head = nn.Sequential(SyncNorm(width), nn.Conv2d(width, num_classes, 1))
+        head = nn.Sequential(SyncBatchNorm(width), nn.Conv2d(width, num_classes, 1))
     else:
         norm = nn.GroupNorm(1, hidden, eps=1e-5) if paper_compat else LayerNorm2d(hidden)
         head = nn.Sequential(nn.Conv2d(width, hidden, 1, bias=False), norm, nn.GELU(), nn.Conv2d(hidden, num_classes, 1))

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_locat.distributed import SyncBatchNorm
+
 
 class Prototypes(nn.Module):
     """Weight-normalised linear layer without bias: row k scores prototype k by `g_k * cos(x, v_k)` for a unit-length x.
@@ -31,7 +33,7 @@ class DINOHead(nn.Module):
 
     Args:
         num_layers: of the MLP; 1 is a single linear layer to the bottleneck.
-        batch_norm: BatchNorm before each GELU.
+        batch_norm: BatchNorm before each GELU, over all ranks.
         norm_last_layer: see Prototypes.
     """
 
@@ -50,7 +52,7 @@ class DINOHead(nn.Module):
         layers: list[nn.Module] = []
         for depth, (before, after) in enumerate(pairwise(widths)):
             if depth:
-                layers += [nn.BatchNorm1d(before)] * batch_norm + [nn.GELU()]
+                layers += [SyncBatchNorm(before)] * batch_norm + [nn.GELU()]
             layers.append(nn.Linear(before, after))
         for layer in layers:
             if isinstance(layer, nn.Linear):
