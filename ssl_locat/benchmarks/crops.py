@@ -27,21 +27,21 @@ def rows(quick: bool) -> list[dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = _case(_jpegs(4 if quick else 12, 375, 500), "500 x 375, 2 x 224 + 8 x 96", (224, 96, 8), 3 if quick else 9)
-        found += _case(_jpegs(32, 48, 48), "48 x 48, 2 x 32 + 4 x 16", (32, 16, 4), 3 if quick else 9)
+        found = _case(make_jpegs(4 if quick else 12, 375, 500), "500 x 375, 2 x 224 + 8 x 96", (224, 96, 8), 3 if quick else 9)
+        found += _case(make_jpegs(32, 48, 48), "48 x 48, 2 x 32 + 4 x 16", (32, 16, 4), 3 if quick else 9)
         if torch.cuda.is_available():
-            found += _device_rows(_jpegs(64, 375, 500), 3 if quick else 9)
+            found += _device_rows(make_jpegs(64, 375, 500), 3 if quick else 9)
     finally:
         torch.set_num_threads(threads)
     return found
 
 
 def _case(jpegs: list[bytes], name: str, sizes: tuple[int, int, int], repeats: int) -> list[dict]:
-    variants = {BASELINE: lambda: _dino_batch(jpegs, slow)}
+    variants = {BASELINE: lambda: dino_batch(jpegs, slow)}
     slow = dino_augmentation(*sizes)
     for mode in MODES:
         crops = MultiCrop(*sizes, mode=mode)
-        variants[mode] = lambda crops=crops: _our_batch(jpegs, crops)
+        variants[mode] = lambda crops=crops: our_batch(jpegs, crops)
     timings = side_by_side(variants, repeats)
     speeds = {variant: len(jpegs) / timing.seconds for variant, timing in timings.items()}
     spreads = {variant: timing.spread for variant, timing in timings.items()}
@@ -49,7 +49,7 @@ def _case(jpegs: list[bytes], name: str, sizes: tuple[int, int, int], repeats: i
     return make_rows("crops", f"{name}, {kilobytes:.0f} kB", "throughput", "images/s/core", speeds, BASELINE, spreads)
 
 
-def _our_batch(jpegs: list[bytes], crops: MultiCrop) -> object:
+def our_batch(jpegs: list[bytes], crops: MultiCrop) -> object:
     payload = crops.collate([crops.cut(decode_image(jpeg), seed) for seed, jpeg in enumerate(jpegs)])
     # the baseline's batch is normalised fp32, so on the CPU ours has to be too
     return crops.finish(payload, "cpu") if crops.mode == "cpu" else payload
@@ -66,7 +66,7 @@ def _device_rows(jpegs: list[bytes], repeats: int) -> list[dict]:
     return time_rows("crops", f"on the device, {len(jpegs)} images", side_by_side(variants, repeats), "cpu")
 
 
-def _jpegs(count: int, height: int, width: int) -> list[bytes]:
+def make_jpegs(count: int, height: int, width: int) -> list[bytes]:
     """Coloured noise with the spectrum of photographs (amplitude 1 / frequency), so that decoding costs about what it does for them."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
@@ -126,7 +126,7 @@ def dino_augmentation(global_size: int, local_size: int, num_local: int) -> list
     return [first, second, *[local] * num_local]
 
 
-def _dino_batch(jpegs: list[bytes], augmentation: list) -> list[Tensor]:
+def dino_batch(jpegs: list[bytes], augmentation: list) -> list[Tensor]:
     samples = []
     for jpeg in jpegs:
         image = Image.open(io.BytesIO(jpeg)).convert("RGB")

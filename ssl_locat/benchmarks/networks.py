@@ -42,10 +42,11 @@ def tiny_pair(prototypes: int) -> tuple[StudentTeacher, DINO]:
     return StudentTeacher(backbone, nn.ModuleDict({"dino": objective})).to(device()), objective
 
 
-def our_stepper(model: StudentTeacher, objective: DINO, globals_: torch.Tensor, locals_: torch.Tensor):
+def our_stepper(model: StudentTeacher, objective: DINO):
+    """step(globals_ [2 * B, 3, H, W], locals_ [n * B, 3, h, w] or None) -> loss []."""
     optimizer = build_optimizer(model.student, (0.9, 0.999))
 
-    def step():
+    def step(globals_: torch.Tensor, locals_: torch.Tensor | None) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         set_hyperparameters(optimizer, 1e-4, 0.04)
         with torch.no_grad():

@@ -7,9 +7,10 @@ import timm
 import torch
 from torch import nn
 
-from ssl_locat.benchmarks import objectives, scaling, slow_step
+from ssl_locat.benchmarks import crops, objectives, scaling, slow_step
 from ssl_locat.benchmarks.networks import PAIRS, PROGRESS, forward_backward, make_model, our_stepper, tiny_pair
 from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
+from ssl_locat.data.crops import MultiCrop
 from ssl_locat.models.attention import forced_backend
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.optim import build_optimizer, clip_gradients
@@ -24,6 +25,8 @@ def rows(quick: bool) -> list[dict]:
     repeats = 5 if quick else 11
     result = model_rows("ViT-S", 224, 64 if on_gpu else 2, repeats, ["fp32", "bf16"])
     result += dino_rows(repeats, compiled=not quick)
+    if not on_gpu:
+        result += job_rows(repeats)
     result += objectives.rows(2 if quick else repeats)
     if not quick:
         result += model_rows("ViT-S", 512, 16 if on_gpu else 1, 5, ["fp32", "bf16"])
@@ -105,16 +108,14 @@ def dino_rows(repeats: int, compiled: bool) -> list[dict]:
     ours_model, ours_objective = tiny_pair(4096)
     slow_model, slow_objective = copy.deepcopy((ours_model, ours_objective))
     globals_, locals_ = (torch.randn(n * batch, 3, s, s, device=device()) for n, s in ((2, 32), (4, 16)))
-    steps = {
-        "as published": slow_stepper(slow_model, slow_objective, globals_, locals_),
-        "ours": our_stepper(ours_model, ours_objective, globals_, locals_),
-    }
+    steppers = {"as published": slow_stepper(slow_model, slow_objective), "ours": our_stepper(ours_model, ours_objective)}
     modes = {"compiled": None} | ({"CUDA graphs": "reduce-overhead"} if device().type == "cuda" else {})
     for name, mode in modes.items() if compiled else ():
         model, objective = tiny_pair(4096)
         for network in (model.student, model.teacher):
             network.compile(mode=mode)
-        steps[f"ours, {name}"] = our_stepper(model, objective, globals_, locals_)
+        steppers[f"ours, {name}"] = our_stepper(model, objective)
+    steps = {name: lambda step=step: step(globals_, locals_) for name, step in steppers.items()}
     losses = {name: float(step()) for name, step in steps.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4 * losses["as published"]:
         raise RuntimeError(f"the DINO steps disagree, so their times mean nothing: {losses}")
@@ -130,11 +131,12 @@ def dino_rows(repeats: int, compiled: bool) -> list[dict]:
     return result + make_rows("step", case, "peak memory", "MiB", memory, "as published")
 
 
-def slow_stepper(model: StudentTeacher, objective: DINO, globals_: torch.Tensor, locals_: torch.Tensor):
+def slow_stepper(model: StudentTeacher, objective: DINO):
+    """The same, as published."""
     parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.04, foreach=False, fused=False)
 
-    def step():
+    def step(globals_: torch.Tensor, locals_: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             targets = model.teacher(globals_, None, 2)["dino"]
         scores = model.student(globals_, locals_, 2)["dino"]
@@ -149,6 +151,25 @@ def slow_stepper(model: StudentTeacher, objective: DINO, globals_: torch.Tensor,
         return loss.detach()
 
     return step
+
+
+def job_rows(repeats: int) -> list[dict]:
+    """Images per second and core of the whole job: small JPEGs, crops and step, by the published code's ways and by ours."""
+    batch, jpegs = 32, crops.make_jpegs(32, 48, 48)
+    model, objective = tiny_pair(4096)
+    ours, slow = our_stepper(model, objective), slow_stepper(*copy.deepcopy((model, objective)))
+    augmentation, multi_crop = crops.dino_augmentation(32, 16, 4), MultiCrop(32, 16, 4, mode="cpu")
+
+    def as_published():
+        views = crops.dino_batch(jpegs, augmentation)
+        slow(torch.cat(views[:2]), torch.cat(views[2:]))
+
+    variants = {"as published": as_published, "ours": lambda: ours(*crops.our_batch(jpegs, multi_crop))}
+    timings = side_by_side(variants, repeats, warmup=1)
+    speeds = {name: batch / timing.seconds for name, timing in timings.items()}
+    spreads = {name: timing.spread for name, timing in timings.items()}
+    case = "whole job: 48 x 48 JPEGs, crops, DINO step, ViT 2.7 M, 2x32 + 4x16 px, batch 32, fp32"
+    return make_rows("step", case, "throughput", "images/s/core", speeds, "as published", spreads)
 
 
 def part_rows(repeats: int) -> list[dict]:
