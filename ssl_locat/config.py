@@ -199,6 +199,9 @@ class Optim(Section):
 
 class Teacher(Section):
     momentum: tuple[float, float] = Field(default=(0.996, 1.0), description="start and end of a cosine")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None, description="of its forward pass; default: the student's"
+    )
 
 
 class Checkpoint(Section):

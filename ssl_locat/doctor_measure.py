@@ -18,7 +18,7 @@ from ssl_locat.data.index import Dataset
 from ssl_locat.data.tar import Damage
 from ssl_locat.errors import BadSample
 from ssl_locat.objectives import Needs, Progress, Views
-from ssl_locat.train import DTYPES, build_model, mask_seeds, total_loss
+from ssl_locat.train import autocasts, build_model, mask_seeds, total_loss
 
 SECONDS = 2.0  # for each timing, about
 ATTENTION_OPERATIONS = ("attention", "bmm", "softmax")
@@ -109,14 +109,15 @@ def measure_step(config: Config, payload: dict[str, Tensor], micro_batch: int) -
     model, losses = build_model(config, device)
     crops = MultiCrop(**config.crops.model_dump(), device=device.type)
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-6)
-    autocast = torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32")
+    teacher_autocast, student_autocast = autocasts(config, device)
     at = Progress(0, 0.0, 1.0)
 
     def step(payload: dict[str, Tensor]) -> None:
         images, local = crops.finish(payload, device)
-        with autocast:
-            masks = model.make_masks(losses, mask_seeds(config, range(len(images) // 2)), images)
+        masks = model.make_masks(losses, mask_seeds(config, range(len(images) // 2)), images)
+        with teacher_autocast:
             targets, _ = model.targets(images, 2, masks)
+        with student_autocast:
             views = model.student(images, local, 2, masks)
         loss, _ = total_loss(losses, config, views, targets, at)
         loss.backward()

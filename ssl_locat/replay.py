@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ssl_locat.checkpoint import Checkpointer
@@ -13,7 +12,7 @@ from ssl_locat.diagnosis import load_replay
 from ssl_locat.distributed import setup
 from ssl_locat.objectives import Progress
 from ssl_locat.optim import build_optimizer
-from ssl_locat.train import DTYPES, build_model, mask_seeds, saved_modules, total_loss
+from ssl_locat.train import autocasts, build_model, mask_seeds, saved_modules, total_loss
 
 
 def replay(config: Config, path: Path) -> None:
@@ -39,8 +38,10 @@ def replay(config: Config, path: Path) -> None:
     crops = MultiCrop(**config.crops.model_dump(), device=device.type)
     global_crops, local_crops = crops.finish(payload, device)
     masks = model.make_masks(losses, mask_seeds(config, range(len(meta["keys"]))), global_crops)  # not those of that step
-    with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
+    teacher_autocast, student_autocast = autocasts(config, device)
+    with teacher_autocast:
         targets, _ = model.targets(global_crops, 2, masks)
+    with student_autocast:
         views = model.student(global_crops, local_crops, 2, masks)
     loss, metrics = total_loss(losses, config, views, targets, Progress(meta["step"], 0.0, 1.0))
     loss.backward()

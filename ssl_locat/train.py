@@ -287,7 +287,7 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
         checkpointer.save(step, modules, optimizer, meta, scaler.state_dict() if scaler.is_enabled() else None, block=block)
         events.add("save", step=step)
 
-    autocast = torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32")
+    teacher_autocast, student_autocast = autocasts(config, device)
     micro_batches, own_losses = config.optim.accumulate_steps, []
     batches = prefetch(stream, crops, device)
     with (
@@ -313,8 +313,9 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
                 positions.extend(batch.positions)
                 masks = model.make_masks(losses, mask_seeds(config, batch.positions), global_crops)
                 with distributed.gradient_sync(student, now=micro == micro_batches - 1):
-                    with autocast:
+                    with teacher_autocast:
                         targets, tokens = model.targets(global_crops, 2, masks)
+                    with student_autocast:
                         views = student(global_crops, local_crops, 2, masks)
                     loss, metrics = total_loss(losses, config, views, targets, at)
                     scaler.scale(loss / micro_batches).backward()
@@ -390,6 +391,12 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
 
 
 # --- pieces of the loop -------------------------------------------------------------------------------------------------
+
+
+def autocasts(config: Config, device: torch.device) -> tuple[torch.autocast, torch.autocast]:
+    """What the teacher's forward pass runs under, and the student's."""
+    precisions = (config.teacher.precision or config.precision, config.precision)
+    return tuple(torch.autocast(device.type, DTYPES[name], enabled=name != "fp32") for name in precisions)
 
 
 def total_loss(

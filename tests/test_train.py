@@ -105,6 +105,16 @@ def test_low_precision_starts_where_fp32_does_and_stays_finite(tiny, tmp_path, p
     assert len(losses(low.run_dir)) == 6
 
 
+def test_the_teacher_may_have_a_precision_of_its_own(tiny, tmp_path):
+    entropies = {}
+    for name, options in {"fp32": [], "mixed": ["precision=bf16", "teacher.precision=fp32"], "bf16": ["precision=bf16"]}.items():
+        config = tiny(f"run_dir={tmp_path}/{name}", "optim.epochs=null", "optim.total_steps=1", "log.every_steps=1", *options)
+        pretrain(config)
+        (first,) = read_jsonl(Path(config.run_dir) / "metrics.jsonl")
+        entropies[name] = first["teacher_entropy"]
+    assert entropies["mixed"] == entropies["fp32"] != entropies["bf16"]
+
+
 def start(config: Path, *overrides: str) -> subprocess.Popen:
     """The command in a process of its own; what it says goes to a file beside the config: loader workers outlive a kill by seconds, and
     would keep a pipe open."""
