@@ -124,6 +124,11 @@ class StudentTeacher(nn.Module):
             raise UserError(
                 "Jumbo's class token is wider than its patches, so that losses on patches do not fit it; choose another ViT"
             )
+        if needs.masks and not hasattr(backbone, "blocks"):
+            raise UserError(
+                f"{type(backbone).__name__} merges its patches from stage to stage, so that masked ones cannot be told apart at its end; "
+                "losses on masked patches (ibot) need a ViT"
+            )
         heads = make_heads(backbone, objectives, anchors)
         self.student = Network(backbone, heads, needs)
         self.teacher = copy.deepcopy(self.student)

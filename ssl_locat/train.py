@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_locat import distributed, objectives
 from ssl_locat.backbone import create_backbone, init_weights, load_backbone
 from ssl_locat.checkpoint import Checkpointer
-from ssl_locat.config import Config, Data
+from ssl_locat.config import OBJECTIVES, Config, Data
 from ssl_locat.data.cache import CachedStore
 from ssl_locat.data.crops import MultiCrop
 from ssl_locat.data.decode import decode_image, find_image
@@ -35,6 +36,7 @@ from ssl_locat.diagnosis import Diagnosis, feature_std, not_finite, patch_cls_si
 from ssl_locat.distributed import is_main, rank, world_size
 from ssl_locat.errors import ConfigError, Preempted, UserError
 from ssl_locat.log import EventLog, MetricsLog, next_steps, progress
+from ssl_locat.models.attach import LocAtModel
 from ssl_locat.objectives import Progress
 from ssl_locat.optim import build_optimizer, clip_gradients, set_hyperparameters
 from ssl_locat.probes import Probes
@@ -156,9 +158,11 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
         for network, parts in blocks.items():
             distributed.shard(network, [*parts, *network.heads.values()], device)
         return model.student
-    # without PRR the last block's GAug gets no gradient from a class-token loss
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model.student, device_ids=ids, find_unused_parameters=True)
+    # ours leave no parameter without a gradient; of someone else's model or loss nobody knows
+    own_model = isinstance(model.student.backbone, LocAtModel) or type(model.student.backbone) is VisionTransformer
+    ours = own_model and all(objective.name in OBJECTIVES for objective in config.objectives)
+    return DistributedDataParallel(model.student, device_ids=ids, find_unused_parameters=not ours)
 
 
 def backbone_blocks(backbone: nn.Module) -> list[nn.Module]:

@@ -6,11 +6,14 @@ import pytest
 import torch
 from tiny_run import losses, write_config
 
+from ssl_locat.backbone import create_backbone
 from ssl_locat.checkpoint import read_weights
 from ssl_locat.config import load
 from ssl_locat.data.textures import make_textures
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.log import read_jsonl
+from ssl_locat.objectives import Progress, build
+from ssl_locat.student_teacher import StudentTeacher
 from ssl_locat.train import build_model, pretrain
 
 HEAD = "num_prototypes: 32, hidden_dim: 32, bottleneck_dim: 16"
@@ -50,6 +53,43 @@ def test_two_steps(tiny, name, backbone):
     assert pretrain(config)["steps"] == 2
     records = read_jsonl(Path(config.run_dir) / "metrics.jsonl")
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records) and records[0]["grad_norm"] > 0
+
+
+MODELS = {
+    "vit_tiny": {},
+    "locatvit_tiny": {},
+    "locatvit_tiny without PRR": {"prr": False},
+    "locatregvit_tiny": {},
+    "locatvit_tiny_nopos": {},
+    "locatvit_tiny_rope_mixed": {},
+    "vit_tiny_patch16_224": {},
+    "locatjumbo_tiny": {},
+    "locatswin_tiny": {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2), "img_size": 56},
+}
+
+
+@pytest.mark.parametrize("loss", ["dino_koleo", "dino_ibot", "dinov3"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_gets_a_gradient(tiny, name, loss):
+    """What DDP relies on: it is told to look for unused parameters of other people's models and losses only."""
+    if loss != "dino_koleo" and ("swin" in name or "jumbo" in name):
+        pytest.skip("no losses on patches")
+    small = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
+    backbone = create_backbone(name.split()[0], **(MODELS[name] if "swin" in name else small | MODELS[name]))
+    objectives = build(tiny(COMBINATIONS[loss]).objectives)
+    model = StudentTeacher(backbone, objectives)
+    side = 56 if "swin" in name else 32
+    crops, local = torch.randn(32, 3, side, side), torch.randn(32, 3, 56 if "swin" in name else 16, side)
+    masks = model.make_masks(objectives, list(range(16)), crops)
+    targets, views = model.targets(crops, 2, masks)[0], model.student(crops, local, 2, masks)
+    sum(objective(views[key], targets[key], Progress(0, 0.0, 1.0))[0] for key, objective in objectives.items()).backward()
+    assert [key for key, value in model.student.named_parameters() if value.requires_grad and value.grad is None] == []
+
+
+def test_masked_losses_refuse_models_that_merge_patches(tiny):
+    swin = create_backbone("locatswin_tiny", **MODELS["locatswin_tiny"])
+    with pytest.raises(UserError, match="need a ViT"):
+        StudentTeacher(swin, build(tiny(COMBINATIONS["dino_ibot"]).objectives))
 
 
 def test_interrupted_run_with_masks_and_snapshots_is_exact(tiny, tmp_path):
