@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
 from ssl_locat.models.attention import BACKENDS, Gaussian, gaussian_attention, refusal
+from ssl_locat.models.attention_packed import packed_attention, xformers_refusal
 
 HEADS, HEAD_DIM, PREFIX = 6, 64, 1  # ViT-S
 
@@ -16,7 +17,23 @@ def rows(quick: bool) -> list[dict]:
     for side, batch in batches.items():
         for precision, dtype in precisions().items():
             result += measure(side, batch, precision, dtype, repeats=5 if quick else 15)
-    return result
+    return result + packed_rows(repeats=5 if quick else 15)
+
+
+def packed_rows(repeats: int) -> list[dict]:
+    """Attention without a bias over 2 x 224 + 8 x 96 px crops: one call for each size beside both packed into one, where xformers works."""
+    shapes = [(2 * 64, HEADS, 196 + PREFIX, HEAD_DIM), (8 * 64, HEADS, 36 + PREFIX, HEAD_DIM)]
+    groups = [tuple(torch.randn(s, device=device(), dtype=torch.bfloat16, requires_grad=True) for _ in range(3)) for s in shapes]
+    if xformers_refusal(groups[0][0]):
+        return []
+    cotangents = [torch.randn_like(group[0]) for group in groups]
+    leaves = [leaf for group in groups for leaf in group]
+    variants = {
+        name: lambda backend=backend: torch.autograd.grad(packed_attention(groups, backend=backend), leaves, cotangents)
+        for name, backend in {"a call for each size": "sdpa", "packed by xformers": "xformers"}.items()
+    }
+    timings = side_by_side(variants, repeats)
+    return time_rows("attention", "vanilla multi-crop, 64 images, bf16", timings, "a call for each size")
 
 
 def measure(side: int, batch: int, precision: str, dtype: torch.dtype, repeats: int) -> list[dict]:
