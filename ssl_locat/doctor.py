@@ -131,7 +131,7 @@ def _optional_lines() -> list[str]:
 
 def _examine(config: Config, on: str | None) -> int:
     from ssl_locat.doctor_measure import measure_step, sample_data
-    from ssl_locat.train import check
+    from ssl_locat.run_parts import check
 
     ranks = 1
     if on not in (None, "local"):

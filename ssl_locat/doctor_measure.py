@@ -18,7 +18,7 @@ from ssl_locat.data.index import Dataset
 from ssl_locat.data.tar import Damage
 from ssl_locat.errors import BadSample
 from ssl_locat.objectives import Needs, Progress, Views
-from ssl_locat.train import autocasts, build_model, mask_seeds, total_loss
+from ssl_locat.run_parts import autocasts, build_model, mask_seeds, total_loss
 
 SECONDS = 2.0  # for each timing, about
 ATTENTION_OPERATIONS = ("attention", "bmm", "softmax")

@@ -289,7 +289,7 @@ def _quoted(text: str) -> str:
 
 def expected_seconds(path: str) -> float:
     """Seconds of one epoch of this config on this machine, by a few steps."""
-    from ssl_locat.train import check
+    from ssl_locat.run_parts import check
 
     config = load(path)
     datasets, _, length = check(config)

@@ -12,7 +12,7 @@ from ssl_locat.diagnosis import load_replay
 from ssl_locat.distributed import setup
 from ssl_locat.objectives import Progress
 from ssl_locat.optim import build_optimizer
-from ssl_locat.train import autocasts, build_model, mask_seeds, saved_modules, total_loss
+from ssl_locat.run_parts import autocasts, build_model, mask_seeds, saved_modules, total_loss
 
 
 def replay(config: Config, path: Path) -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     {"student_teacher"},
     {"backbone", "checkpoint"},
     {"evaluation"},
-    {"probes"},
+    {"probes", "run_parts"},
     {"benchmarks"},
 ]  # everything else is a program; cli is above them all
 

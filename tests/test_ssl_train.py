@@ -13,8 +13,9 @@ from ssl_locat.data.textures import make_textures
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.log import read_jsonl
 from ssl_locat.objectives import Progress, build
+from ssl_locat.run_parts import build_model
 from ssl_locat.student_teacher import StudentTeacher
-from ssl_locat.train import build_model, pretrain
+from ssl_locat.train import pretrain
 
 HEAD = "num_prototypes: 32, hidden_dim: 32, bottleneck_dim: 16"
 DINO = f"{{name: dino, {HEAD}}}"
