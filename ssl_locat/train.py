@@ -169,8 +169,8 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
             set_hyperparameters(optimizer, rate.lr, rate.weight_decay)
             looked_at = step % config.log.every_steps == 0
             waited, sums, positions = 0.0, {}, []
+            torch.compiler.cudagraph_mark_step_begin()  # graphs may write over the last step's tensors; gradients of micro-batches stay
             for micro in range(micro_batches):
-                torch.compiler.cudagraph_mark_step_begin()
                 waiting = time.monotonic()
                 batch, (global_crops, local_crops) = next(batches)
                 waited += time.monotonic() - waiting
