@@ -175,8 +175,8 @@ def test_biases_and_norms_are_not_decayed():
     assert len(plain) == 3
 
 
-def student(name: str, **options) -> nn.Module:
-    losses = nn.ModuleDict({"ibot": IBOT(num_prototypes=8, hidden_dim=16, bottleneck_dim=8)})
+def student(name: str, loss: type[nn.Module] = IBOT, **options) -> nn.Module:
+    losses = nn.ModuleDict({"loss": loss(num_prototypes=8, hidden_dim=16, bottleneck_dim=8)})
     return StudentTeacher(create_backbone(name, **options), losses).student
 
 
@@ -206,7 +206,7 @@ def test_layer_decay_gives_early_blocks_less():
 
 
 def test_layer_decay_of_swin_follows_its_stages():
-    scales = lr_scales(student("locatswin_tiny", **SMALL_SWIN), 0.5, 1.0)
+    scales = lr_scales(student("locatswin_tiny", DINO, **SMALL_SWIN), 0.5, 1.0)
     order = ["patch_embed.proj", "layers.0.blocks.0.attn.qkv", "layers.0.blocks.1.attn.qkv", "layers.1.blocks.0.attn.qkv", "norm"]
     rates = [scales[f"backbone.{name}.weight"] for name in order]
     assert rates == sorted(rates) and len(set(rates)) == len(rates) and rates[-1] == 1
