@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from ssl_locat.backbone import create_backbone
+from ssl_locat.benchmarks.timing import peak_bytes
 from ssl_locat.errors import UserError
 from ssl_locat.objectives import Progress, Views
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.objectives.heads import DINOHead, Prototypes
 from ssl_locat.objectives.ibot import IBOT
+from ssl_locat.objectives.targets import pair_loss
 from ssl_locat.optim import build_optimizer, clip_gradients, lr_scales, parameter_groups, set_hyperparameters
 from ssl_locat.schedules import cosine, stepwise
 from ssl_locat.student_teacher import StudentTeacher
@@ -64,6 +66,18 @@ def test_vectorised_loss_equals_the_loop_over_pairs(views):
     slow = slow_dino(student, teacher.double(), objective.center.double(), 0.1, 0.04)
     torch.testing.assert_close(loss.double(), slow, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(metrics["kl"] + metrics["teacher_entropy"], loss.detach())
+
+
+@pytest.mark.parametrize("same_view", [False, True])
+def test_pair_loss_has_the_gradient_of_its_definition_and_little_memory(same_view):
+    scores, targets = torch.randn(6, 4, 500, requires_grad=True), torch.randn(2, 4, 500).softmax(-1)
+    pairs = [(t, s) for t in range(2) for s in range(6) if same_view or s != t]
+    plain = sum(-(targets[t] * (scores[s] / 0.1).log_softmax(-1)).sum(-1).mean() for t, s in pairs) / len(pairs)
+    (expected,) = torch.autograd.grad(3 * plain, scores)
+    (found,) = torch.autograd.grad(3 * pair_loss(scores, targets, 0.1, same_view), scores)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    peak = peak_bytes(lambda: pair_loss(scores, targets, 0.1, same_view).backward())
+    assert peak < 2 * scores.nbytes
 
 
 def test_loss_ignores_the_order_of_images():

@@ -90,7 +90,7 @@ class DINO(nn.Module):
             log_targets = centered(teacher, self.center, temperature)
             self.seen.append(teacher.mean((0, 1)).unsqueeze(0))
         targets = log_targets.exp()
-        loss = pair_loss(student.float() / self.student_temp, targets)
+        loss = pair_loss(student, targets, self.student_temp)
         with torch.no_grad():
             entropy = -(targets * log_targets).sum(-1).mean()
         return loss, {"teacher_entropy": entropy, "kl": loss.detach() - entropy}

@@ -66,18 +66,46 @@ class Center(nn.Module):
         self.center.lerp_(torch.where(count > 0, mean, self.center[0])[None], 1 - self.momentum)
 
 
-def pair_loss(scaled: Tensor, targets: Tensor, same_view: bool = False) -> Tensor:
-    """Mean over images and (teacher, student) pairs of views of -sum_k q_tk log p_sk.
+def pair_loss(scores: Tensor, targets: Tensor, temperature: float, same_view: bool = False) -> Tensor:
+    """Mean over images and (teacher, student) pairs of views of -sum_k q_tk log p_sk, p = softmax(scores / temperature), in float32.
 
-    scaled [S, B, K] student scores over their temperature, targets [T, B, K] probabilities; the first T student views are the teacher's.
+    scores [S, B, K] of the student, targets [T, B, K] probabilities; the first T student views are the teacher's.
     Pairs of a view with itself are left out unless `same_view`: S*T - T pairs (DINO, eq. 3; DINOv3 by its ignore_diagonal; DINOv2 keeps
-    them but never forms them, and sums over pairs instead). Since log p = z - logsumexp(z) and sum_k q_k = 1, all pairs need
-    two sums over views instead of a loop over pairs.
+    them but never forms them, and sums over pairs instead).
     """
-    num_teacher, num_student = len(targets), len(scaled)
-    log_norm = scaled.logsumexp(-1)  # [S, B]
-    all_pairs = (targets.sum(0) * scaled.sum(0)).sum(-1) - num_teacher * log_norm.sum(0)  # [B]
-    if same_view:
-        return -all_pairs.mean() / (num_teacher * num_student)
-    own = (targets * scaled[:num_teacher]).sum((0, 2)) - log_norm[:num_teacher].sum(0)
-    return (own - all_pairs).mean() / (num_teacher * (num_student - 1))
+    return _PairLoss.apply(scores, targets, temperature, same_view)
+
+
+class _PairLoss(torch.autograd.Function):
+    """Since log p = z - logsumexp(z) and sum_k q_k = 1, a student view needs its teachers' sum alone. View by view and with its own
+    backward pass, it holds one view beside scores and gradient, where autograd would keep several copies of all (65536 prototypes)."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, targets: Tensor, temperature: float, same_view: bool) -> Tensor:
+        ctx.temperature, ctx.same_view = temperature, same_view
+        ctx.pairs = len(targets) * (len(scores) - (not same_view))
+        total, log_norms = 0.0, []
+        for view, (teachers, count) in _PairLoss.partners(len(scores), targets, same_view):
+            z = scores[view].float() / temperature
+            log_norms.append(z.logsumexp(-1))
+            total = total + count * log_norms[-1] - z.mul_(teachers).sum(-1)
+        ctx.save_for_backward(scores, targets, *log_norms)
+        return total.mean() / ctx.pairs
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        scores, targets, *log_norms = ctx.saved_tensors
+        scale = gradient / (ctx.pairs * scores.shape[1] * ctx.temperature)
+        result = torch.empty_like(scores)
+        for view, (teachers, count) in _PairLoss.partners(len(scores), targets, ctx.same_view):
+            p = (scores[view].float() / ctx.temperature).sub_(log_norms[view][:, None]).exp_()
+            result[view] = p.mul_(count).sub_(teachers).mul_(scale)
+        return result, None, None, None
+
+    @staticmethod
+    def partners(num_student: int, targets: Tensor, same_view: bool):
+        """(view, (sum of the targets it is compared with [B, K], their number)) for each student view."""
+        everyone = targets.sum(0)
+        for view in range(num_student):
+            own = view < len(targets) and not same_view
+            yield view, (everyone - targets[view] if own else everyone, len(targets) - own)
