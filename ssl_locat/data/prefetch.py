@@ -32,7 +32,5 @@ def _taken(batch: Batch, finished: Crops, event: torch.cuda.Event, stream: torch
     stream.wait_event(event)
     for tensor in finished:
         if tensor is not None:
-            tensor.record_stream(
-                stream
-            )  # its memory belongs to the side stream, which must not use it again before this one is done
+            tensor.record_stream(stream)  # the side stream, whose memory it is, must not use it again before this one is done
     return batch, finished
