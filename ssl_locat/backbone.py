@@ -56,13 +56,15 @@ def create_backbone(name: str, **options) -> nn.Module:
     return model
 
 
-def load_backbone(model: str | Path, which: str = "teacher", step: int | None = None) -> nn.Module:
+def load_backbone(model: str | Path, which: str | None = None, step: int | None = None) -> nn.Module:
     """The backbone of MODEL with its weights, in evaluation mode, on the CPU; its mean and std are in `pretrained_cfg`.
 
-    which: "teacher" or "student", step: which checkpoint (newest by default): both for run folders. Raises UserError or CheckpointError.
+    Of a run: which: "teacher" (default) or "student", step: which checkpoint (newest by default). Raises UserError or CheckpointError.
     """
     model = str(model)
     check_exists(model)
+    if (which or step is not None) and not is_run_or_checkpoint(model):
+        raise UserError(f"{model} is one network; a teacher or student (which) and a step are chosen of a run folder.")
     if model.startswith("timm:"):
         backbone = create_from_timm(model.removeprefix("timm:"))
     elif model.startswith("hf-hub:"):
@@ -72,8 +74,13 @@ def load_backbone(model: str | Path, which: str = "teacher", step: int | None = 
     elif Path(model, "config.json").is_file():
         backbone = create_pretrained(f"local-dir:{model}")
     else:
-        backbone = load_run(Path(model), which, step)
+        backbone = load_run(Path(model), which or "teacher", step)
     return backbone.eval()
+
+
+def is_run_or_checkpoint(model: str | Path) -> bool:
+    """Whether MODEL is a run folder or one of its checkpoints: what has a teacher, a student and their heads."""
+    return any(Path(model, name).is_file() for name in ("config.yaml", "checkpoint.json"))
 
 
 def check_exists(model: str) -> None:
@@ -156,13 +163,12 @@ def load_run(folder: Path, which: str, step: int | None) -> nn.Module:
     """From a run folder, or from one of its checkpoints."""
     if which not in ("teacher", "student"):
         raise UserError(f"which is {which!r}; a run has a teacher and a student")
-    checkpoint = folder if (folder / "checkpoint.json").is_file() else None
-    run = checkpoint.parent.parent if checkpoint else folder
+    run = folder.parent.parent if (folder / "checkpoint.json").is_file() else folder
     if not (run / "config.yaml").is_file():
         raise UserError(
             f"{folder} is neither a run folder (no config.yaml), nor an export (no config.json), nor a checkpoint of a run"
         )
-    checkpoint = checkpoint or find_checkpoint(run, step)
+    checkpoint = find_checkpoint(folder, step)
     config = yaml.safe_load((run / "config.yaml").read_text())
     settings = config["backbone"]
     options = {key: value for key, value in settings.items() if key not in NOT_FOR_THE_CONSTRUCTOR}
@@ -174,7 +180,11 @@ def load_run(folder: Path, which: str, step: int | None) -> nn.Module:
 
 
 def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The newest whole checkpoint of a run, or that of `step`."""
+    """The newest whole checkpoint of a run, or that of `step`; of a checkpoint, itself."""
+    if (run / "checkpoint.json").is_file():
+        if step is not None:
+            raise UserError(f"{run} is one checkpoint; give its run folder to choose by step.")
+        return run
     folders = sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
     whole = [path for path in folders if problem(path) is None]
     if step is not None:

@@ -73,14 +73,16 @@ def pretrain(
     from ssl_locat.config import load
 
     loaded = load(config, overrides or [])
-    if on not in (None, "local"):
+    if replay and (on or dry_run or loaded.sweep):
+        raise UserError("--replay looks at one saved batch here and now: it goes with neither --on nor --dry-run nor a sweep.")
+    if on and (on != "local" or loaded.sweep):
         from ssl_locat.launch import submit_pretrain
 
         submit_pretrain(loaded, on, resume=resume, dry_run=dry_run)
         return
     if loaded.sweep:
         raise UserError(
-            "This config holds a sweep, one job for each combination: start it with --on slurm (or another cluster profile)."
+            "This config holds a sweep, one job for each combination: start it with --on slurm, or --on local for one after the other."
         )
     if dry_run:
         from ssl_locat.train import dry_run as show
@@ -148,7 +150,7 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write")],
     format: Annotated[Literal["timm", "onnx", "pt2"], typer.Option(help="what the folder is for")] = "timm",
-    which: Annotated[Literal["teacher", "student"], typer.Option(help="which of the two networks")] = "teacher",
+    which: Annotated[Literal["teacher", "student"] | None, typer.Option(help="which network of a run; default: teacher")] = None,
     step: Annotated[int | None, typer.Option(help="of this checkpoint; default: the newest")] = None,
     with_head: Annotated[bool, typer.Option("--with-head", help="the projection head too")] = False,
     push_to_hub: Annotated[

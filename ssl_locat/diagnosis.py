@@ -74,8 +74,8 @@ ADVICE = {
     "collapse": "centring on (center_momentum 0.9) or Sinkhorn targets, a higher teacher temperature, the last layer frozen longer, "
     "a lower lr, a larger global batch.",
     "features_collapsing": "a higher teacher momentum (0.996), a lower lr or a longer warm-up, a larger global batch, gradient clipping, "
-    "the KoLeo objective beside DINO, a head in fp32.",
-    "rank_falling": "the KoLeo objective beside DINO, less weight decay at the end, a larger global batch, more varied data, a lower lr.",
+    "the KoLeo objective beside DINO (or more of it), a head in fp32.",
+    "rank_falling": "the KoLeo objective beside DINO (or more of it), less weight decay at the end, a larger global batch, more varied data, a lower lr.",
     "patches_collapsing": "LocAt on (gaug and prr), register tokens, the iBOT objective or Gram anchoring, an earlier checkpoint "
     "for dense tasks; k-NN may go on rising meanwhile.",
     "center_drifting": "a lower lr or a longer warm-up, a higher teacher momentum, a quicker centre (center_momentum 0.9), "

@@ -64,6 +64,10 @@ def _check_data(protocol: str, loaded: LoadedYaml) -> None:
 def _divide(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Those that choose a network of a run folder, and the protocol's."""
     own = [item for item in overrides if item.partition("=")[0] in ("which", "step")]
+    for item in own:
+        name, _, value = item.partition("=")
+        if not (value in ("teacher", "student") if name == "which" else value.isdecimal()):
+            raise ConfigError(f"{item!r}: expected which=teacher, which=student, or step=N, a number of a run's checkpoint.")
     return own, [item for item in overrides if item not in own]
 
 

@@ -26,7 +26,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ssl_locat.backbone import find_checkpoint, load_backbone
+from ssl_locat.backbone import find_checkpoint, is_run_or_checkpoint, load_backbone
 from ssl_locat.checkpoint import read_weights
 from ssl_locat.errors import CheckpointError, UserError
 from ssl_locat.hub import push
@@ -56,7 +56,7 @@ def export(
     out: str,
     *,
     format: str = "timm",
-    which: str = "teacher",
+    which: str | None = None,
     step: int | None = None,
     with_head: bool = False,
     push_to_hub: str | None = None,
@@ -65,7 +65,7 @@ def export(
 
     Args:
         format: timm, or onnx or pt2, which add their file to timm's.
-        which, step: of a run: the teacher or the student, at a checkpoint (newest by default).
+        which, step: of a run: "teacher" (default) or "student", at a checkpoint (newest by default).
         with_head: the projection head too, as head.safetensors; runs only.
         push_to_hub: upload to this repository of the Hugging Face hub afterwards.
 
@@ -90,8 +90,8 @@ def export(
             outputs, sizes = write_program(backbone, partial / f"model.{format}")
             differences[format] = compare(backbone, outputs, sizes, TOLERANCE[format])
         if with_head:
-            _write_head(model, which, step, run, partial / "head.safetensors")
-        card = model_card(backbone, target.name, run, which, step, format, sizes, differences)
+            _write_head(Path(model), which or "teacher", step, partial / "head.safetensors")
+        card = model_card(backbone, target.name, run, which or "teacher", step, format, sizes, differences)
         (partial / "README.md").write_text(card, encoding="utf-8")
         _replace(partial, target)
     finally:
@@ -119,10 +119,10 @@ def _replace(partial: Path, target: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _write_head(model: str, which: str, step: int | None, run: Run | None, path: Path) -> None:
-    if run is None:
-        raise UserError(f"--with-head needs a run folder; {model} holds a backbone alone.")
-    save_file(read_weights(find_checkpoint(run.path, step), f"{which}.heads."), path)
+def _write_head(model: Path, which: str, step: int | None, path: Path) -> None:
+    if not is_run_or_checkpoint(model):
+        raise UserError(f"--with-head needs a run folder or a checkpoint; {model} holds a backbone alone.")
+    save_file(read_weights(find_checkpoint(model, step), f"{which}.heads."), path)
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------------

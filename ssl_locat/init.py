@@ -252,7 +252,7 @@ def compose(name: str, train: str, test: str | None, seen: Look) -> str:
         "optim:",
         f"  epochs: {epochs}",
         f"  global_batch_size: {batch}",
-        f"  accumulate_steps: {accumulate}   # raise it if the GPU runs out of memory",
+        f"  accumulate_steps: {accumulate}" + ("   # raise it if the GPU runs out of memory" if gpu else ""),
         f"  lr: {'5.0e-4' if gpu else '6.0e-3' if quick else '1.0e-3'}   # at a batch of 256; scaled linearly",
         f"  warmup_epochs: {max(1, epochs // 20)}",
         f"teacher: {{momentum: [{0.996 if seen.count * epochs / batch > 50_000 else 0.99 if gpu else 0.9 if quick else 0.98}, 1.0]}}   # nearer to 1 for longer runs",

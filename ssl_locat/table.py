@@ -112,6 +112,9 @@ def _check(table: TableConfig, loaded: LoadedYaml) -> None:
                         f"{loaded.place(('rows', name, section, column))}: rows.{name}.{section} names the column {column!r}; "
                         f"known: {', '.join(table.columns)}.{did_you_mean(column, table.columns)}"
                     )
+        for column, options in row.options.items():
+            protocol, _ = _protocol(table.columns[column], {})
+            check_options(PROTOCOLS[protocol], options, loaded, ("rows", name, "options", column))
 
 
 def _protocol(column: Column, row_options: dict[str, Any]) -> tuple[str, dict[str, Any]]:

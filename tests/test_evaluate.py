@@ -42,6 +42,12 @@ def test_wrong_input_costs_a_second_and_one_message(protocol, overrides, message
         program.load_protocol(protocol, overrides)
 
 
+@pytest.mark.parametrize("choice", ["step=abc", "step=-1", "which=both"])
+def test_a_network_that_no_run_has_is_refused_before_anything_is_loaded(choice):
+    with pytest.raises(ConfigError, match=f"'{choice}': expected which=teacher"):
+        program.run("knn", "timm:vit_tiny", [choice, "data.train=a", "data.test=b"])
+
+
 def test_checking_imports_no_torch():
     code = "import sys, ssl_locat.evaluate as e; e.load_protocol('knn', ['data.train=a', 'data.test=b']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -45,12 +45,20 @@ def test_steps_and_networks_differ_and_an_unknown_step_is_refused(trained_run, t
     assert any(not torch.equal(at_4[name], newest[name]) for name in newest)
     with pytest.raises(CheckpointError, match="steps found"):
         export(str(trained_run), str(tmp_path / "c"), step=5)
+    for model, choice in ((tmp_path / "a", {"which": "student"}), (f"timm:vit_tiny{SMALL}", {"step": 4})):
+        with pytest.raises(UserError, match="is one network"):
+            export(str(model), str(tmp_path / "c"), **choice)
+    with pytest.raises(UserError, match="is one checkpoint"):
+        export(str(trained_run / "checkpoints/step_00000004"), str(tmp_path / "c"), step=4)
     assert not list(tmp_path.glob("*c*"))
 
 
 def test_the_head_goes_along_when_asked(trained_run, tmp_path):  # noqa: F811
     head = load_file(export(str(trained_run), str(tmp_path / "out"), with_head=True) / "head.safetensors")
     assert any(tensor.shape[0] == 32 for tensor in head.values())  # prototypes
+    checkpoint = max((trained_run / "checkpoints").glob("step_*"))
+    again = load_file(export(str(checkpoint), str(tmp_path / "again"), with_head=True) / "head.safetensors")
+    assert head.keys() == again.keys() and all(torch.equal(head[name], again[name]) for name in head)
     with pytest.raises(UserError, match="holds a backbone alone"):
         export(f"timm:vit_tiny{SMALL}", str(tmp_path / "other"), with_head=True)
 

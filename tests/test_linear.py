@@ -57,8 +57,12 @@ def test_stopped_and_continued_equals_unbroken(backbone, data, tmp_path, monkeyp
     assert linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "b.safetensors")) == unbroken
     unbroken_state, state = (load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
     assert all(torch.equal(unbroken_state[name], state[name]) for name in unbroken_state)
-    with pytest.raises(CheckpointError, match="other settings"):
+    with pytest.raises(CheckpointError, match="epochs: 4 there, 5 here"):
         linear.evaluate(backbone, **settings | {"epochs": 5}, resume_file=str(tmp_path / "b.safetensors"))
+    with torch.no_grad():
+        next(backbone.parameters()).add_(1)
+    with pytest.raises(CheckpointError, match="another training .weights"):
+        linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "b.safetensors"))
 
 
 def test_sweep_chooses_on_held_out_images(backbone, data):

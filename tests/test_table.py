@@ -91,6 +91,7 @@ def test_a_run_that_went_on_is_judged_anew(tmp_path):
             "columns.k-NN.data is 'colors'.*Did you mean 'colours'",
         ),
         ("{k: [3], workers", "{q: [3], workers", "unknown key 'columns.k-NN.options.q'"),
+        ("published: {k-NN", "options: {k-NN: {kk: 3}}, published: {k-NN", r"unknown key 'rows.two runs.options.k-NN.kk'"),
         ("published: {k-NN", "published: {kNN", "names the column 'kNN'.*Did you mean 'k-NN'"),
         ("protocol: linear,", "protocol: liner,", "Did you mean 'linear'"),
     ],

@@ -18,6 +18,7 @@ from ssl_locat.data.textures import make_textures
 from ssl_locat.errors import CheckpointError, ConfigError, DataError, Diverged, UserError
 from ssl_locat.log import read_jsonl
 from ssl_locat.run_parts import build_model, check, rates
+from ssl_locat.replay import replay
 from ssl_locat.train import pretrain
 
 CLI = [sys.executable, "-m", "ssl_locat.cli"]
@@ -208,12 +209,16 @@ def test_unreachable_or_unfit_input_is_refused_before_a_model_is_built(tiny, tmp
         check(tiny("data.train=[{shards: runs/a.tar}, {shards: runs/a.tar}]".replace("runs/a.tar", tiny().data.train)))
 
 
-def test_nan_stops_the_run_and_says_what_to_do(tiny):
+def test_nan_stops_the_run_says_what_to_do_and_is_looked_at_again(tiny, capsys):
     config = tiny("optim.lr=1.0e+30", "optim.warmup_epochs=0", "optim.clip_grad=0")
     with pytest.raises(Diverged) as error:
         pretrain(config)
     assert "step" in str(error.value) and "lower lr" in str(error.value)
-    assert list((Path(config.run_dir) / "replay").iterdir())
+    (saved,) = (Path(config.run_dir) / "replay").iterdir()
+    replay(config, saved)  # with the weights at the start, which were still good
+    said = capsys.readouterr().err
+    assert f"step {error.value.args[0].split('step ')[1].split()[0]} of rank 0" in said
+    assert "every module's output is finite" in said and "the batch itself is harmless" in said
 
 
 def test_bad_images_are_skipped_counted_and_limited(tiny, tmp_path):

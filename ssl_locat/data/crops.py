@@ -86,8 +86,8 @@ class MultiCrop:
         solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0),
         mode: str = "auto",
         device: str = "cpu",
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
     ):
         if mode not in MODES:
             raise ConfigError(f"crops.mode is {mode!r}; known: {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
@@ -251,7 +251,7 @@ JITTER = (_brightness, _contrast, _saturation, _hue)
 
 
 def _stack_views(samples: list[list[np.ndarray]]) -> Tensor:
-    """B lists of V crops -> [V * B, h, w, 3], view-major."""
+    """B lists of V crops -> [V * B, h, w, C], view-major."""
     views, batch = len(samples[0]), len(samples)
     out = np.empty((views, batch, *samples[0][0].shape), np.uint8)
     for index, crops in enumerate(samples):

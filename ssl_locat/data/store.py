@@ -157,8 +157,8 @@ class Store:
             return True
         return False
 
-    def walk(self, folder: str) -> dict[str, Stat]:
-        """All files under a folder: relative path -> Stat, sorted by path. Empty if there is no such folder."""
+    def walk(self, folder: str) -> dict[str, Stat | None]:
+        """All files under a folder: relative path -> Stat where listing gave it, sorted by path. Empty if there is no such folder."""
         return dict(sorted(self._retry(lambda: self._backend(folder).walk(folder), folder).items()))
 
     def write(self, url: str, data: bytes) -> None:
@@ -293,7 +293,7 @@ class _Local:
     def stat(self, url: str) -> Stat:
         return _stat(os.stat(url))
 
-    def walk(self, folder: str) -> dict[str, Stat]:
+    def walk(self, folder: str) -> dict[str, Stat | None]:
         found = {}
         for path, folders, names in os.walk(folder, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]

@@ -5,8 +5,8 @@
 What tells the classes apart is how a pattern repeats, in every part of the object and at every size: what self-distillation can find by itself.
 What fills pixel space is drawn anew for each image and changes within it: position, scale, turn and bend of the pattern, colours, light,
 outline, background. So nearest neighbours on raw pixels or random features find less than half, while a small network with labels
-finds nearly everything; tests/test_textures.py measures all three, and the generator was fixed before any recipe was tuned on
-it. Members of a sample: jpg, cls (0..9), seg.png (0 background, class + 1 on the object).
+finds nearly everything; tests/test_textures.py measures all three, and docs/results.md says how the generator was chosen.
+Members of a sample: jpg, cls (0..9), seg.png (0 background, class + 1 on the object).
 """
 
 import json

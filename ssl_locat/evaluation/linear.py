@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssl_locat.distributed import rank, world_size
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.features import Features, check_classes, check_image_size, default_resize, extract, label_subset, split
-from ssl_locat.evaluation.heads import average_gradients, load_progress, save_progress
+from ssl_locat.evaluation.heads import average_gradients, load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.image_views import centre_view, normalisation, training_view
 from ssl_locat.evaluation.metrics import top_hits
 from ssl_locat.evaluation.samples import LabelledSamples, Members, Pass, epoch_keys, load_in_order, read_labels, same_classes
@@ -74,7 +74,7 @@ def annealed(done: float, steps: float, peak: float) -> float:
 
 def train_heads(
     heads: nn.ModuleList, settings: Sequence[Setting], layout: Layout, batches: Iterator[tuple[Tensor, Tensor]], *,
-    batch_size: int, steps: int, steps_per_epoch: int, epoch_decay: bool, resume_file: str | None, purpose: str, first: int = 0,
+    batch_size: int, steps: int, steps_per_epoch: int, epoch_decay: bool, resume_file: str | None, purpose: dict, first: int = 0,
     optimizer: torch.optim.Optimizer,
 ) -> None:  # fmt: skip
     """SGD on all classifiers at once; `batches` gives (features [b, F], labels [b]) of this process from step `first` on.
@@ -174,13 +174,14 @@ class Task:
                 features = read_blocks(self.backbone, images.to(self.device), self.blocks).float()
             yield features, torch.tensor(labels, device=self.device)
 
-    def fit(self, settings: Sequence[Setting], epochs: int, *, epoch_decay: bool, resume_file: str | None) -> nn.ModuleList:
-        """Trained classifiers, one for each setting."""
+    def fit(
+        self, settings: Sequence[Setting], epochs: int, *, epoch_decay: bool, resume_file: str | None, purpose: dict
+    ) -> nn.ModuleList:
+        """Trained classifiers, one for each setting. purpose: what resume_file must belong to (heads.purpose_of)."""
         heads = make_heads(settings, self.layout, self.num_classes, self.seed).to(self.device)
         groups = [{"params": list(head.parameters())} for head in heads]
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0)
         steps = epochs * self.steps_per_epoch
-        purpose = f"linear {len(settings)} classifiers, {self.num_classes} classes, {steps} steps of {self.batch_size}, seed {self.seed}"
         first = load_progress(resume_file, heads, optimizer, purpose)
         train_heads(
             heads, settings, self.layout, self.batches(first, steps), batch_size=self.batch_size, steps=steps, first=first,
@@ -216,12 +217,13 @@ def evaluate(
         train_fraction: share of each class's labels that is used (0.01, 0.1).
         resume_file: progress is kept there after every epoch, and the same command goes on from it.
     """
+    purpose = purpose_of("linear", locals())
     task = Task(
         backbone, data, blocks=blocks, image_size=image_size, resize_size=resize_size, train_fraction=train_fraction, held_out=0.0,
         augment=augment, batch_size=batch_size, workers=workers, seed=seed,
     )  # fmt: skip
     settings = [Setting(blocks, patch_mean, lr)]
-    heads = task.fit(settings, epochs, epoch_decay=True, resume_file=resume_file)
+    heads = task.fit(settings, epochs, epoch_decay=True, resume_file=resume_file, purpose=purpose)
     return accuracies(heads, settings, task.layout, task.features(task.test), task.device)[0]
 
 
@@ -248,6 +250,7 @@ def sweep(
     The best is chosen on `held_out` of the training images; the test images are read once, after the choice. Also returns
     validation_top1, and the choice as best_blocks, best_patch_mean (0 or 1) and best_lr. The other keys are those of `evaluate`.
     """
+    purpose = purpose_of("linear_sweep", locals())
     if not 0 < held_out < 1:
         raise ConfigError(f"held_out is {held_out}; expected a share of the training images in (0, 1) to choose by, such as 0.1.")
     settings = [Setting(count, mean, lr) for count in blocks for mean in patch_mean for lr in lrs]
@@ -255,7 +258,7 @@ def sweep(
         backbone, data, blocks=max(blocks), image_size=image_size, resize_size=resize_size, train_fraction=train_fraction,
         held_out=held_out, augment=augment, batch_size=batch_size, workers=workers, seed=seed,
     )  # fmt: skip
-    heads = task.fit(settings, epochs, epoch_decay=False, resume_file=resume_file)
+    heads = task.fit(settings, epochs, epoch_decay=False, resume_file=resume_file, purpose=purpose)
     validation = accuracies(heads, settings, task.layout, task.features(task.plain, task.validation), task.device)
     best = max(range(len(settings)), key=lambda index: validation[index]["top1"])
     scores = accuracies(heads[best : best + 1], settings[best : best + 1], task.layout, task.features(task.test), task.device)[0]

@@ -1,6 +1,6 @@
 """Random access to the samples of a DATA spec, and reading them in a given order with worker processes.
 
-Pretraining reads an endless stream (data/stream.py) and features a single ordered pass (data/labelled.py); probes that train over small
+Pretraining reads an endless stream (data/stream.py) and features a single ordered pass (evaluation/features.py); probes that train over small
 labelled sets read in their own random order, for which this is enough.
 """
 

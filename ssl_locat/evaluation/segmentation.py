@@ -17,7 +17,7 @@ from ssl_locat.distributed import SyncBatchNorm, all_reduce_sum_, rank, world_si
 from ssl_locat.errors import ConfigError, DataError, did_you_mean
 from ssl_locat.evaluation.dense import IMAGENET, PreparedScenes, keep_aspect, last_patches
 from ssl_locat.evaluation.features import check_colours, check_image_size, stride
-from ssl_locat.evaluation.heads import average_gradients, load_progress, save_progress
+from ssl_locat.evaluation.heads import average_gradients, load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.image_views import normalisation, to_tensor
 from ssl_locat.evaluation.metrics import class_ious, confusion_matrix, segmentation_scores
 from ssl_locat.evaluation.samples import epoch_keys, load_in_order, share
@@ -105,6 +105,7 @@ def evaluate(
         paper_compat: the reference's GroupNorm, its loss averaged over void pixels, and ImageNet's mean and std whatever the backbone's.
         resume_file: progress is kept there, and the same command goes on from it.
     """
+    purpose = purpose_of("segmentation", locals())
     check_image_size(backbone, image_size)
     check_colours(backbone, "segmentation")
     if batch_size % world_size():
@@ -127,7 +128,6 @@ def evaluate(
         probe = make_head(head, width, hidden, train.num_classes, paper_compat=paper_compat)
     probe.to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
-    purpose = f"segmentation {head} {train.num_classes} classes, {iterations} iterations of {batch_size}, lr {lr}, seed {seed}"
     step = load_progress(resume_file, probe, optimizer, purpose)
     batches = _training_batches(train, step, iterations, batch_size, image_size, tuple(scale), mean, std, workers, seed)
     with progress("segmentation", total=iterations, unit="iterations", start=step) as bar:

@@ -25,7 +25,7 @@ from ssl_locat.backbone import load_backbone
 from ssl_locat.distributed import all_reduce_sum_, is_main, rank, world_size
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.features import check_classes, check_colours, check_image_size, label_subset, split
-from ssl_locat.evaluation.heads import load_progress, save_progress
+from ssl_locat.evaluation.heads import load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.image_views import centre_view, normalisation
 from ssl_locat.evaluation.metrics import top_hits
 from ssl_locat.evaluation.samples import LabelledSamples, Members, Pass, epoch_keys, load_in_order, read_labels, same_classes
@@ -159,6 +159,7 @@ def evaluate(
         resume_file: progress is kept there after every epoch, and the same command goes on from it.
         weights_file: a .safetensors for the trained weights; as a MODEL it is judged by the other protocols.
     """
+    purpose = purpose_of("supervised", locals())
     size = check_image_size(backbone, image_size)
     check_colours(backbone, "supervised")
     if precision not in DTYPES:
@@ -202,7 +203,6 @@ def evaluate(
     mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes) if mixup or cutmix else None
     distillation = Distillation(backbone, num_classes, **distill) if distill else None
     peak = lr or 5e-4 * batch_size / 512
-    purpose = f"supervised {num_classes} classes, {total} steps of {batch_size}, lr {peak}, seed {seed}"
     step = load_progress(resume_file, backbone, optimizer, purpose)
     network = nn.parallel.DistributedDataParallel(backbone) if world_size() > 1 else backbone
 

@@ -5,7 +5,7 @@ An objective is an nn.Module (its buffers, such as a centre, are saved with the 
     needs: Needs                                    what it wants beyond class tokens
     make_head(embed_dim) -> nn.Module               called for student and for teacher; head(Views) -> whatever forward compares
     forward(student, teacher, progress) -> (loss [], metrics)      outputs of the two heads, for one micro-batch
-    finish_step() -> None                           once per optimiser step, after all micro-batches: centres and the like
+    finish_step() -> {name: value []}               once per optimiser step, after all micro-batches: centres and the like; more to log
     frozen(head, progress) -> iterable of parameters               of the student's head that must not move at this point
 
 so that the training loop knows no loss by name. One that wants more than student and teacher says so by
