@@ -17,8 +17,8 @@ from ssl_locat.config import load
 from ssl_locat.data.textures import make_textures
 from ssl_locat.errors import CheckpointError, ConfigError, DataError, Diverged, UserError
 from ssl_locat.log import read_jsonl
-from ssl_locat.run_parts import build_model, check, rates
 from ssl_locat.replay import replay
+from ssl_locat.run_parts import build_model, check, rates
 from ssl_locat.train import pretrain
 
 CLI = [sys.executable, "-m", "ssl_locat.cli"]
