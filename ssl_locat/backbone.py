@@ -15,7 +15,7 @@ import timm
 import yaml
 from torch import nn
 
-from ssl_locat.checkpoint import problem, read_weights
+from ssl_locat.checkpoint import problem, read_marker, read_weights
 from ssl_locat.errors import CheckpointError, UserError, did_you_mean
 from ssl_locat.models.official import HALF, recognise
 from ssl_locat.models.registry import MODELS, TWINS
@@ -47,10 +47,12 @@ def create_backbone(name: str, **options) -> nn.Module:
         raise UserError(f"backbone {name!r} takes no {attach[0]}: LocAt serves timm's ViTs and Swins")
     try:
         model = timm.create_model(name, **options)
-    except (TypeError, AssertionError) as error:
-        if isinstance(error, TypeError) and "keyword argument" not in str(error):
-            raise
-        raise UserError(f"backbone {name!r} refuses its options {options}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # timm and torch raise whatever a number or a word that they do not expect leads to
+        raise UserError(f"backbone {name!r} refuses its options {options}: {type(error).__name__}: {error}") from error
+    if not hasattr(model, "patch_embed"):
+        raise UserError(f"backbone {name!r} has no patches, which everything here is about; choose a ViT or a Swin")
     if "img_size" in options:  # the size it is made for; protocols take it as their default
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (model.in_chans, *model.patch_embed.img_size)}
     return model
@@ -176,7 +178,15 @@ def load_run(folder: Path, which: str, step: int | None) -> nn.Module:
     crops = config["crops"]
     backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": tuple(crops["mean"]), "std": tuple(crops["std"])}
     backbone.load_state_dict(read_weights(checkpoint, f"{which}.backbone."))
+    restore_grid(backbone, checkpoint)
     return backbone
+
+
+def restore_grid(backbone: nn.Module, checkpoint: Path) -> None:
+    """The patch grid that GAug's constants belong to: after `init` it is that of the first weights, not of this run's crops."""
+    grid = read_marker(checkpoint)["meta"].get("initial_grid")
+    if grid:
+        set_initial_grid(backbone, tuple(grid))
 
 
 def find_checkpoint(run: Path, step: int | None) -> Path:

@@ -77,7 +77,10 @@ class Checkpointer:
             return  # saved a moment ago, by its period; now asked for again by a stop
         tensors = _tensors(modules, optimizer)
         scalars = [name for name, tensor in tensors.items() if tensor.ndim == 0]
-        tensors = self._stager.stage(_at_least_1d(tensors))
+        tensors = _at_least_1d(tensors)
+        if self._stager.state_dict_cache and self._stager.state_dict_cache.keys() != tensors.keys():
+            self._stager.state_dict_cache = None  # AdamW has no state of frozen parameters, and then it has
+        tensors = self._stager.stage(tensors)
         content = {"format": FORMAT, "step": step, "meta": meta, "scaler": scaler_state, "scalars": scalars}
         content["groups"] = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         self._pending = self._writer.submit(self._write, step, tensors, content)
@@ -104,9 +107,19 @@ class Checkpointer:
         """The newest checkpoint that is whole, found by looking at the folders themselves; the same on all ranks."""
         found = None
         if distributed.is_main():
-            found = next((str(path) for path in reversed(_step_folders(self.folder)) if problem(path) is None), None)
+            for path in reversed(_step_folders(self.folder)):
+                if wrong := problem(path):
+                    log.warning("%s is passed over: %s", path, wrong)
+                else:
+                    found = str(path)
+                    break
         found = distributed.broadcast_object(found)
         return Path(found) if found else None
+
+    def unusable(self) -> list[str]:
+        """'step_00000100: what is wrong with it' for each checkpoint that is not whole; the same on all ranks."""
+        found = [f"{path.name}: {wrong}" for path in _step_folders(self.folder) if (wrong := problem(path))]
+        return distributed.broadcast_object(found)
 
     def load(self, path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
         """Fills modules and optimizer in place, bit by bit as they were saved, and returns {"step", "meta", "scaler"}.
@@ -179,6 +192,8 @@ def problem(path: str | Path) -> str | None:
         content = json.loads((path / MARKER).read_text())
         if content["format"] != FORMAT:
             return f"its format is {content['format']}, this version reads {FORMAT}"
+        if lacking := [name for name in ("step", "meta", "scaler", "scalars", "groups") if name not in content]:
+            return f"{MARKER} lacks {', '.join(lacking)}"
         for name, size in content["files"].items():
             found = (path / name).stat().st_size
             if found != size:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from safetensors import SafetensorError
 
 from ssl_locat import __version__, log
-from ssl_locat.errors import EXPECTED, UserError
+from ssl_locat.errors import EXPECTED, Outage, UserError, disk_refusal
 
 app = typer.Typer(
     name="ssl-locat",
@@ -298,12 +299,18 @@ def main() -> None:
     except EXPECTED as error:
         print(f"ssl-locat: {error}", file=sys.stderr)
         code = error.exit_code
+    except (OSError, SafetensorError) as error:
+        if verbose or not (refusal := disk_refusal(error)):
+            raise
+        print(f"ssl-locat: {refusal}", file=sys.stderr)
+        code = Outage.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("ssl-locat: stopped.", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
         code = 0
+    if code == 130:  # typer turns Ctrl-C into this, too
+        print("ssl-locat: stopped.", file=sys.stderr)
     logging.shutdown()
     sys.exit(code if isinstance(code, int) else 0)
 

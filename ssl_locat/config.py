@@ -6,10 +6,11 @@ torch, so that a wrong key costs a second. The resolved config, written into the
 
 import ast
 import importlib.util
+import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,6 +28,9 @@ OBJECTIVES = {
 }
 
 T = TypeVar("T", bound=BaseModel)
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+AtLeast0 = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -127,20 +131,20 @@ class Crops(Section):
         default="auto", description="what the CPU does and what the device does"
     )
     flip_prob: float = Field(default=0.5, ge=0, le=1, description="horizontal flip")
-    jitter: tuple[float, float, float, float] = Field(
+    jitter: tuple[AtLeast0, AtLeast0, AtLeast0, Annotated[float, Field(ge=0, le=0.5)]] = Field(
         default=(0.4, 0.4, 0.2, 0.1), description="brightness, contrast, saturation, hue"
     )
     jitter_prob: float = Field(default=0.8, ge=0, le=1)
     gray_prob: float = Field(default=0.2, ge=0, le=1)
-    blur_prob: tuple[float, float, float] = Field(
+    blur_prob: tuple[Share, Share, Share] = Field(
         default=(1.0, 0.1, 0.5), description="global crop 1, global crop 2, local crops"
     )
-    blur_sigma: tuple[float, float] = Field(default=(0.1, 2.0), description="pixels of the crop")
-    solarize_prob: tuple[float, float, float] = Field(
+    blur_sigma: tuple[Positive, Positive] = Field(default=(0.1, 2.0), description="pixels of the crop")
+    solarize_prob: tuple[Share, Share, Share] = Field(
         default=(0.0, 0.2, 0.0), description="global crop 1, global crop 2, local crops"
     )
     mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="of the channels in 0..1, one for each")
-    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), description="likewise")
+    std: tuple[Positive, ...] = Field(default=(0.229, 0.224, 0.225), description="likewise")
 
     @field_validator("global_scale", "local_scale")
     @classmethod
@@ -171,7 +175,7 @@ class Optim(Section):
     lr: float = Field(default=5e-4, gt=0, description="at a global batch of 256; scaled linearly")
     min_lr: float = Field(default=1e-6, ge=0, description="at the end of the cosine; not scaled")
     warmup_epochs: float = Field(default=10, ge=0)
-    weight_decay: tuple[float, float] = Field(
+    weight_decay: tuple[AtLeast0, AtLeast0] = Field(
         default=(0.04, 0.4), description="start and end of a cosine; none on biases and norms"
     )
     layer_decay: float = Field(
@@ -181,7 +185,7 @@ class Optim(Section):
         description="factor on the lr from each block to the one before it; below 1 early blocks move less",
     )
     patch_embed_lr: float = Field(default=1.0, ge=0, description="factor on the lr of the patch embedding, besides")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip_grad: float = Field(default=3.0, ge=0, description="largest gradient norm; 0: no clipping")
     clip: Literal["per_parameter", "global"] = Field(default="per_parameter", description="DINO clips each tensor by itself")
 
@@ -198,7 +202,7 @@ class Optim(Section):
 
 
 class Teacher(Section):
-    momentum: tuple[float, float] = Field(default=(0.996, 1.0), description="start and end of a cosine")
+    momentum: tuple[Share, Share] = Field(default=(0.996, 1.0), description="start and end of a cosine")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None, description="of its forward pass; default: the student's"
     )
@@ -254,6 +258,19 @@ class Config(Section):
     )
     export: bool = Field(default=False, description="export the teacher to RUN/export when the run ends")
     sweep: dict[str, list[Any]] = Field(default={}, description="key -> values: on a cluster, one job for each combination")
+
+    @field_validator("run_dir")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return os.path.expanduser(value)
+
+    @field_validator("objective")
+    @classmethod
+    def _names_differ(cls, value: Objective | list[Objective]) -> Objective | list[Objective]:
+        names = [objective.name for objective in value] if isinstance(value, list) else [value.name]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"lists {', '.join(names) or 'nothing'}; expected at least one objective, each once")
+        return value
 
     @model_validator(mode="after")
     def _channels_agree(self) -> "Config":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -104,6 +104,18 @@ class Diagnosis:
         self.losses: deque[float] = deque()  # of the last tenth of the run
         self.recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=patience))
         self.warned: set[str] = set()
+
+    def state(self) -> dict:
+        """What a resumed run must know of the steps before, as JSON can hold it."""
+        recent = {kind: list(seen) for kind, seen in self.recent.items()}
+        return {"best": dict(self.best), "losses": list(self.losses), "recent": recent, "warned": sorted(self.warned)}
+
+    def load_state(self, state: dict) -> None:
+        self.best.update(state["best"])
+        self.losses.extend(state["losses"])
+        for kind, seen in state["recent"].items():
+            self.recent[kind].extend(seen)
+        self.warned.update(state["warned"])
 
     def check(self, metrics: dict, step: int, total_steps: int) -> list[Warning]:
         """`metrics`: plain floats (what MetricsLog.add returned last); those that are missing are not judged.
@@ -209,11 +221,14 @@ def load_replay(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """What `save_replay` saved: the batch, and {"step", "rank", "keys"}."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file. Replays are saved in RUN/replay/ when a run stops at NaN.")
-    with safe_open(path, framework="pt") as file:
-        meta = file.metadata() or {}
-        if "step" not in meta:
-            raise UserError(f"{path}: not a replay; expected a file from RUN/replay/, saved when a run stopped at NaN.")
-        batch = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            batch = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        meta = {}
+    if "step" not in meta:
+        raise UserError(f"{path}: not a replay; expected a file from RUN/replay/, saved when a run stopped at NaN.")
     return batch, {"step": int(meta["step"]), "rank": int(meta["rank"]), "keys": meta["keys"].split("\n")}
 
 

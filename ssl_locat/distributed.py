@@ -29,6 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from ssl_locat.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 # Longer than a store's outage budget (5 min), during which one rank may wait for data while the others wait for it.
@@ -68,6 +70,10 @@ def setup(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     global _cpu_group
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device is cuda, but PyTorch finds no GPU here: `ssl-locat doctor` says why; device=auto takes the CPU then."
+        )
     chosen = torch.device(device, local_rank() % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

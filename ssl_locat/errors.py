@@ -1,5 +1,7 @@
 """The errors a user can meet, and the exit code of each. cli.py prints the message alone; a stack trace means our own mistake."""
 
+import errno
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -55,6 +57,31 @@ class Diverged(RuntimeError):
 
 
 EXPECTED = (UserError, DataBudgetExceeded, Outage, Preempted, Diverged)  # reported without a stack trace
+
+
+REFUSALS = {
+    errno.ENOSPC: "the disk is full. Make room",
+    errno.EDQUOT: "the disk quota is used up. Make room",
+    errno.EROFS: "the disk is read-only. Name another place",
+    errno.EACCES: "access is denied. Mend its permissions, or name another place",
+    errno.EPERM: "access is denied. Mend its permissions, or name another place",
+    errno.ENOTDIR: "a part of this path is a file, not a folder. Name another place",
+    errno.EISDIR: "this is a folder. Name a file",
+    errno.ENAMETOOLONG: "the name is too long. Name another place",
+    errno.EMFILE: "too many files are open. Raise the limit (ulimit -n)",
+    errno.EIO: "the disk fails. Mend it, or name another place",
+    errno.ESTALE: "the network disk has gone. Mount it again",
+}
+
+
+def disk_refusal(error: Exception) -> str | None:
+    """In words, what the operating system refused, if it is the machine's or the user's to mend; None for an error of ours."""
+    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):  # safetensors says it in its text alone
+        number = int(found[1])
+    if number not in REFUSALS:
+        return None
+    return f"{f'{name}: ' if name else ''}{REFUSALS[number]} and start the same command again; what was saved before is whole."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

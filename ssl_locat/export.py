@@ -36,6 +36,17 @@ from ssl_locat.run_story import Run, is_run, open_run
 log = logging.getLogger(__name__)
 
 FORMATS = ("timm", "onnx", "pt2")
+# every file of an export, by this module, by timm and by `evaluate`
+WRITTEN = {
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "head.safetensors",
+    "scores.json",
+    "model.onnx",
+    "model.onnx.data",
+    "model.pt2",
+}
 TOLERANCE = {"timm": 1e-6, "pt2": 1e-4, "onnx": 1e-4}  # greatest difference of features, relative to their largest value
 
 
@@ -103,9 +114,16 @@ def export(
 
 
 def _check_target(target: Path) -> None:
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
+    """UserError for what may not be replaced: anything but an export of ours without additions."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file. Give a folder that does not exist yet, or an export to replace.")
+    found = {path.name for path in target.iterdir()} if target.exists() else set()
+    card = target / "README.md"
+    ours = card.is_file() and "Made with ssl_locat" in card.read_text(encoding="utf-8", errors="replace")
+    if foreign := sorted(found - WRITTEN if ours else found):
         raise UserError(
-            f"{target} exists and is no earlier export. Give a folder that does not exist yet, or an export to replace."
+            f"{target} holds what is no export of ours and would be lost: {', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''}. "
+            "Give a folder that does not exist yet, or an export to replace."
         )
 
 

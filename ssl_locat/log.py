@@ -193,18 +193,29 @@ def progress(description: str, total: int | None = None, unit: str = "", start: 
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Every whole line of a .jsonl file, [] if there is none. A last line cut off by a kill is left out."""
+    """Every whole line of a .jsonl file, [] if there is none. What a kill or a full disk cut off is left out."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines[:-1] if line]
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line) if line else None
+        except ValueError:
+            record = None
+            logging.getLogger(__name__).warning("%s: line %d cannot be read and is left out", path, number)
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
 def _append(path: Path, records: list[dict]) -> None:
-    """One write of whole lines, so that a kill cuts at most the last one, and `tail -f` sees whole ones."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    """One write of whole lines, so that a kill cuts at most the last one, and `tail -f` sees whole ones. A line that was cut off is ended."""
+    with open(path, "ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")
+        file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode())
 
 
 def _drop_after(path: Path, step: int) -> None:

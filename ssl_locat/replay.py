@@ -22,8 +22,8 @@ def replay(config: Config, path: Path) -> None:
     """
     payload, meta = load_replay(path)
     device = setup(config.device)
-    model, losses = build_model(config, device)
     newest = Checkpointer(config.run_dir).newest()
+    model, losses = build_model(config, device, newest)
     if newest:
         optim = config.optim
         optimizer = build_optimizer(model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr)

@@ -1,17 +1,24 @@
 """A run's folder: the resolved config, the environment, where to resume from, the summary. Plain files that people read."""
 
+import errno
+import fcntl
 import json
+import logging
 import os
 import platform
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ssl_locat.config import Config, parse
 from ssl_locat.errors import UserError
 from ssl_locat.yaml_files import load_yaml
+
+log = logging.getLogger(__name__)
 
 # what may differ between the run that was stopped and the one that goes on: nothing in it changes what is learned
 MAY_CHANGE = ("data.workers", "data.max_bad", "data.retry_minutes", "data.cache", "data.test", "data.num_classes", "data.make")
@@ -34,8 +41,10 @@ def read_config(run_dir: str | Path) -> Config:
     return parse(Config, load_yaml(str(path)))
 
 
-def prepare(config: Config) -> None:
+def prepare(config: Config) -> TextIO:
     """Create the folder, or check that what it holds is this very run; write config.yaml and environment.json.
+
+    Returns the lock on the folder: no other process trains in it until the file is closed or this process ends.
 
     Raises:
         UserError: the folder holds a run with other settings, or cannot be written.
@@ -45,29 +54,54 @@ def prepare(config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # without a step done it is what a mistake in the config left
         if (folder / "config.yaml").is_file() and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-            changed = list(differences(read_config(folder), config))
+            changed = list(differences(read_config(folder).model_dump(mode="json"), config.model_dump(mode="json")))
             if changed:
                 raise UserError(
                     f"{folder} holds a run with other settings: {'; '.join(changed)}. "
                     "Give another run_dir to start afresh, or the same settings to go on."
                 )
+        lock = take_lock(folder)
         write_atomically(folder / "config.yaml", config.to_yaml())
         write_atomically(folder / "environment.json", json.dumps(environment(), indent=1))
     except OSError as error:
         raise UserError(f"run_dir {folder} cannot be written: {error.strerror or error}. Give another run_dir.") from None
+    return lock
 
 
-def differences(saved: Config, given: Config):
-    """'optim.lr was 0.1, now 0.2' for each key that matters."""
-    yield from _differences(saved.model_dump(mode="json"), given.model_dump(mode="json"), "")
+def take_lock(folder: Path) -> TextIO:
+    """Hold `folder`/lock, which the kernel frees when this process ends, however it ends. UserError if another process holds it."""
+    lock = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  stays open as long as the run
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX, not flock: forked loader workers must not inherit it
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            log.debug("%s: this file system has no locks (%s)", folder, error)
+            return lock
+        lock.seek(0)
+        raise UserError(
+            f"{folder} is in use: {lock.read().strip()} trains in it. Wait for that run, stop it, or give another run_dir."
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
 
 
-def _differences(saved: Any, given: Any, key: str):
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """summary.json, which a finished run has; None without a whole one."""
+    try:
+        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def differences(saved: Any, given: Any, key: str = "") -> Iterator[str]:
+    """'optim.lr was 0.1, now 0.2' for each key of two configs, as plain values, that matters."""
     if key in MAY_CHANGE:
         return
     if isinstance(saved, dict) and isinstance(given, dict):
         for name in dict.fromkeys([*saved, *given]):
-            yield from _differences(saved.get(name), given.get(name), f"{key}.{name}".lstrip("."))
+            yield from differences(saved.get(name), given.get(name), f"{key}.{name}".lstrip("."))
     elif saved != given:
         yield f"{key} was {saved!r}, now {given!r}"
 

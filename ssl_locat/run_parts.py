@@ -1,5 +1,6 @@
 """The parts of a pretraining run, made from its config: data and length, rates, model and losses, how they are distributed, the summed loss."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_locat import distributed, objectives
-from ssl_locat.backbone import create_backbone, init_weights, load_backbone
-from ssl_locat.config import OBJECTIVES, Config, Data
+from ssl_locat.backbone import create_backbone, init_weights, load_backbone, restore_grid
+from ssl_locat.config import OBJECTIVES, Config, Data, check_options
 from ssl_locat.data.cache import CachedStore
 from ssl_locat.data.crops import MultiCrop
 from ssl_locat.data.decode import decode_image, find_image
@@ -17,14 +18,16 @@ from ssl_locat.data.index import Dataset, open_mix
 from ssl_locat.data.plan import micro_batch_size
 from ssl_locat.data.store import Store
 from ssl_locat.data.textures import make_textures
-from ssl_locat.diagnosis import Diagnosis
 from ssl_locat.distributed import is_main, world_size
 from ssl_locat.errors import ConfigError
+from ssl_locat.evaluation import PROTOCOLS
+from ssl_locat.evaluation.online import check_protocol
 from ssl_locat.models.attach import LocAtModel
 from ssl_locat.objectives import Progress
 from ssl_locat.schedules import cosine
 from ssl_locat.seeds import mix64
 from ssl_locat.student_teacher import StudentTeacher
+from ssl_locat.yaml_files import LoadedYaml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,7 +58,8 @@ def check(config: Config, ranks: int = 1) -> tuple[list[Dataset], list[float], L
         raise ConfigError(
             "precision fp16 with parallel fsdp is not served (its loss scale is not shared between ranks): take bf16, or ddp."
         )
-    Diagnosis(None, fatal=config.stop_on)
+    check_backbone(config)
+    check_probes(config)
     if config.data.make:
         if is_main():
             make_textures(config.data.make.folder, **config.data.make.model_dump(exclude={"folder"}))
@@ -73,6 +77,15 @@ def check(config: Config, ranks: int = 1) -> tuple[list[Dataset], list[float], L
     return datasets, weights, Length(epoch_samples, steps_per_epoch, total_steps)
 
 
+def check_probes(config: Config) -> None:
+    """ConfigError for a probe that is none, or an option that its protocol does not take."""
+    for name, options in config.probes.options.items():
+        options = dict(options or {})
+        protocol = options.pop("protocol", name)
+        check_protocol(protocol, name)
+        check_options(PROTOCOLS[protocol], options, LoadedYaml("probes", {}), ("probes", name))
+
+
 def rates(config: Config, length: Length, samples_seen: int) -> Rates:
     """Learning rate, weight decay and teacher momentum at this point: DINO's cosine schedules, functions of the samples seen."""
     optim, batch = config.optim, config.optim.global_batch_size
@@ -84,17 +97,39 @@ def rates(config: Config, length: Length, samples_seen: int) -> Rates:
     )
 
 
-def build_model(config: Config, device: torch.device) -> tuple[StudentTeacher, nn.ModuleDict]:
-    """Student and teacher, and the objectives, on the device; a pure function of config and seed."""
-    torch.manual_seed(mix64(config.seed, 0))
+def make_backbone(config: Config) -> nn.Module:
     options = {"img_size": config.crops.global_size, **config.backbone.options}
-    backbone = create_backbone(config.backbone.name, drop_path_rate=config.backbone.drop_path_rate, **options)
+    return create_backbone(config.backbone.name, drop_path_rate=config.backbone.drop_path_rate, **options)
+
+
+def check_backbone(config: Config) -> None:
+    """UserError if the backbone cannot be made, or does not take crops of these sizes; allocates nothing."""
+    with torch.device("meta"):
+        backbone = make_backbone(config)
+        for name in ("global_size", "local_size") if config.crops.num_local else ("global_size",):
+            size = getattr(config.crops, name)
+            try:
+                backbone.patch_embed(torch.empty(1, len(config.crops.mean), size, size))
+            except (AssertionError, RuntimeError) as error:
+                raise ConfigError(
+                    f"crops.{name} is {size} pixels, which {config.backbone.name} does not take: {error} Sides are multiples of the patch size."
+                ) from None
+
+
+def build_model(config: Config, device: torch.device, checkpoint: Path | None = None) -> tuple[StudentTeacher, nn.ModuleDict]:
+    """Student and teacher, and the objectives, on the device; a pure function of config and seed.
+
+    checkpoint: the one whose weights will be loaded next; `backbone.init` need not be there any more then."""
+    torch.manual_seed(mix64(config.seed, 0))
+    backbone = make_backbone(config)
     backbone.pretrained_cfg = {
         **(getattr(backbone, "pretrained_cfg", None) or {}),
         "mean": config.crops.mean,
         "std": config.crops.std,
     }
-    if config.backbone.init:
+    if checkpoint:
+        restore_grid(backbone, checkpoint)
+    elif config.backbone.init:
         init_weights(backbone, config.backbone.init)
     losses = objectives.build(config.objectives)
     objectives.check_batch(losses, config.optim.global_batch_size // config.optim.accumulate_steps)
@@ -137,7 +172,11 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
     ids = [device.index] if device.type == "cuda" else None
     # ours leave no parameter without a gradient; of someone else's model or loss nobody knows
     own_model = isinstance(model.student.backbone, LocAtModel) or type(model.student.backbone) is VisionTransformer
-    ours = own_model and all(objective.name in OBJECTIVES for objective in config.objectives)
+    ours = (
+        own_model
+        and getattr(model.student.backbone, "attn_pool", None) is None
+        and all(objective.name in OBJECTIVES for objective in config.objectives)
+    )
     return DistributedDataParallel(model.student, device_ids=ids, find_unused_parameters=not ours)
 
 

@@ -110,7 +110,10 @@ def open_run(path: str | Path) -> Run:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not written yet, or cut off by a full disk
+        return {}
 
 
 def event_seconds(event: dict[str, Any]) -> float:

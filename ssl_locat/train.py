@@ -7,6 +7,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_locat import distributed
-from ssl_locat.checkpoint import Checkpointer
+from ssl_locat.checkpoint import Checkpointer, read_marker
 from ssl_locat.config import Config
 from ssl_locat.data.crops import MultiCrop
 from ssl_locat.data.plan import choose_plan, resume_plan
@@ -22,12 +24,12 @@ from ssl_locat.data.prefetch import prefetch
 from ssl_locat.data.stream import TrainStream
 from ssl_locat.diagnosis import Diagnosis, feature_std, not_finite, patch_cls_similarity, rankme, save_replay
 from ssl_locat.distributed import is_main, rank, world_size
-from ssl_locat.errors import Preempted, UserError
+from ssl_locat.errors import CheckpointError, Preempted, UserError
 from ssl_locat.log import EventLog, MetricsLog, next_steps, progress
 from ssl_locat.objectives import Progress
 from ssl_locat.optim import build_optimizer, clip_gradients, set_hyperparameters
 from ssl_locat.probes import Probes
-from ssl_locat.run_folder import prepare, write_atomically
+from ssl_locat.run_folder import differences, prepare, read_summary, write_atomically
 from ssl_locat.run_parts import (
     Prepare,
     autocasts,
@@ -60,13 +62,18 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
     device = distributed.setup(config.device)
     datasets, weights, length = check(config, world_size())
     run_dir = Path(config.run_dir)
-    if is_main():
-        prepare(config)
+    lock = prepare(config) if is_main() else None
     distributed.barrier()
     events = EventLog(run_dir)
 
+    # where to go on from: (step, samples_seen, weights, optimiser) is everything, all randomness is a function of (seed, step)
+    checkpointer = Checkpointer(
+        run_dir, config.checkpoint.keep_last, config.checkpoint.milestone_every_steps, config.checkpoint.asynchronous
+    )
+    start_from = find_checkpoint(checkpointer, resume, config)
+
     # model and optimiser
-    model, losses = build_model(config, device)
+    model, losses = build_model(config, device, start_from)
     judged = copy.deepcopy(model.teacher.backbone) if config.parallel == "fsdp" else model.teacher.backbone  # whole on every rank
     introduction = describe(config, model, length, datasets, device)
     student = distribute(model, config, device)
@@ -74,24 +81,22 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     modules = saved_modules(model, losses)
 
-    # resume: everything that goes on is (step, samples_seen, weights, optimiser); all randomness is a function of (seed, step)
-    checkpointer = Checkpointer(
-        run_dir, config.checkpoint.keep_last, config.checkpoint.milestone_every_steps, config.checkpoint.asynchronous
-    )
+    # resume
     step, samples_seen, restarts = 0, 0, 0
-    start_from = find_checkpoint(checkpointer, resume, run_dir)
+    diagnosis = Diagnosis(judged_prototypes(losses), fatal=config.stop_on)
     if start_from:
         saved = checkpointer.load(start_from, modules, optimizer)
         meta = saved["meta"]
         step, samples_seen, restarts = saved["step"], meta["samples_seen"], meta["restarts"] + 1
         plan = resume_plan(meta["plan"], datasets, weights, config.seed)
+        diagnosis.load_state(meta["diagnosis"])
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
     else:
         plan = choose_plan(datasets, weights, config.seed, config.optim.global_batch_size)
-    if step >= length.total_steps and (run_dir / "summary.json").is_file():
+    if step >= length.total_steps and (summary := read_summary(run_dir)):
         log.info("%s finished before; nothing is left to do", run_dir)
-        return json.loads((run_dir / "summary.json").read_text())
+        return summary
     resumed_at = samples_seen
     events.add(
         "resume" if start_from else "start",
@@ -131,7 +136,6 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
         trackers=tuple(config.log.trackers),
         config=config.model_dump(mode="json"),
     )
-    diagnosis = Diagnosis(getattr(next(iter(losses.values())), "num_prototypes", None), fatal=config.stop_on)
     probes = Probes(config, judged, length.steps_per_epoch, length.total_steps, events)
     probes.forget_after(step)
 
@@ -147,6 +151,8 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
             "plan": plan.to_dict(),
             "restarts": restarts,
             "config": config.model_dump(mode="json"),
+            "initial_grid": getattr(model.student.backbone, "gaug_options", {}).get("initial_grid"),
+            "diagnosis": diagnosis.state(),
         }
         checkpointer.save(step, modules, optimizer, meta, scaler.state_dict() if scaler.is_enabled() else None, block=block)
         events.add("save", step=step)
@@ -161,19 +167,18 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
     ):
         if step == 0:
             judge(0)
+        speed = Speed()
         while step < length.total_steps:
-            step_began = time.monotonic()
             torch.manual_seed(mix64(config.seed, step, rank()))  # stochastic depth: the same again after a resume
             rate = rates(config, length, samples_seen)
-            at = Progress(step, samples_seen / length.epoch_samples, length.total_steps / length.steps_per_epoch)
+            at = Progress(step, step / length.steps_per_epoch, length.total_steps / length.steps_per_epoch)
             set_hyperparameters(optimizer, rate.lr, rate.weight_decay)
             looked_at = step % config.log.every_steps == 0
-            waited, sums, positions = 0.0, {}, []
+            sums, positions = {}, []
             torch.compiler.cudagraph_mark_step_begin()  # graphs may write over the last step's tensors; gradients of micro-batches stay
             for micro in range(micro_batches):
-                waiting = time.monotonic()
-                batch, (global_crops, local_crops) = next(batches)
-                waited += time.monotonic() - waiting
+                with speed.waiting():
+                    batch, (global_crops, local_crops) = next(batches)
                 positions.extend(batch.positions)
                 masks = model.make_masks(losses, mask_seeds(config, batch.positions), global_crops)
                 with distributed.gradient_sync(student, now=micro == micro_batches - 1):
@@ -198,18 +203,22 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
             step, samples_seen = step + 1, samples_seen + config.optim.global_batch_size
             if looked_at:
                 sums.update(signs(tokens))
-            seconds = time.monotonic() - step_began
-            sums.update(
-                images_per_second=torch.tensor(config.optim.global_batch_size / seconds),
-                data_wait=torch.tensor(waited / seconds),
-                memory_gb=torch.tensor(memory_gb(device)),
-                quarantined=torch.tensor(float(stream.quarantined * world_size())),  # a sum over ranks, not a mean
-            )
+            images_per_second, data_wait = speed.after(config.optim.global_batch_size)
+            numbers = {
+                "images_per_second": images_per_second,
+                "data_wait": data_wait,
+                "memory_gb": memory_gb(device),
+                "quarantined": stream.quarantined * world_size(),  # a sum over ranks, not a mean
+            }
+            # filled on the device: a copy of a host number would wait for all that is queued there
+            sums.update({name: torch.full((), float(value), device=device) for name, value in numbers.items()})
             own_losses.append((step, sums["loss"], positions))
             written = metrics_log.add(step, samples_seen, **mean_over_ranks(sums, device), **rate._asdict())
             if len(own_losses) == config.log.every_steps or step == length.total_steps:
                 stop_at_nan(own_losses, run_dir, stream, crops, events)
                 own_losses.clear()
+            if written:
+                speed.look()
             for record in written:
                 for warning in diagnosis.check(record, record["step"], length.total_steps):
                     log.warning("%s", warning)
@@ -219,12 +228,13 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
             )
 
             stopped = stop.agreed()
-            if stopped or step == length.total_steps or step % config.checkpoint.every_steps == 0:
-                save(block=stopped or step == length.total_steps)
-            if stopped:
-                break
-            if probes.due(step):
-                judge(step)
+            with speed.paused():
+                if stopped or step == length.total_steps or step % config.checkpoint.every_steps == 0:
+                    save(block=stopped or step == length.total_steps)
+                if stopped:
+                    break
+                if probes.due(step):
+                    judge(step)
 
     metrics_log.close()
     stream.close()
@@ -251,10 +261,46 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
 
         export(str(run_dir), str(run_dir / "export"))
     distributed.barrier()
+    if lock:
+        lock.close()
     return summary
 
 
 # --- pieces of the loop -------------------------------------------------------------------------------------------------
+
+
+class Speed:
+    """Images per second, and the share of time spent waiting for data, of the steps since the last `look`.
+
+    Steps are queued faster than a GPU works them off, and the queue is waited for when numbers are fetched: so time counts from the end of
+    one step to the end of the next, what happens between steps included, saves and probes left out.
+    """
+
+    def __init__(self):
+        self.began = self.ended = time.monotonic()
+        self.images, self.waited = 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
+
+    def after(self, images: int) -> tuple[float, float]:
+        """At the end of a step of so many images."""
+        self.ended = time.monotonic()
+        self.images += images
+        return self.images / (self.ended - self.began), self.waited / (self.ended - self.began)
+
+    def look(self) -> None:
+        """The numbers were fetched: from here on they are those of the next steps."""
+        self.began, self.images, self.waited = self.ended, 0, 0.0
 
 
 def hold_still(model: StudentTeacher, losses: nn.ModuleDict, config: Config, at: Progress) -> None:
@@ -311,14 +357,33 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def find_checkpoint(checkpointer: Checkpointer, resume: str, run_dir: Path) -> Path | None:
-    """Where `--resume` leads: None for a fresh start."""
+def find_checkpoint(checkpointer: Checkpointer, resume: str, config: Config) -> Path | None:
+    """Where `--resume` leads: None for a fresh start. Raises UserError for checkpoints that cannot be used, or are of other settings."""
     if resume not in ("auto", "never"):
+        changed = list(differences(read_marker(Path(resume))["meta"]["config"], config.model_dump(mode="json")))
+        if changed:
+            raise UserError(
+                f"{resume} is of a run with other settings: {'; '.join(changed)}. Give the same settings to go on, or start a new run from "
+                f"its weights: backbone.init={resume}."
+            )
         return Path(resume)
     newest = checkpointer.newest()
     if newest and resume == "never":
-        raise UserError(f"--resume never, but {run_dir} holds {newest.name}. Give another run_dir, or remove that folder first.")
+        raise UserError(
+            f"--resume never, but {config.run_dir} holds {newest.name}. Give another run_dir, or remove that folder first."
+        )
+    if not newest and resume == "auto" and (unusable := checkpointer.unusable()):
+        raise CheckpointError(
+            f"none of the checkpoints of {config.run_dir} can be used: {'; '.join(unusable)}. Put whole ones back, or begin anew "
+            "with --resume never (these are kept aside)."
+        )
     return newest
+
+
+def judged_prototypes(losses: nn.ModuleDict) -> int | None:
+    """K of the objective whose entropy and loss diagnosis.py judges: DINO's, else the first that has prototypes."""
+    counts = {name: objective.num_prototypes for name, objective in losses.items() if hasattr(objective, "num_prototypes")}
+    return counts.get("dino", next(iter(counts.values()), None))
 
 
 # --- words ----------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from processes import run_ranks
 from torch import nn
+from torch.distributed.checkpoint import staging
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_locat import distributed
@@ -40,13 +41,15 @@ def build(width: int = 16, fused: bool = True):
     return model, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=fused)
 
 
-def train(model, optimizer, first: int, last: int) -> float:
-    """Steps [first, last): a pure function of the state and the step."""
+def train(model, optimizer, first: int, last: int, frozen: nn.Module | None = None) -> float:
+    """Steps [first, last): a pure function of the state and the step. frozen: a part whose gradients are dropped."""
     for step in range(first, last):
         torch.manual_seed(step)
         optimizer.zero_grad()
         loss = model(torch.randn(6, 8)).square().mean()
         loss.backward()
+        if frozen:
+            frozen.zero_grad()
         optimizer.step()
     return loss.item()
 
@@ -94,6 +97,19 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(tmp_path, fused, monkeypatc
             twin = its_optimizer.state[other][key]
             assert torch.equal(value, twin) and value.dtype == twin.dtype and value.shape == twin.shape, key
     assert its_optimizer.param_groups[0]["betas"] == (0.9, 0.95) and its_optimizer.param_groups[0]["name"] == "decayed"
+
+
+def test_pinned_copies_are_made_anew_when_a_frozen_parameter_gets_its_state(tmp_path, monkeypatch):
+    """On a GPU copies are kept from save to save; AdamW's state grows when the last layer unfreezes."""
+    make = staging._create_cpu_state_dict
+    monkeypatch.setattr(staging, "_create_cpu_state_dict", lambda state, pin_memory=False: make(state))  # no GPU to pin for
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer._stager = staging.BlockingAsyncStager(cache_staged_state_dict=True)
+    model, optimizer = build()
+    for step, frozen in ((1, True), (2, True), (3, False)):
+        train(model, optimizer, step - 1, step, frozen=model.body[2] if frozen else None)
+        checkpointer.save(step, {"student": model}, optimizer, {}, block=True)
+    assert torch.equal(read_weights(tmp_path / "checkpoints/step_00000003", "student.")["body.2.weight"], model.body[2].weight)
 
 
 def test_last_and_milestones_are_kept(tmp_path):

@@ -64,6 +64,12 @@ def test_resolved_config_rebuilds_itself(config_file):
         ("objective.num_prototpes=3", ["unknown key 'objective.num_prototpes'", "Did you mean 'num_prototypes'?"]),
         ("data.train=[{shards: a, wieght: 2}]", ["unknown key 'data.train.0.wieght'", "Did you mean 'weight'?"]),
         ("precision=fp61", ["precision is 'fp61'", "'fp32', 'bf16' or 'fp16'"]),
+        ("optim.betas=[1.5, 2]", ["optim.betas.0 is 1.5", "less than 1"]),
+        ("crops.std=[0.2, 0, 0.2]", ["crops.std.1 is 0", "greater than 0"]),
+        ("teacher.momentum=[2, 3]", ["teacher.momentum.0 is 2", "less than or equal to 1"]),
+        ("crops.blur_prob=[3, 0, 0]", ["crops.blur_prob.0 is 3", "less than or equal to 1"]),
+        ("objective=[{name: dino}, {name: dino}]", ["objective", "dino, dino", "each once"]),
+        ("objective=[]", ["objective", "at least one"]),
         ("nonsense", ["'nonsense'", "key.sub=value"]),
     ],
 )
@@ -135,3 +141,8 @@ def test_config_is_read_without_torch():
 def test_every_key_is_described_or_plain():
     plain = yaml.safe_load(load("quickstart").to_yaml())
     assert set(plain) == set(Config.model_fields)
+
+
+def test_a_run_may_lie_at_home(config_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert load(config_file(MINIMAL), ["run_dir=~/runs/a"]).run_dir == "/somewhere/runs/a"

@@ -86,9 +86,15 @@ def test_an_export_is_whole_or_absent_and_nothing_else_is_replaced(tmp_path, mon
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("do not lose")
-    with pytest.raises(UserError, match="no earlier export"):
+    (precious / "config.json").write_text("{}")  # as every model folder has
+    with pytest.raises(UserError, match=r"would be lost: config.json, thesis.txt"):
         export(f"timm:vit_tiny{SMALL}", str(precious))
-    assert (precious / "thesis.txt").exists()
+    (precious / "config.json").unlink()
+    ours = export(f"timm:vit_tiny{SMALL}", str(tmp_path / "ours"))
+    (ours / "notes.md").write_text("do not lose")
+    with pytest.raises(UserError, match=r"would be lost: notes.md"):
+        export(f"timm:vit_tiny{SMALL}", str(ours))
+    assert (precious / "thesis.txt").exists() and (ours / "notes.md").exists()
 
     first = export(f"timm:vit_tiny{SMALL}", str(tmp_path / "out"))
     before = (first / "model.safetensors").read_bytes()
@@ -97,7 +103,7 @@ def test_an_export_is_whole_or_absent_and_nothing_else_is_replaced(tmp_path, mon
     with pytest.raises(CheckpointError, match="differs by"):
         export(f"timm:vit_tiny{SMALL}", str(tmp_path / "out"))
     assert (first / "model.safetensors").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "out", "precious"]
 
 
 def run_onnx(path, images):

@@ -49,9 +49,11 @@ def test_what_is_there_is_not_made_again_and_other_folders_are_safe(tmp_path):
     assert shard.stat().st_mtime_ns != before
     assert [path.name for path in tmp_path.iterdir()] == ["set"]  # no temporary folder is left
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(DataError, match="not made by this generator"):
-        make_textures(tmp_path / "mine", **arguments)
+    for folder, settings in (("mine", arguments), ("set", arguments)):  # a foreign folder; an addition to one of ours
+        (tmp_path / folder / "thesis.tex").touch()
+        with pytest.raises(DataError, match=r"did not make \(thesis.tex"):
+            make_textures(tmp_path / folder, **settings)
+        assert (tmp_path / folder / "thesis.tex").exists()
 
 
 def scenes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

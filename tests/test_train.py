@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tiny_run import losses, write_config
 
+from ssl_locat.backbone import load_backbone
 from ssl_locat.config import load
 from ssl_locat.data.textures import make_textures
 from ssl_locat.errors import CheckpointError, ConfigError, DataError, Diverged, UserError
@@ -195,6 +197,89 @@ def test_changed_settings_are_refused_on_resume(tiny):
         pretrain(config, resume="never")
     with pytest.raises(CheckpointError):
         pretrain(config, resume=str(Path(config.run_dir) / "nowhere"))
+    with pytest.raises(UserError, match=r"step_00000004 is of a run with other settings: .*optim\.lr was 0\.01, now 0\.02"):
+        pretrain(tiny("optim.lr=0.02", f"run_dir={config.run_dir}_b"), resume=f"{config.run_dir}/checkpoints/step_00000004")
+
+
+def test_checkpoints_that_cannot_be_used_are_named_and_never_trained_over(tiny, caplog):
+    config = tiny("optim.epochs=1")
+    pretrain(config)
+    markers = sorted(Path(config.run_dir).glob("checkpoints/*/checkpoint.json"))
+    markers[-1].write_text(markers[-1].read_text().replace('"format": 1', '"format": 2'))  # as a later version would write
+    (Path(config.run_dir) / "summary.json").unlink()
+    pretrain(config)  # goes on from the one before
+    assert f"{markers[-1].parent} is passed over: its format is 2, this version reads 1" in caplog.text
+    for marker in Path(config.run_dir).glob("checkpoints/step_*/checkpoint.json"):
+        marker.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints .* can be used: step_.*--resume never"):
+        pretrain(config)
+
+
+def test_two_processes_never_train_in_one_folder(textures, tmp_path):
+    config = write_config(textures, tmp_path)
+    first = start(config, "optim.epochs=20")
+    try:
+        wait_for_step(tmp_path / "run", 1, first)
+        second = subprocess.run([*CLI, "pretrain", str(config), "optim.epochs=20"], capture_output=True, text=True, timeout=120)
+        assert second.returncode == 2 and f"run is in use: process {first.pid} on " in second.stderr
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    finish(start(config, "optim.epochs=20", "optim.epochs=20"), config, 0)  # the kernel freed the lock
+
+
+def test_a_run_from_other_weights_keeps_their_grid_and_needs_them_once(tiny, tmp_path):
+    """GAug's constants belong to the grid at which the first weights were trained (paper.md), not to later crops."""
+    first = tiny("optim.epochs=1", f"run_dir={tmp_path}/a")
+    pretrain(first)
+    larger = [
+        "crops.global_size=64",
+        "crops.local_size=32",
+        "backbone.img_size=64",
+        "optim.epochs=1",
+        f"backbone.init={tmp_path}/a",
+    ]
+    config = tiny(*larger, f"run_dir={tmp_path}/b")
+    pretrain(config)
+    assert load_backbone(tmp_path / "b").gaug_options["initial_grid"] == (4, 4)
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(max((tmp_path / "b/checkpoints").glob("step_*")))
+    (tmp_path / "b/summary.json").unlink()
+    pretrain(config)  # goes on without the first run
+    assert load_backbone(tmp_path / "b").gaug_options["initial_grid"] == (4, 4)
+
+
+def test_crops_that_the_patches_do_not_divide_are_refused_at_once(tiny):
+    with pytest.raises(ConfigError, match=r"crops.local_size is 23 pixels.*divisible by patch size \(8\)"):
+        check(tiny("crops.local_size=23"))
+    with pytest.raises(UserError, match="refuses its options"):
+        check(tiny("backbone.num_heads=0"))
+    with pytest.raises(ConfigError, match=r"unknown key 'probes.knn.kk'.*Did you mean 'k'"):
+        check(tiny("probes={knn: {kk: 5}}"))
+
+
+def test_a_probe_at_two_temperatures_or_without_test_images_ends_well(tiny, tmp_path):
+    summary = pretrain(tiny("optim.epochs=1", "probes={knn: {k: [5], temperature: [0.07, 0.1], workers: 0}}"))
+    assert set(summary["knn"]) == {"raw_pixels", "init", "trained"}
+    probe = "probes={knn: {k: [5], folds: 4, workers: 0}}"
+    summary = pretrain(tiny("optim.epochs=1", f"run_dir={tmp_path}/folds", "data.test=null", probe))
+    assert set(summary["knn"]) == {"init", "trained"}
+
+
+def test_a_line_cut_off_by_a_full_disk_is_left_out_and_the_run_goes_on(tiny, caplog):
+    config = tiny("optim.epochs=1", "export=false")
+    pretrain(config)
+    run = Path(config.run_dir)
+    (run / "summary.json").unlink()
+    shutil.rmtree(max((run / "checkpoints").glob("step_*")))
+    for name in ("events.jsonl", "metrics.jsonl"):
+        with open(run / name, "a") as file:
+            file.write('{"time": "x", "kind": "sa')
+    pretrain(config)
+    assert list(losses(run)) == list(range(1, 7))
+    assert read_jsonl(run / "events.jsonl")[-1]["kind"] == "finish"
+    assert "cannot be read and is left out" in caplog.text
 
 
 def test_unreachable_or_unfit_input_is_refused_before_a_model_is_built(tiny, tmp_path):

@@ -52,8 +52,12 @@ def make_textures(
     info_path = out_dir / _INFO
     if info_path.exists() and json.loads(info_path.read_text())["settings"] == settings:
         return result
-    if out_dir.exists() and not info_path.exists() and any(out_dir.iterdir()):
-        raise DataError(f"{out_dir} is not empty and was not made by this generator; name another folder or remove it")
+    found = sorted(path.name for path in out_dir.iterdir()) if out_dir.exists() else []
+    foreign = [name for name in found if name != _INFO and not name.startswith("textures-")]
+    if foreign or (found and not info_path.exists()):
+        raise DataError(
+            f"{out_dir} holds what this generator did not make ({', '.join((foreign or found)[:5])}); name another folder or remove it"
+        )
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -30,8 +30,7 @@ def probe(backbone: nn.Module, name: str, options: dict[str, Any], data_defaults
     """
     options = dict(options)
     protocol = options.pop("protocol", name)
-    if protocol not in ONLINE:
-        raise ConfigError(f"probes.{name}: {protocol!r} is no probe; known: {', '.join(ONLINE)}.{did_you_mean(protocol, ONLINE)}")
+    check_protocol(protocol, name)
     inherited = data_defaults
     if protocol in DENSE:  # classes of masks are not those of images
         inherited = {key: value for key, value in data_defaults.items() if key in ("train", "test", "image_key")}
@@ -40,6 +39,12 @@ def probe(backbone: nn.Module, name: str, options: dict[str, Any], data_defaults
     module, _, function = PROTOCOLS[protocol].partition(":")
     with undisturbed(backbone):
         return getattr(import_module(module), function)(backbone, data=data, **options)
+
+
+def check_protocol(protocol: str, name: str) -> None:
+    """ConfigError if this protocol cannot be the probe `name`."""
+    if protocol not in ONLINE:
+        raise ConfigError(f"probes.{name}: {protocol!r} is no probe; known: {', '.join(ONLINE)}.{did_you_mean(protocol, ONLINE)}")
 
 
 @contextmanager
