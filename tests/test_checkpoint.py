@@ -4,6 +4,7 @@ import pickle
 import resource
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -165,20 +166,32 @@ def test_resuming_from_an_older_one_sets_the_newer_aside(tmp_path):
     assert names == {"step_00000001", "step_00000002", "superseded_step_00000002", "superseded_step_00000003"}
 
 
-def test_saving_in_the_background_does_not_see_later_steps(tmp_path):
+@pytest.fixture
+def gate(monkeypatch):
+    """An event that holds up the writing thread until it is set: a `save` that waits for the disk fails here."""
+    gate, write = threading.Event(), Checkpointer._write
+
+    def held(*arguments):
+        assert gate.wait(15), "save waited until all was written"
+        return write(*arguments)
+
+    monkeypatch.setattr(Checkpointer, "_write", held)
+    return gate
+
+
+def test_saving_returns_before_it_writes_and_does_not_see_later_steps(tmp_path, gate):
     torch.manual_seed(0)
     model = nn.Linear(2048, 2048)
     optimizer = torch.optim.AdamW(model.parameters())
     checkpointer = Checkpointer(tmp_path)
     before = model.weight.detach().clone()
-    start = time.perf_counter()
     checkpointer.save(1, {"student": model}, optimizer, {})
-    returned = time.perf_counter() - start
+    assert checkpointer.newest() is None
     with torch.no_grad():
         model.weight.zero_()
+    gate.set()
     checkpointer.wait()
     assert torch.equal(read_weights(checkpointer.newest(), "student.")["weight"], before)
-    assert returned < time.perf_counter() - start
 
 
 # ---- killed, or out of space, at every stage
@@ -308,7 +321,7 @@ def test_two_processes_and_one_read_each_other_and_a_failure_on_one_is_known_to_
 # ---- what it costs
 
 
-def test_saving_stalls_training_for_less_than_a_step(tmp_path):
+def test_saving_stalls_training_for_less_than_a_step(tmp_path, gate):
     """Measured in this thread's CPU time, each save beside a step: other work on the machine does not count."""
     from ssl_locat.backbone import create_backbone
 
@@ -327,10 +340,12 @@ def test_saving_stalls_training_for_less_than_a_step(tmp_path):
     for number in range(1, 8):
         began = time.thread_time()
         step()
+        gate.clear()
         between = time.thread_time()
         checkpointer.save(number, {"student": model}, optimizer, {})
         stalls.append(time.thread_time() - between)
         steps.append(between - began)
+        gate.set()
         checkpointer.wait()
     print(f"step {sorted(steps)[3] * 1e3:.1f} ms, stall {sorted(stalls)[3] * 1e3:.1f} ms of CPU time")
     assert sorted(stalls)[3] < 0.5 * sorted(steps)[3]
