@@ -59,7 +59,7 @@ def test_same_base_names_and_other_versions_do_not_collide(tmp_path):
     assert new != old and CachedStore(tmp_path, 1 << 30).read("memory://same/a/000.tar", 0, 5000, new) == b"z" * 5000
 
 
-def test_the_limit_holds_and_the_oldest_pages_go_first(remote, tmp_path):
+def test_the_limit_holds(remote, tmp_path):
     url, content, stat = remote
     store = CachedStore(tmp_path, 8 * PAGE)
     for turn in range(4):
@@ -67,6 +67,18 @@ def test_the_limit_holds_and_the_oldest_pages_go_first(remote, tmp_path):
     assert len(pages(tmp_path)) <= 16
     store.trim(2 * PAGE + 8)
     assert len(pages(tmp_path)) == 2
+
+
+def test_the_least_recently_used_pages_go_first(remote, tmp_path):
+    url, _, stat = remote
+    store, paths = CachedStore(tmp_path, 1 << 30), []
+    for number in range(4):
+        store.read(url, number * PAGE, (number + 1) * PAGE, stat)
+        paths += set(pages(tmp_path)) - set(paths)
+        os.utime(paths[number], (number, number))  # file systems do not tell times a moment apart
+    store.read(url, 0, PAGE, stat)
+    store.trim(2 * (PAGE + 4))
+    assert set(pages(tmp_path)) == {paths[0], paths[3]}
 
 
 def test_a_damaged_page_is_fetched_again(remote, tmp_path):
@@ -78,23 +90,31 @@ def test_a_damaged_page_is_fetched_again(remote, tmp_path):
     assert store.read(url, 0, len(content), stat) == content
 
 
-def hammer(folder, url, content, stat, seed) -> None:
+def hammer(folder, url, content, stat, seed, done, number) -> None:
+    """Read for ever, counting in done[number]; a wrong byte ends the process."""
     cache.PAGE_BYTES = PAGE
     store, rng = CachedStore(folder, 6 * PAGE), random.Random(seed)
     while True:
         start = rng.randrange(len(content) - PAGE)
         assert store.read(url, start, start + PAGE, stat) == content[start : start + PAGE]
+        done[number] += 1
 
 
 def test_processes_share_it_and_may_be_killed(remote, tmp_path):
     url, content, stat = remote
     context = multiprocessing.get_context("fork")
     for turn in range(3):
-        ranks = [context.Process(target=hammer, args=(tmp_path, url, content, stat, turn * 9 + i)) for i in range(3)]
+        done = context.RawArray("q", 3)  # without a lock, which a killed process would keep
+        ranks = [
+            context.Process(target=hammer, args=(tmp_path, url, content, stat, turn * 9 + i, done, i), daemon=True)
+            for i in range(3)
+        ]
         for rank in ranks:
             rank.start()
-        time.sleep(0.3)
-        assert all(rank.is_alive() for rank in ranks)  # none met a wrong byte
+        waited_until = time.monotonic() + 60
+        while min(done) < 100 and all(rank.is_alive() for rank in ranks) and time.monotonic() < waited_until:
+            time.sleep(0.01)
+        assert min(done) >= 100 and all(rank.is_alive() for rank in ranks)  # none met a wrong byte
         for rank in ranks:
             os.kill(rank.pid, signal.SIGKILL)
             rank.join()
