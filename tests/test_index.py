@@ -4,6 +4,7 @@ import io
 import os
 import random
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -218,17 +219,50 @@ def test_a_stale_sidecar_is_noticed(tmp_path, caplog):
     assert "indexed anew" in caplog.text
 
 
-def test_many_shards_are_scanned_by_several_processes(tmp_path):
-    assert len(open_dataset(write_shards(tmp_path, [2] * 33))) == 66
+def note_scans(monkeypatch, folder: Path, before=lambda url: None) -> Path:
+    """A folder that from now on gets a file per scanned shard, named after it, with the scanning process's id."""
+    folder.mkdir()
+    real = shard_index.scan_shard
+
+    def scan_shard(store, url, stat):
+        before(url)
+        (folder / Path(url).name).write_text(str(os.getpid()))
+        return real(store, url, stat)
+
+    monkeypatch.setattr(shard_index, "scan_shard", scan_shard)
+    return folder
+
+
+def test_many_shards_are_scanned_by_other_processes(tmp_path, monkeypatch):
+    noted = note_scans(monkeypatch, tmp_path / "noted")
+    assert len(open_dataset(write_shards(tmp_path / "data", [2] * 33))) == 66
+    scanned_by = [path.read_text() for path in noted.iterdir()]
+    assert len(scanned_by) == 33 and str(os.getpid()) not in scanned_by
 
 
 def test_an_interrupted_scan_keeps_what_it_had(tmp_path, monkeypatch):
+    kept, keep = threading.Semaphore(0), shard_index.IndexFile.add
+
+    def add_and_tell(*arguments):
+        moved = keep(*arguments)
+        kept.release()
+        return moved
+
+    def broken_one_last(url: str) -> None:
+        if url.endswith("003.tar"):
+            assert all(kept.acquire(timeout=60) for _ in range(3))
+
+    monkeypatch.setattr(shard_index.IndexFile, "add", add_and_tell)
     pattern = write_shards(tmp_path / "data", [2, 2, 2])
     (tmp_path / "data/003.tar").write_text("no tar at all, but long enough to be looked at" * 20)
-    with pytest.raises(DataError, match=r"003\.tar is not a tar"):
-        open_dataset(pattern)
-    (tmp_path / "data/003.tar").unlink()
-    assert len(open_dataset(pattern)) == 6
+    with monkeypatch.context() as patched:
+        assert note_scans(patched, tmp_path / "first", broken_one_last)
+        with pytest.raises(DataError, match=r"003\.tar is not a tar"):
+            open_dataset(pattern)
+    write_shard(tmp_path / "data/003.tar", ["a", "b"])  # fetched again
+    scanned = note_scans(monkeypatch, tmp_path / "second")
+    assert len(open_dataset(pattern)) == 8
+    assert [path.name for path in scanned.iterdir()] == ["003.tar"]
 
 
 def test_a_hundred_thousand_shards_open_in_seconds(tmp_path):
