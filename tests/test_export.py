@@ -15,6 +15,7 @@ from ssl_locat import export as exporting
 from ssl_locat.backbone import create_backbone, load_backbone
 from ssl_locat.errors import CheckpointError, UserError
 from ssl_locat.export import BothTokens, export
+from ssl_locat.models.attach import locat_args
 from ssl_locat.models.tokens import features
 
 SMALL = "?patch_size=8&img_size=32&depth=1&embed_dim=24&num_heads=2"
@@ -156,8 +157,26 @@ def test_unknown_format_and_model_are_users_mistakes(tmp_path):
         export(str(tmp_path / "nothing"), str(tmp_path / "out"))
 
 
-def test_created_models_keep_their_options(tmp_path):
-    model = create_backbone(
-        "locatvit_tiny", patch_size=8, img_size=32, depth=1, embed_dim=24, num_heads=2, gaug={"isotropic": True}
-    )
-    assert exporting.compare(model, BothTokens(model), exporting._shapes(model), 0.0) == 0.0
+@pytest.mark.parametrize(
+    ("options", "attached"),
+    [
+        (
+            "&gaug={kernel: laplace, alpha: one, initial_grid: [3, 3]}&prr={num_heads: 4}&pos_resize=dino",
+            {
+                "gaug": {"kernel": "laplace", "alpha": "one", "initial_grid": (3, 3)},
+                "prr": {"num_heads": 4},
+                "pos_resize": "dino",
+            },
+        ),
+        ("&gaug=false", {"gaug": False, "prr": {"num_heads": 2}}),
+    ],
+)
+def test_exported_models_keep_the_options_of_locat(options, attached, tmp_path, images):
+    out = export(f"timm:locatvit_tiny{SMALL}{options}", str(tmp_path / "out"))
+    again = load_backbone(str(out))
+    assert locat_args(again) == attached
+    # built anew from the options alone, without what the folder says about them
+    direct = create_backbone("locatvit_tiny", patch_size=8, img_size=32, depth=1, embed_dim=24, num_heads=2, **attached).eval()
+    direct.load_state_dict(load_file(out / "model.safetensors"))
+    with torch.inference_mode():
+        torch.testing.assert_close(features(again, images), features(direct, images), rtol=0, atol=1e-6)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from shards import write_shards
 
+EXPORT = ["-m", "ssl_locat.cli", "export", "timm:vit_tiny?patch_size=8&img_size=32&depth=1&embed_dim=24&num_heads=2"]
 PUSH = "import sys; from pathlib import Path; from ssl_locat.hub import push; print(push(Path(sys.argv[1]), sys.argv[2]))"
 
 
@@ -71,7 +72,7 @@ def serve(handler):
     server.server_close()
 
 
-def push(hub, folder, token: str) -> subprocess.CompletedProcess:
+def run_python(hub, token: str, *command: str) -> subprocess.CompletedProcess:
     """In a process of its own: the hub's address is read when huggingface_hub is imported."""
     settings = {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
@@ -79,27 +80,19 @@ def push(hub, folder, token: str) -> subprocess.CompletedProcess:
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    command = [sys.executable, "-c", PUSH, str(folder), "me/model"]
-    return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *command], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)))
-    (tmp_path / "README.md").write_text("# card")
-    return tmp_path
-
-
-def test_an_export_arrives_whole(hub, folder):
-    done = push(hub, folder, "good")
+def test_an_export_arrives_whole(hub, tmp_path):
+    done = run_python(hub, "good", *EXPORT, str(tmp_path / "out"), "--push-to-hub", "me/model")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "me/model"
-    assert Hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "README.md"} <= Hub.files.keys()
+    assert Hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
-def test_a_refusal_says_that_the_folder_is_written_and_how_to_log_in(hub, folder):
-    done = push(hub, folder, "wrong")
+def test_a_refusal_says_that_the_folder_is_written_and_how_to_log_in(hub, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = run_python(hub, "wrong", "-c", PUSH, str(tmp_path), "me/model")
     assert done.returncode == 1 and "is written, but could not be uploaded" in done.stderr and "hf auth login" in done.stderr
     assert Hub.files == {}
 
