@@ -1,5 +1,6 @@
 """Multi-crop: deterministic, DINO's distribution, and pixels that equal Pillow and torchvision within the stated differences."""
 
+import os
 import tarfile
 
 import numpy as np
@@ -248,9 +249,20 @@ def test_device_hue_equals_torchvisions_within_its_eight_bits(photos):
             assert difference.mean() < 1.5 and difference.max() <= 12
 
 
-def test_auto_is_the_cpu_without_an_accelerator():
-    assert MultiCrop(mode="auto", device="cpu").mode == "cpu"
-    assert MultiCrop(mode="auto", device="cuda").mode in ("device-photometric", "device")
+@pytest.mark.parametrize(
+    ("device", "cores", "gpus", "mode"),
+    [
+        ("cpu", 64, 1, "cpu"),
+        ("cuda", 8, 1, "device-photometric"),
+        ("cuda", 7, 1, "device"),
+        ("cuda", 8, 2, "device"),
+        ("cuda", 16, 2, "device-photometric"),
+    ],
+)
+def test_auto_gives_photometric_work_to_gpus_and_cutting_too_where_cores_are_few(monkeypatch, device, cores, gpus, mode):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert MultiCrop(mode="auto", device=device).mode == mode
 
 
 @pytest.mark.gpu
