@@ -1,5 +1,6 @@
 """The plan: every sample once per pass, for any sizes; stable for ever; the same for everyone."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -84,9 +85,9 @@ def test_a_mix_keeps_its_proportions_and_each_dataset_its_passes(plan):
     positions = plan.lanes * plan.unit * -(-block // plan.unit) * 4
     found = [plan.locate(position) for position in range(positions)]
     shares = Counter(dataset for dataset, _, _ in found)
-    blocks_per_lane = positions // plan.lanes // block  # the last, partial block of each lane may lean either way
     for dataset, quota in enumerate(plan.quotas):
-        assert abs(shares[dataset] - positions * quota / block) <= plan.lanes * block / 4 + 1 or blocks_per_lane < 4
+        # the last, partial block of each lane may lean either way
+        assert abs(shares[dataset] - positions * quota / block) <= plan.lanes * block / 4 + 1
         # within a pass no sample comes twice
         per_pass = Counter((sample, epoch) for which, sample, epoch in found if which == dataset)
         assert max(per_pass.values()) == 1
@@ -141,14 +142,15 @@ def test_tiny_datasets_are_planned(count):
     assert met[0] == Counter(range(count))
 
 
-def test_a_window_of_a_huge_dataset_is_planned_at_once():
+def test_a_window_of_a_huge_dataset_is_planned_without_a_table():
+    """Told by the memory it takes, which other work on the machine does not change, as it would the seconds."""
     plan = choose_plan([Numbers(1_700_000_000, 5e4)], [1.0], 0, 8192)
-    import time
-
-    began = time.perf_counter()
+    tracemalloc.start()
     for lane in range(100):
         plan.window_samples(0, 3, lane, plan._lane_part(0, lane)[0] // plan.window)
-    assert time.perf_counter() - began < 1  # 0.4 ms each, no table
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1e6  # bytes; a table would have 1.7e9 rows
 
 
 def test_quotas_follow_the_weights():
