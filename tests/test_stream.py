@@ -313,7 +313,8 @@ def test_workers_leave_signals_to_the_trainer(shards):
         for _ in range(8):
             next(batches)
         began = time.monotonic()
-    assert not any(worker.is_alive() for worker in workers) and time.monotonic() - began < 4
+    # within milliseconds by themselves; a worker that is deaf would keep the loader for minutes
+    assert not any(worker.is_alive() for worker in workers) and time.monotonic() - began < 30
 
 
 def test_workers_end_when_the_trainer_forgets_to_close(tmp_path, shards):
@@ -386,7 +387,7 @@ def test_closing_ends_reads_that_wait_for_a_dead_store(tmp_path):
     reader.close()
     began = time.monotonic()
     reader.pool.shutdown(wait=True)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # at once, and not after the 300 s of the budget
 
 
 @pytest.mark.slow

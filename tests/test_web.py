@@ -4,13 +4,14 @@ import base64
 import ssl
 import subprocess
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from servers import program
 
+from ssl_locat.data import web as web_module
 from ssl_locat.data.remote import Http
 from ssl_locat.data.store import Store
 from ssl_locat.data.web import Web
@@ -173,21 +174,30 @@ def test_certificates_are_checked(tmp_path, monkeypatch):
         assert len(connections) == 1
 
 
-def test_bytes_that_drip_end_in_time():
+def test_bytes_that_drip_end_in_time(monkeypatch):
+    """By a clock that goes on by a second with each byte: six times the timeout after the beginning, it is enough."""
+    seconds, looked = 0, threading.Semaphore(0)
+
+    def monotonic() -> float:
+        looked.release()
+        return seconds
+
     def drip(handler):
+        nonlocal seconds
         handler.send_response(206)
         handler.send_header("Content-Range", f"bytes 0-99/{len(CONTENT)}")
         handler.send_header("Content-Length", "100")
         handler.end_headers()
         for byte in CONTENT[:100]:
+            seconds += 1
             handler.wfile.write(bytes([byte]))
-            time.sleep(0.1)
+            if not looked.acquire(timeout=10):  # nobody reads any more
+                return
 
-    with server(drip) as (url, _, _):
-        began = time.monotonic()
-        with pytest.raises(TimeoutError, match="too slow"):
-            Http(0.2).read(url, 0, 100)
-        assert 1 < time.monotonic() - began < 5
+    monkeypatch.setattr(web_module, "time", SimpleNamespace(monotonic=monotonic))
+    with server(drip) as (url, _, _), pytest.raises(TimeoutError, match="too slow"):
+        Http(5).read(url, 0, 100)
+    assert 31 <= seconds <= 33  # the server may be a byte ahead
 
 
 def test_a_longer_answer_than_asked_for_is_not_taken():
