@@ -106,11 +106,10 @@ def test_ibot_of_all_patches_equals_dinov2s_of_masked_ones(g):
 def test_koleo_equals_dinov2_and_dinov3(g):
     x = g["in.koleo.x"].requires_grad_()
     loss, _ = KoLeo()(x[None], x[None].detach(), AT)
-    close(loss, g["out.v2.koleo.loss"])
-    close(torch.autograd.grad(loss, x)[0], g["grad.v2.koleo.x"])
-    loss, _ = KoLeo(neighbours=1)(x[None], x[None].detach(), AT)
-    close(loss, g["out.v3.koleo_topk1.loss"])
-    close(torch.autograd.grad(loss, x)[0], g["grad.v3.koleo_topk1.x"])
+    gradient = torch.autograd.grad(loss, x)[0]
+    for theirs in ("v2.koleo", "v3.koleo_topk1"):
+        close(loss, g[f"out.{theirs}.loss"])
+        close(gradient, g[f"grad.{theirs}.x"])
 
 
 GRAM = {
@@ -198,6 +197,16 @@ def test_targets_without_rows_are_empty_and_cost_nothing():
         assert objective.center is None or not objective.center.center.any()
 
 
+def test_koleo_sums_over_global_views_and_leaves_local_ones_alone():
+    """Beside a slow formula: -mean over images of log ||a - its nearest||, of unit vectors."""
+    student, expected = torch.randn(3, 5, 4), 0.0
+    for view in F.normalize(student[:2], dim=-1):
+        nearest = [min((view[a] - view[b]).norm().item() for b in range(5) if b != a) for a in range(5)]
+        expected -= sum(math.log(distance) for distance in nearest) / 5
+    loss, _ = KoLeo()(student, torch.zeros(2, 5, 4), AT)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_koleo_pushes_neighbours_apart():
     x = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [0.0, -1.0]]), dim=-1).requires_grad_()
     before = nearest_distances(x)[0].item()
@@ -237,6 +246,26 @@ def test_distillation_of_itself_is_free():
     anchor = Views(torch.randn(2, 3, 8), patches=torch.randn(2, 3, 9, 8))
     loss, _ = Distill("timm:x", patch_weight=0.5)((anchor.cls, anchor.patches), anchor, AT)
     assert math.isclose(loss.item(), 0, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_distillation_equals_a_slow_formula(refined):
+    """2 global and 2 local crops of 3 images: each global crop answers to its own tokens, each local one to both crops'."""
+    cls, patches = torch.randn(4, 3, 8), torch.randn(2, 3, 5, 8)
+    tokens = {"refined_patches" if refined else "patches": torch.randn(2, 3, 5, 8)}
+    anchor = Views(torch.randn(2, 3, 8), **tokens)
+    pairs = [(0, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+    class_terms = [F.cosine_similarity(cls[s, b], anchor.cls[t, b], dim=0) for s, t in pairs for b in range(3)]
+    patch_terms = [
+        F.cosine_similarity(patches[t, b, n], next(iter(tokens.values()))[t, b, n], dim=0)
+        for t in range(2)
+        for b in range(3)
+        for n in range(5)
+    ]
+    loss, metrics = Distill("timm:x", patch_weight=0.5, refined=refined)((cls, patches), anchor, AT)
+    class_loss, patch_loss = 1 - torch.stack(class_terms).mean(), 1 - torch.stack(patch_terms).mean()
+    torch.testing.assert_close(metrics, {"cls": class_loss, "patches": patch_loss})
+    torch.testing.assert_close(loss, class_loss + 0.5 * patch_loss)
 
 
 @pytest.mark.parametrize(

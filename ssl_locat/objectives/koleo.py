@@ -19,30 +19,29 @@ class ClassTokens(nn.Module):
 
 
 class KoLeo(nn.Module):
-    """-mean log distance to the nearest neighbours within the batch, summed over the global views (published weight: 0.1).
+    """-mean log distance to the nearest neighbour within the batch, summed over the global views (published weight: 0.1).
 
     Neighbours are looked for among the images of all ranks, and both ends of a pair get the gradient: one rank with 2B images and two with
     B give the same step. DINOv2 looks within each GPU's own batch, DINOv3 within groups of them. Micro-batches of accumulated
     gradients stay apart, hence `min_images`.
 
     Args:
-        neighbours: per image; DINOv3's topk. The mean goes over all pairs.
         min_images: refuse to run with fewer images per micro-batch on all ranks: neighbours in a handful of images say nothing.
     """
 
     needs = Needs()
 
-    def __init__(self, neighbours: int = 1, min_images: int = 64):
+    def __init__(self, min_images: int = 64):
         super().__init__()
-        self.neighbours, self.min_images = neighbours, min_images
+        self.min_images = min_images
 
     def make_head(self, embed_dim: int) -> ClassTokens:
         return ClassTokens()
 
     def forward(self, student: Tensor, teacher: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """student [S, B, D] class tokens; the teacher [T, B, D] only says that the first T views are global -> loss [], metrics."""
-        distances = torch.stack([nearest_distances(view, self.neighbours) for view in student[: len(teacher)]])
-        loss = -(distances + EPS).log().mean((1, 2)).sum()
+        distances = torch.stack([nearest_distances(view) for view in student[: len(teacher)]])
+        loss = -(distances + EPS).log().mean(1).sum()
         return loss, {"nearest": distances.detach().mean()}
 
     def finish_step(self) -> dict[str, Tensor]:
@@ -52,8 +51,8 @@ class KoLeo(nn.Module):
         return []
 
 
-def nearest_distances(x: Tensor, neighbours: int = 1) -> Tensor:
-    """Distances [B, neighbours] of this rank's x [B, D], scaled to unit length, to the nearest of all ranks' rows.
+def nearest_distances(x: Tensor) -> Tensor:
+    """Distances [B] of this rank's x [B, D], scaled to unit length, to the nearest of all ranks' rows.
 
     Nearest by inner product, oneself left out; distance ||a - b + 1e-8|| with the epsilon inside, as the references' PairwiseDistance.
     """
@@ -63,8 +62,8 @@ def nearest_distances(x: Tensor, neighbours: int = 1) -> Tensor:
         similarity = x @ everyone.T
         own = torch.arange(len(x), device=x.device)
         similarity[own, own + rank() * len(x)] = -1
-        nearest = similarity.topk(neighbours, dim=1).indices
-    return (x[:, None] - everyone[nearest] + EPS).norm(dim=-1)
+        nearest = similarity.argmax(1)
+    return (x - everyone[nearest] + EPS).norm(dim=-1)
 
 
 class GatherWithGradient(torch.autograd.Function):
