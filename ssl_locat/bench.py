@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ssl_locat.errors import UserError
 from ssl_locat.log import console, progress
+from ssl_locat.run_folder import cpu_name
 
 BENCHES = {
     "attention": "ssl_locat.benchmarks.attention",
@@ -99,15 +100,6 @@ def hardware() -> dict:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def versions() -> dict[str, str]:

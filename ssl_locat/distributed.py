@@ -140,11 +140,6 @@ def shutdown() -> None:
     _cpu_group = None
 
 
-def cpu_group() -> dist.ProcessGroup | None:
-    """The gloo group of all ranks, or None on one process."""
-    return _cpu_group
-
-
 def barrier() -> None:
     """Waits for all ranks; names those that do not come."""
     if world_size() > 1:

@@ -270,9 +270,9 @@ def _gaug_sections(backbone: nn.Module, images: Tensor) -> list[dict]:
     return [{"title": "What GAug learned", "meaning": meaning, "pictures": drawn}]
 
 
-def _few(values: Tensor, at_most: int = 100_000) -> Tensor:
-    """torch.quantile takes no more than 16 million values."""
-    return values[:: max(1, len(values) // at_most)].float()
+def _few(values: Tensor) -> Tensor:
+    """100 000 of them, about: torch.quantile takes no more than 16 million."""
+    return values[:: max(1, len(values) // 100_000)].float()
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------------

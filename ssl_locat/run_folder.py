@@ -133,7 +133,7 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": devices, "threads": torch.get_num_threads()},
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpus": devices, "threads": torch.get_num_threads()},
         "system": platform.platform(),
     }
 
@@ -150,9 +150,9 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
+        return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

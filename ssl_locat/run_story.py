@@ -8,7 +8,6 @@ import itertools
 import json
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +113,6 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not written yet, or cut off by a full disk
         return {}
-
-
-def event_seconds(event: dict[str, Any]) -> float:
-    """Unix time of an event."""
-    return datetime.fromisoformat(event["time"]).timestamp()
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

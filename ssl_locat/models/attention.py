@@ -79,11 +79,11 @@ def gaussian_attention(
 
 
 def dense_bias_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, num_prefix_tokens: int, *, scale=None, dropout_p=0.0
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, num_prefix_tokens: int, *, dropout_p: float = 0.0
 ) -> Tensor:
-    """softmax(q k^T * scale + zero-pad(bias)) v for any patch-to-patch `bias` [B, heads, N, N] (Laplace, inverse distance)."""
+    """softmax(q k^T / sqrt(d) + zero-pad(bias)) v for any patch-to-patch `bias` [B, heads, N, N] (Laplace, inverse distance)."""
     mask = F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0)).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
 def gaussian_bias(coeff: Gaussian, grid: tuple[int, int]) -> Tensor:
