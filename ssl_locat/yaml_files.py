@@ -32,8 +32,35 @@ class LoadedYaml:
         return self.name
 
 
+_MAX_DEPTH = 50  # levels of nesting; the parser calls itself for each
+
+
 class _Loader(yaml.SafeLoader):
-    pass
+    """Raises YAMLError, and nothing else, for whatever a text may hold."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # a value in itself, or a few lines that unfold to terabytes
+            event = self.peek_event()
+            raise _wrong(f"aliases are not read; write the value of *{event.anchor} out, or share it in a `base:` file", event)
+        if self.depth == _MAX_DEPTH:
+            raise _wrong(f"nested more than {_MAX_DEPTH} levels deep", self.peek_event())
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # of 2024-13-45, !!bool maybe, !!timestamp x
+            shown = str(node.value) if len(str(node.value)) <= 40 else f"{str(node.value)[:40]}..."
+            raise _wrong(f"{shown!r} cannot be read as a value ({error}); put text in quotes", node) from None
+
+
+def _wrong(problem: str, at: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 # YAML 1.1 reads 5e-4 as a string; everybody means a number
@@ -124,15 +151,12 @@ def _merge(below: dict, above: dict) -> dict:
 
 def _read(path: Path, shown: str) -> LoadedYaml:
     try:
-        text = path.read_text(encoding="utf-8")
-        loader = _Loader(text)
+        loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
     except UnicodeDecodeError:
         raise ConfigError(f"{shown}: not a text file. Expected YAML in UTF-8.") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{shown}:{mark.line + 1}" if mark else shown
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+        raise ConfigError(_explained(error, shown, "not valid YAML: ")) from None
     if node is None:
         raise ConfigError(f"{shown}: the file is empty. Expected keys such as `data:` and `backbone:`.")
     if not isinstance(node, yaml.MappingNode):
@@ -142,9 +166,13 @@ def _read(path: Path, shown: str) -> LoadedYaml:
     try:
         return LoadedYaml(shown, loader.construct_document(node), places)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{shown}:{mark.line + 1}" if mark else shown
-        raise ConfigError(f"{where}: {getattr(error, 'problem', error)}. Only plain YAML values are read, no tags.") from None
+        raise ConfigError(f"{_explained(error, shown)} Only plain YAML values are read, no tags.") from None
+
+
+def _explained(error: yaml.YAMLError, shown: str, kind: str = "") -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{shown}:{mark.line + 1}" if mark else shown
+    return f"{where}: {kind}{getattr(error, 'problem', None) or error}."
 
 
 def _note_places(node: yaml.Node, key: Path_, shown: str, places: dict[Path_, str]) -> None:
@@ -166,32 +194,37 @@ def _apply_override(loaded: LoadedYaml, override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"{override!r}: expected an override of the form key.sub=value, such as optim.lr=1e-3.")
-    try:
-        value = yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError:
-        value = text  # a shell already ate the quotes of something like a{b: it is a string
-    parts: Path_ = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    parts: Path_ = tuple(int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in name.split("."))
     target: Any = loaded.data
     for depth, part in enumerate(parts[:-1]):
-        if isinstance(target, dict):
-            if not isinstance(target.get(part), (dict, list)):
-                target[part] = {}
-            target = target[part]
-        else:
-            target = _list_item(target, parts[: depth + 1], override)
+        if isinstance(target, list):
+            _check_number(target, parts[: depth + 1], override)
+            if not isinstance(target[part], (dict, list)):
+                shown = ".".join(map(str, parts[: depth + 1]))
+                raise ConfigError(f"{override!r}: {shown} is {target[part]!r}, which has no keys; give {shown} as a whole.")
+        elif not isinstance(target.get(part), (dict, list)):
+            target[part] = {}
+        target = target[part]
     if isinstance(target, list):
-        _list_item(target, parts, override)
-    target[parts[-1]] = value
+        _check_number(target, parts, override)
+    target[parts[-1]] = read_value(text)
     for known in [key for key in loaded.places if key[: len(parts)] == parts]:
         del loaded.places[known]
     loaded.places[parts] = f"command line ({name}={text})"
 
 
-def _list_item(target: list, parts: Path_, override: str) -> Any:
+def _check_number(target: list, parts: Path_, override: str) -> None:
     last = parts[-1]
     if not isinstance(last, int) or last >= len(target):
         name = ".".join(map(str, parts[:-1]))
         raise ConfigError(
             f"{override!r}: {name} is a list of {len(target)}; say which by a number below that, as in {name}.0.KEY=VALUE"
         )
-    return target[last]
+
+
+def read_value(text: str) -> Any:
+    """The VALUE of key=VALUE on a command line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError:
+        return text  # a glob, or something whose quotes a shell already ate: it is a string

@@ -71,6 +71,11 @@ def test_resolved_config_rebuilds_itself(config_file):
         ("objective=[{name: dino}, {name: dino}]", ["objective", "dino, dino", "each once"]),
         ("objective=[]", ["objective", "at least one"]),
         ("nonsense", ["'nonsense'", "key.sub=value"]),
+        ("optim.\u00b2=1", ["unknown key 'optim.\u00b2'"]),
+        (f"optim.{'9' * 5000}=1", ["unknown key 'optim.999"]),
+        (f"seed={'9' * 5000}", ["seed is '999", "integer"]),
+        (f"seed={'[' * 3000}", ["seed is '[[", "integer"]),
+        ("seed=2024-13-45", ["seed is '2024-13-45'", "integer"]),
     ],
 )
 def test_wrong_override_is_explained(config_file, override, expected):
@@ -100,11 +105,32 @@ def test_missing_key_is_named(config_file):
         ("run_dir: a\nrun_dir: b", "run_dir is given twice"),
         ("run_dir: !!python/object/apply:os.getcwd []", "Only plain YAML values"),
         ("base: nowhere", "base file not found"),
+        (
+            "a: &a [*a]",
+            r"run\.yaml:1: not valid YAML: aliases are not read; write the value of \*a out, or share it in a `base:` file",
+        ),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", r"run\.yaml:2: not valid YAML: aliases are not read"),
+        ("optim:\n  lr: 1\nseed: 2024-13-45", r"run\.yaml:3: '2024-13-45' cannot be read as a value \(month must be in 1"),
+        ("seed: " + "9" * 5000, r"run\.yaml:1: '9{40}\.\.\.' cannot be read as a value"),
+        ("seed: !!bool maybe", r"run\.yaml:1: 'maybe' cannot be read as a value"),
+        ("seed: !!timestamp noon", r"run\.yaml:1: 'noon' cannot be read as a value"),
+        ("seed: " + "[" * 3000, r"run\.yaml:1: not valid YAML: nested more than 50 levels deep"),
+        ("[a]: 1", r"run\.yaml:1: found unhashable key"),
+        ("a: \x07", r"run\.yaml: not valid YAML"),
     ],
 )
 def test_broken_file_is_explained(config_file, text, expected):
     with pytest.raises(ConfigError, match=expected):
         load(config_file(text))
+
+
+def test_an_override_of_something_without_keys_is_explained(config_file):
+    with pytest.raises(ConfigError, match=r"data\.train\.0 is 'a\.tar', which has no keys; give data\.train\.0 as a whole"):
+        load(config_file(MINIMAL), ["data.train=[a.tar]", "data.train.0.weight=2"])
+
+
+def test_a_glob_as_override_is_no_alias(config_file):
+    assert load(config_file(MINIMAL), ["data.train=*.tar"]).data.train == "*.tar"
 
 
 def test_bases_merge_and_a_circle_is_refused(config_file):
