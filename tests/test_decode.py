@@ -173,6 +173,9 @@ def test_label_is_a_number_or_a_bad_sample():
         ({"cls": b"cat"}, "not a number"),
         ({"cls": b"-1"}, "negative"),
         ({"cls": b""}, "not a"),
+        ({"cls": b"1" * 31}, "1111 is too large; class ids are integers from 0 to 9999999"),  # no tensor holds it
+        ({"cls": b"1" * 5000}, "too large"),
+        ({"cls": b"10000000"}, "too large"),
     ]:
         with pytest.raises(BadSample, match=reason):
             find_label(members)

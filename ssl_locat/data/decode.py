@@ -20,6 +20,7 @@ from PIL import Image
 from ssl_locat.errors import BadSample
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: above the largest photographs, far below a decompression bomb
+MAX_LABEL = 9_999_999  # scores are kept per class: one mistaken id must not ask for all memory, nor overflow
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2")  # in order of preference
 ARRAY_EXTENSION = "npy"  # an image where the sample or folder holds no other; beside one it is something else, such as features
@@ -170,7 +171,7 @@ def find_image(members: dict[str, bytes], image_key: str | None = None) -> bytes
 
 
 def find_label(members: dict[str, bytes], label_key: str | None = None) -> int:
-    """The class id of a sample: an integer >= 0 written as text. Raises BadSample if it is missing or not a number."""
+    """The class id of a sample: an integer from 0 to MAX_LABEL written as text. Raises BadSample if it is missing or no such number."""
     names = {name.lower(): name for name in members}
     if label_key is not None:
         text = _member(members, names, label_key.lower().lstrip("."), "label_key")
@@ -185,6 +186,8 @@ def find_label(members: dict[str, bytes], label_key: str | None = None) -> int:
         raise BadSample(f"label {bytes(text[:32])!r} is not a number; class ids are integers from 0") from None
     if label < 0:
         raise BadSample(f"label {label} is negative; class ids are integers from 0")
+    if label > MAX_LABEL:
+        raise BadSample(f"label {label} is too large; class ids are integers from 0 to {MAX_LABEL}, best without gaps")
     return label
 
 
