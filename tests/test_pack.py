@@ -188,3 +188,117 @@ def test_an_image_beyond_max_pixels_is_left_out_unless_more_is_allowed(tmp_path)
     assert (result["samples"], result["skipped"]) == (1, 1)
     assert "90 x 90 pixels, more than max_pixels = 5000" in (tmp_path / "a" / "shard-000000.skipped.txt").read_text()
     assert pack(str(tmp_path / "in"), tmp_path / "b", resize=32, max_pixels=9000, workers=1)["samples"] == 2
+
+
+@pytest.fixture
+def photos(tmp_path) -> str:
+    (tmp_path / "in").mkdir()
+    for index in range(3):
+        (tmp_path / "in" / f"v{index}.png").write_bytes(png(index))
+    return str(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("workers=abc", r"workers is 'abc'; expected a whole number from 1, as in workers=1"),
+        ("workers=-1", "workers is -1"),
+        ("workers=2.5", "workers is 2.5"),
+        ("workers=true", "workers is True"),
+        ("resize=[1", r"resize is '\[1'; expected a whole number from 1"),
+        ("resize=0", "resize is 0"),
+        ("max_shard_mb=-1", r"max_shard_mb is -1; expected a number from 0\.001"),
+        ("max_shard_mb=.nan", "max_shard_mb is nan"),
+        ("max_shard_mb=.inf", "max_shard_mb is inf"),
+        ("max_shard_mb=null", "max_shard_mb is None"),
+        ("max_pixels=0", "max_pixels is 0"),
+        ("seed=-1", "seed is -1; expected a whole number from 0"),
+        ("labels=null", "labels is 'null'; expected 'auto', 'none', or a CSV file"),
+        ("masks=5", "masks = 5 mirrors a folder of images; 5 is not a folder"),
+        ("workers", "'workers' is not an option"),
+    ],
+)
+def test_a_wrong_option_is_explained_before_anything_is_written(tmp_path, photos, option, expected):
+    with pytest.raises(UserError, match=expected):
+        pack_command(photos, str(tmp_path / "out"), [option])
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_exponents_are_numbers_here_too(tmp_path, photos):
+    pack_command(photos, str(tmp_path / "out"), ["max_pixels=1e8", "workers=1", "labels=none", "resize=null"])
+    assert json.loads((tmp_path / "out" / "pack.json").read_text())["settings"]["max_pixels"] == 100_000_000
+
+
+def test_out_is_a_local_folder(tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"OUT is 's3://bucket/x', .* Pack there, then copy the folder .*aws s3 cp --recursive"):
+        pack(photos, "s3://bucket/x", workers=1)
+    assert not (tmp_path / "s3:").exists()
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"OUT is '{out}', which is no folder and cannot be made one"):
+            pack(photos, out, workers=1)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"settings": 5}', "\xff"])
+def test_a_damaged_account_of_a_packing_is_named(tmp_path, photos, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pack.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"pack\.json is damaged"):
+        pack(photos, tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (b"v0,\xe9\n", "which is no CSV file in UTF-8"),
+        (b"v0," + b"x" * 200_000, "which is no CSV file in UTF-8 .field larger"),
+        (b"v0,1\nv1,1\nv2," + b"9" * 5000, "is too large; class ids are integers from 0"),
+    ],
+)
+def test_a_wrong_csv_file_is_explained(tmp_path, photos, rows, expected):
+    (tmp_path / "labels.csv").write_bytes(rows)
+    with pytest.raises(DataError, match=expected):
+        pack(photos, tmp_path / "out", labels=str(tmp_path / "labels.csv"), workers=1)
+
+
+def test_a_csv_file_of_a_spreadsheet_may_begin_with_a_mark(tmp_path, photos):
+    (tmp_path / "labels.csv").write_text("v0,2\nv1,1\nv2,0\n", encoding="utf-8-sig")
+    pack(photos, tmp_path / "out", labels=str(tmp_path / "labels.csv"), workers=1)
+    assert {red: find_label(members) for red, members in packed(tmp_path / "out").items()} == {0: 2, 1: 1, 2: 0}
+
+
+def test_a_link_to_nowhere_is_left_out(tmp_path, photos, caplog):
+    (tmp_path / "in" / "x.jpg").symlink_to("nowhere.jpg")
+    result = pack(photos, tmp_path / "out", workers=1)
+    assert (result["samples"], result["ignored"]) == (3, 1) and "1 images cannot be opened" in caplog.text
+
+
+def test_names_that_are_no_utf8_are_packed_and_listed(tmp_path, photos):
+    for name, data in ((b"b\xe9.png", png(9)), (b"c\xe9.png", png(9)[:20])):
+        with open(photos.encode() + b"/" + name, "wb") as file:
+            file.write(data)
+    result = pack(photos, tmp_path / "out", resize=4, workers=1)
+    assert (result["samples"], result["skipped"]) == (4, 1)
+    assert (tmp_path / "out" / "shard-000000.skipped.txt").read_bytes().startswith(b"c\xe9\t")
+
+
+@pytest.mark.parametrize("size", [1 << 80, 1 << 62, 1 << 40, -1024])
+def test_a_size_that_no_file_has_is_damage(tmp_path, size):
+    archive = bytearray(tar({"a.png": png(1), "b.png": png(2)}))
+    header = bytearray(archive[:512])
+    header[124:136] = (0x80 << 88 | size if size >= 0 else (1 << 96) + size).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    archive[:512] = header
+    (tmp_path / "x.tar").write_bytes(archive)
+    with pytest.raises(DataError, match=r"x\.tar is not a whole tar archive: it ends inside 'a\.png'"):
+        pack(str(tmp_path / "x.tar"), tmp_path / "out", workers=1)
+
+
+def test_a_damaged_compressed_tar_is_named(tmp_path):
+    data = bytearray(tar({"a.png": bytes(range(256)) * 64}, "w:gz"))
+    data[60:80] = bytes(20)
+    (tmp_path / "a.tar.gz").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.tar\.gz cannot be unpacked"):
+        pack(str(tmp_path / "a.tar.gz"), tmp_path / "out", workers=1)

@@ -24,13 +24,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-import yaml
 
-from ssl_locat.data.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, decode_mask, image_orientation
+from ssl_locat.data.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, decode_mask, find_label, image_orientation
 from ssl_locat.data.pack_sources import Listing, Place, Source, has_labels, list_source, plan_shards
+from ssl_locat.data.store import redact
 from ssl_locat.errors import BadSample, DataError, UserError, did_you_mean
 from ssl_locat.log import next_steps, progress
 from ssl_locat.seeds import mix64
+from ssl_locat.yaml_files import read_value
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def pack_command(source: str, out: str, overrides: list[str]) -> None:
             raise UserError(
                 f"{override!r} is not an option of shards pack.{did_you_mean(key, known)} Known: {'=, '.join(known)}="
             )
-        options[key] = yaml.safe_load(value)
+        options[key] = value if key in ("labels", "masks") else read_value(value)  # paths stay as they are: 5, null, none
     result = pack(source, out, **options)
     log.info("packed %(samples)d samples into %(shards)d shards under %(out)s", result)
     next_steps(f"ssl-locat shards show '{result['out']}/*.tar'", f"ssl-locat init {result['out']}")
@@ -105,10 +106,11 @@ def pack(
 
     Returns {"samples", "shards", "classes", "ignored", "skipped", "out"}. Raises DataError or UserError for what cannot be packed.
     """
-    if max_shard_mb <= 0 or (resize is not None and resize < 1):
-        raise UserError(f"max_shard_mb = {max_shard_mb} and resize = {resize} must be positive")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    max_shard_mb = _number("max_shard_mb", max_shard_mb, 0.001, whole=False)
+    workers = None if workers is None else _number("workers", workers, 1)
+    resize = None if resize is None else _number("resize", resize, 1)
+    max_pixels, seed = _number("max_pixels", max_pixels, 1), _number("seed", seed, 0)
+    out = _make_folder(out)
     unpacked = out / ".unpacked"
     listing = list_source(source, unpacked)
     if masks is not None:
@@ -124,7 +126,7 @@ def pack(
         "bytes": sum(sizes),
     }
     _check_same_packing(out, settings)
-    (out / _INFO).write_text(json.dumps({"settings": settings, "classes": classes, "complete": False}, indent=2) + "\n")
+    _write_info(out, {"settings": settings, "classes": classes, "complete": False})
     paths = [out / f"shard-{number:06d}.tar" for number in range(len(plan))]
     jobs = []  # shards that are whole already are left alone
     for path, (start, stop) in zip(paths, plan, strict=True):
@@ -134,14 +136,47 @@ def pack(
     with progress("packing", total=len(samples), unit="images", start=done) as bar:
         for count in _run(jobs, workers or os.cpu_count() or 1):
             bar.update(count)
-    skipped = sum(len(file.read_text().splitlines()) for file in out.glob("shard-*.skipped.txt"))
+    skipped = sum(file.read_bytes().count(b"\n") for file in out.glob("shard-*.skipped.txt"))
     if skipped:
         log.warning("%d images do not decode and were left out; they are listed in %s", skipped, out / "shard-*.skipped.txt")
     shutil.rmtree(unpacked, ignore_errors=True)
     result = {"samples": len(samples) - skipped, "shards": len(plan), "classes": classes}
     result |= {"ignored": listing.ignored, "skipped": skipped, "out": str(out)}
-    (out / _INFO).write_text(json.dumps({"settings": settings, **result, "complete": True}, indent=2) + "\n")
+    _write_info(out, {"settings": settings, **result, "complete": True})
     return result
+
+
+def _number(name: str, value: object, least: float, whole: bool = True) -> int | float:
+    """The value of an option; 1e8 is a whole number too."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 1 << 63
+    if not number or (whole and value != int(value)):
+        raise UserError(f"{name} is {value!r}; expected a {'whole ' * whole}number from {least}, as in {name}={max(1, least)}")
+    return int(value) if whole else value
+
+
+def _make_folder(out: str | Path) -> Path:
+    if "://" in str(out):
+        raise UserError(
+            f"OUT is {redact(str(out))!r}, but shards are packed into a local folder. Pack there, then copy the folder with the store's own "
+            "tool (aws s3 cp --recursive, gcloud storage cp -r, hf upload): shards are read from anywhere."
+        )
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"OUT is {str(out)!r}, which is no folder and cannot be made one: {error.strerror}. Give another."
+        ) from None
+    return Path(out)
+
+
+def _write_info(out: Path, info: dict) -> None:
+    """Beside and renamed: a packing that was stopped must find it whole."""
+    temporary = out / f".{_INFO}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        temporary.rename(out / _INFO)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _run(jobs: list[tuple], workers: int):
@@ -182,7 +217,8 @@ def _pack_shard(path: Path, samples: list[Source], files: dict[int, str], resize
 
     write_shard(path, members())
     if skipped:
-        path.with_suffix(".skipped.txt").write_text("\n".join(skipped) + "\n")
+        text = "\n".join(skipped) + "\n"
+        path.with_suffix(".skipped.txt").write_bytes(text.encode("utf-8", "surrogateescape"))  # file names need not be UTF-8
     return len(samples)
 
 
@@ -233,15 +269,24 @@ def _labelled(samples: list[Source], labels: str) -> tuple[list[str], list[Sourc
 def _labelled_by_csv(samples: list[Source], path: str) -> tuple[list[str], list[Source]]:
     if not os.path.isfile(path):
         raise DataError(f"labels is {path!r}; expected 'auto', 'none', or a CSV file of name,class")
-    with open(path, newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) >= 2]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin theirs with a mark
+            rows = [row for row in csv.reader(file) if len(row) >= 2]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"labels is {path!r}, which is no CSV file in UTF-8 ({error}); save it as one, with rows of name,class"
+        ) from None
     named = {os.path.basename(name.strip()).rsplit(".", 1)[0].replace(".", "_"): value.strip() for name, value, *_ in rows}
     missing = [sample.name for sample in samples if sample.name not in named]
     if missing:
         raise DataError(f"{path} has no class for {len(missing)} of {len(samples)} images, such as {missing[0]!r}")
     used = sorted({named[sample.name] for sample in samples})
-    if all(value.isdecimal() for value in used):
-        return [], [sample._replace(label=int(named[sample.name])) for sample in samples]
+    if all(value.isascii() and value.isdecimal() for value in used):
+        try:
+            numbers = {value: find_label({"cls": value.encode()}) for value in used}
+        except BadSample as error:
+            raise DataError(f"{path}: {error.reason}") from None
+        return [], [sample._replace(label=numbers[named[sample.name]]) for sample in samples]
     return used, [sample._replace(label=used.index(named[sample.name])) for sample in samples]
 
 
@@ -278,7 +323,12 @@ def _check_same_packing(out: Path, settings: dict) -> None:
         if any(out.glob("shard-*.tar")):
             raise UserError(f"{out} holds shards of another origin; pack into an empty folder")
         return
-    before = json.loads(info.read_text())["settings"]
+    try:
+        before = dict(json.loads(info.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{info} is damaged, so nobody can tell what the shards beside it were made of; pack into an empty folder"
+        ) from None
     changed = [f"{key}: {before.get(key)!r} -> {settings[key]!r}" for key in settings if before.get(key) != settings[key]]
     if changed:
         raise UserError(f"{out} was packed with other settings or other files ({'; '.join(changed)}); pack into an empty folder")

@@ -1,6 +1,7 @@
 """What `shards pack` finds: samples as places in files, nothing read yet. Folders, tars, tars of tars, compressed tars of these."""
 
 import glob
+import logging
 import os
 import tarfile
 from array import array
@@ -11,6 +12,8 @@ from typing import NamedTuple
 from ssl_locat.data.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS, LABEL_KEYS
 from ssl_locat.data.tar import COMPRESSED, split_name
 from ssl_locat.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -47,7 +50,7 @@ def list_source(source: str, unpacked: Path) -> Listing:
     if "://" in source:
         raise DataError(f"{source}: packing reads local files; copy it here first (shards are then read from anywhere)")
     if os.path.isdir(source):
-        tars = sorted(str(path) for path in Path(source).iterdir() if path.name.lower().endswith((".tar", *COMPRESSED)))
+        tars = sorted(str(path) for path in Path(source).iterdir() if _is_archive(path))
         listing = _list_tars(tars, unpacked) if tars else _list_folder(source, IMAGE_EXTENSIONS)
         if not tars and not listing.samples:
             listing = _list_folder(source, (ARRAY_EXTENSION,))
@@ -62,8 +65,12 @@ def list_source(source: str, unpacked: Path) -> Listing:
     return listing
 
 
+def _is_archive(path: Path) -> bool:
+    return path.name.lower().endswith((".tar", *COMPRESSED)) and not path.is_dir()
+
+
 def _list_folder(folder: str, extensions: tuple[str, ...]) -> Listing:
-    files, samples, ignored = [], [], 0
+    files, samples, ignored, broken = [], [], 0, []
     for directory, names, entries in os.walk(folder):
         names.sort()
         for entry in sorted(entries):
@@ -72,13 +79,20 @@ def _list_folder(folder: str, extensions: tuple[str, ...]) -> Listing:
                 ignored += 1
                 continue
             path = os.path.join(directory, entry)
+            try:
+                size = os.path.getsize(path)
+            except OSError:  # a link to nowhere: training passes over it too
+                broken.append(path)
+                continue
             relative = os.path.relpath(path, folder).replace(os.sep, "/")
             group = relative.partition("/")[0] if "/" in relative else ""
-            place = Place(extension, len(files), 0, os.path.getsize(path))
+            place = Place(extension, len(files), 0, size)
             stem = relative.rpartition(".")[0]
             samples.append(Source(_key(stem), (place,), group, stem.rpartition("/")[2].replace(".", "_")))
             files.append(path)
-    return Listing(files, samples, ignored)
+    if broken:
+        log.warning("%d images cannot be opened and are left out, such as %s", len(broken), broken[0])
+    return Listing(files, samples, ignored + len(broken))
 
 
 def _list_tars(paths: list[str], unpacked: Path) -> Listing:
@@ -95,7 +109,11 @@ def _list_tars(paths: list[str], unpacked: Path) -> Listing:
 
 def _list_tar(path: str, file: int) -> tuple[list[Source], int]:
     samples, ignored = [], 0
-    with open(path, "rb") as stream:
+    try:
+        stream = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    with stream:
         for name, offset, _ in _members(stream, 0, path):
             if name.lower().endswith(".tar"):  # ImageNet: one inner tar per class
                 inner = os.path.basename(name)[:-4]
@@ -112,13 +130,18 @@ def _list_tar(path: str, file: int) -> tuple[list[Source], int]:
 def _members(stream, start: int, name: str) -> Iterator[tuple[str, int, int]]:
     """(name, offset in the outermost file, size) of the regular files of the tar that starts at byte `start`."""
     stream.seek(start)
+    end = os.fstat(stream.fileno()).st_size
     try:
         # offsets of tarfile count from the start of the stream, also when that is not the start of the archive
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
+                # looked at before tarfile moves on: a size below zero would lead it backwards, a huge one beyond any file
+                holds_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+                if holds_data and not 0 <= member.size <= end - member.offset_data:
+                    raise tarfile.ReadError(f"it ends inside {member.name!r}, of {member.size} bytes")
                 if member.isreg():
                     yield member.name, member.offset_data, member.size
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # of numbers in headers that no file can have
         raise DataError(f"{name} is not a whole tar archive: {error}") from None
 
 
@@ -162,6 +185,7 @@ def _unpack(path: str, folder: Path) -> str:
     import gzip
     import lzma
     import shutil
+    import zlib
 
     openers = {"gz": gzip.open, "tgz": gzip.open, "bz2": bz2.open, "tbz2": bz2.open, "xz": lzma.open, "txz": lzma.open}
     opener = openers.get(path.lower().rpartition(".")[2])
@@ -175,7 +199,7 @@ def _unpack(path: str, folder: Path) -> str:
     try:
         with opener(path) as source, open(temporary, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         temporary.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be unpacked: {error}") from None
     temporary.rename(plain)
