@@ -357,3 +357,16 @@ def test_a_mix_names_its_parts(tmp_path):
     assert len(open_mix([one, two])[0]) == 1
     with pytest.raises(ConfigError, match="weight"):
         open_mix([{"shards": one, "wieght": 3}])
+
+
+def test_links_are_followed_and_each_folder_counts_once(tmp_path):
+    for name in ("set/cat/1.jpg", "set/cat/deep/2.jpg", "set/dog/3.jpg", "elsewhere/4.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"pixels")
+    (tmp_path / "set/cat/deep/up").symlink_to("../..")  # a loop
+    (tmp_path / "set/a").symlink_to("dog")  # sorted before the folder itself, which keeps its name
+    (tmp_path / "set/fox").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to("../set")
+    dataset = open_dataset(str(tmp_path / "set"))
+    assert [sample.key for sample in dataset.read(0, len(dataset))] == ["cat/1", "cat/deep/2", "dog/3", "fox/4"]
+    assert dataset.classes == ["cat", "dog", "fox"]

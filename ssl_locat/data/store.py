@@ -262,18 +262,21 @@ def _open_backend(scheme: str, timeout: float):
         ) from None
 
 
+_MAX_OPEN = 128  # descriptors; a process may often have 1024
+
+
 class _Local:
     """Files, through a bounded number of open descriptors."""
 
-    def __init__(self, max_open: int = 128):
+    def __init__(self):
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
-        self._lock, self._max_open = threading.Lock(), max_open
+        self._lock = threading.Lock()
 
     def read(self, url: str, start: int, end: int) -> tuple[bytes, Stat]:
         with self._lock:
             if url not in self._open:
                 self._open[url] = _Descriptor(url)
-                if len(self._open) > self._max_open:
+                if len(self._open) > _MAX_OPEN:
                     self._open.popitem(last=False)
             self._open.move_to_end(url)
             file = self._open[url]  # stays open while we read, though another thread may push it out of the table
@@ -294,12 +297,19 @@ class _Local:
         return _stat(os.stat(url))
 
     def walk(self, folder: str) -> dict[str, Stat | None]:
-        found = {}
-        for path, folders, names in os.walk(folder, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            relative = os.path.relpath(path, folder)
-            for name in names:
-                found[name if relative == "." else f"{relative}/{name}"] = None
+        """Links are followed, but each folder counts once: a link to a parent would lead round and round."""
+        found, seen, starts = {}, set(), [folder]
+        for start in starts:  # grows: links come last, so that a folder is met under its own name first
+            for path, folders, names in os.walk(start):
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                if (real := os.path.realpath(path)) in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                starts += [link for name in folders if os.path.islink(link := os.path.join(path, name))]
+                relative = os.path.relpath(path, folder)
+                for name in names:
+                    found[name if relative == "." else f"{relative}/{name}"] = None
         return found
 
     def write(self, url: str, data: bytes) -> None:
