@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from servers import FaultProxy, gcs_server, nginx, program, s3_server
+from servers import FaultProxy, free_port, gcs_server, nginx, program, s3_server
 from shards import as_list, fingerprint, write_shard, write_shards
 
 from ssl_locat.data import shard_index
@@ -163,6 +163,50 @@ def test_refused_credentials_stop_at_once(remote, tmp_path):
     with pytest.raises(Denied, match="credentials"):
         read_all(dataset, quarantine_path=tmp_path / "quarantine.jsonl")
     assert not (tmp_path / "quarantine.jsonl").exists()
+
+
+@pytest.mark.parametrize("wrong", ["none", "half", "profile"])
+def test_missing_credentials_stop_at_once(bucket, tmp_path, monkeypatch, wrong):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    if wrong != "none":
+        monkeypatch.setenv(*{"half": ("AWS_ACCESS_KEY_ID", "devkey"), "profile": ("AWS_PROFILE", "nobodys")}[wrong])
+    with s3_store(bucket, tmp_path, monkeypatch) as (_, url):
+        store, began = Store(budget_seconds=60), time.monotonic()
+        for ask in (
+            store.stat,
+            store.walk,
+            store.read_all,
+            lambda url: store.read(url, 0, 1),
+            lambda url: store.write(url, b"x"),
+        ):
+            with pytest.raises(Denied, match=r"access denied .*credentials: they may be missing"):
+                ask(f"{url}/000.tar")
+        assert time.monotonic() - began < 20
+
+
+def test_a_bucket_or_an_endpoint_that_cannot_be_is_the_users_mistake(bucket, tmp_path, monkeypatch):
+    with s3_store(bucket, tmp_path, monkeypatch):
+        store, began = Store(budget_seconds=60), time.monotonic()
+        with pytest.raises(DataError, match=r"'s3://nowhere/\*\.tar' matches nothing"):
+            open_dataset("s3://nowhere/*.tar", store=store)
+        with pytest.raises(DataError, match=r"(?s)s3://no bucket/.* cannot be used: .*Invalid bucket name"):
+            open_dataset("s3://no bucket/a.tar", store=store)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+        with pytest.raises(DataError, match=r"Invalid endpoint: localhost:9000\. Check the URL and the settings of its store"):
+            open_dataset("s3://bucket/a.tar", store=Store(budget_seconds=60))
+        assert time.monotonic() - began < 20
+
+
+def test_a_number_in_a_name_is_no_refusal(bucket, tmp_path, monkeypatch):
+    """An outage is told with the URL that was asked for."""
+    with s3_store(bucket, tmp_path, monkeypatch):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+        with pytest.raises(Outage, match="no answer within"):
+            Store(0.5, 0.5).stat("s3://bucket/shard-403.tar")
 
 
 def test_a_vanished_shard_is_quarantined_exactly(remote, tmp_path):

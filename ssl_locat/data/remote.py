@@ -87,13 +87,6 @@ class S3(_Listing):
             return _beyond_end(error, self, url, end)
         return _cut(data, answer.get("ContentRange"), start, end, answer.get("ETag", ""), url)
 
-    def stat(self, url: str) -> Stat:
-        try:
-            return super().stat(url)
-        except Exception as error:
-            _raise_denied(error)
-            raise
-
 
 class Http(_Listing):
     """Any web server that answers range requests. Proxies and ~/.netrc as the environment has them."""

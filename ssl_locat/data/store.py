@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 SCHEMES = ("file", "memory", "s3", "gs", "http", "https", "hf")
 _EXTRAS = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http", "hf": "http"}  # of the package, for the message
-_MAX_WHOLE = 64 << 20  # bytes read at most when a server ignores Range and sends the whole object
+# botocore's errors that a network or a busy service may cause. Its others tell of credentials, or of settings that cannot be
+_HEALING = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"}
+_HEALING |= {"CredentialRetrievalError", "MetadataRetrievalError"}
+_CREDENTIALS = re.compile("Credential|Token|SSO|Login|Profile|MFA")
 _PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -151,15 +154,11 @@ class Store:
         stat = self.stat(url)
         return self.read(url, 0, stat.size, stat)
 
-    def exists(self, url: str) -> bool:
-        with suppress(Gone):
-            self.stat(url)
-            return True
-        return False
-
     def walk(self, folder: str) -> dict[str, Stat | None]:
         """All files under a folder: relative path -> Stat where listing gave it, sorted by path. Empty if there is no such folder."""
-        return dict(sorted(self._retry(lambda: self._backend(folder).walk(folder), folder).items()))
+        with suppress(Gone):  # of a bucket that does not exist
+            return dict(sorted(self._retry(lambda: self._backend(folder).walk(folder), folder).items()))
+        return {}
 
     def write(self, url: str, data: bytes) -> None:
         """All or nothing. Stores that cannot be written (http) raise DataError."""
@@ -199,20 +198,20 @@ class Store:
         while True:
             try:
                 return attempt()
-            except (PermissionError, Denied) as error:
-                raise Denied(
-                    f"{redact(url)}: access denied ({error}). Check the rights, or renew the credentials if they expired; then start the "
-                    "same command again."
-                ) from None
-            except (FileNotFoundError, Gone) as error:
-                if isinstance(error, Gone):
-                    raise
-                raise Gone(url, None) from None
-            except (DataError, Outage):
+            except (DataError, Outage, Gone):
                 raise
             except Exception as error:
-                if isinstance(error, OSError) and error.errno in _PERMANENT:
+                if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno in _PERMANENT):
                     raise Gone(url, None) from None
+                if _is_refused(error):
+                    raise Denied(
+                        f"{redact(url)}: access denied ({error}). Check the rights, and the credentials: they may be missing or have "
+                        "expired. Then start the same command again."
+                    ) from None
+                if _is_misused(error):
+                    raise DataError(
+                        f"{redact(url)} cannot be used: {error}. Check the URL and the settings of its store."
+                    ) from None
                 if not isinstance(error, OSError | TimeoutError | asyncio.TimeoutError | EOFError) and not _from_network(error):
                     raise
                 what = f"{type(error).__name__}: {error}".rstrip(": ")
@@ -242,6 +241,29 @@ def _has_glob(url: str) -> re.Match | None:
 def _matches(name: str, pattern: str) -> bool:
     parts, patterns = name.split("/"), pattern.split("/")
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def _is_refused(error: Exception) -> bool:
+    """Credentials are missing, wrong or expired, in each library's words."""
+    kinds = _kinds(error)
+    return (
+        isinstance(error, PermissionError)
+        or ("BotoCoreError" in kinds and not kinds & _HEALING and bool(_CREDENTIALS.search(type(error).__name__)))
+        or bool(kinds & {"DefaultCredentialsError", "RefreshError"})  # Google's
+        or getattr(error, "code", None) in (401, 403)  # gcsfs's HttpError
+        or str(error).startswith("Forbidden: ")  # gcsfs's OSError
+    )
+
+
+def _is_misused(error: Exception) -> bool:
+    """A bucket name, an endpoint, a region that cannot be."""
+    kinds = _kinds(error)
+    return isinstance(error, ValueError) or ("BotoCoreError" in kinds and not kinds & _HEALING)
+
+
+def _kinds(error: Exception) -> set[str]:
+    """Names of its classes: the libraries themselves need not be installed."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def _from_network(error: Exception) -> bool:
