@@ -52,17 +52,21 @@ class Sizes(NamedTuple):
 def init(source: str, out: str | None = None) -> Path:
     """Write the YAML (`out`, or NAME.yaml here) for the images at `source` and return its path.
 
-    Raises UserError if the file exists, DataError if there are no images.
+    Raises UserError if the file exists or its folder cannot hold it, DataError if there are no images.
     """
     name = re.sub(r"[^\w-]+", "_", source.rstrip("/").rpartition("/")[2].partition(".")[0]).strip("_") or "images"
     target = Path(out or f"{name}.yaml")
     if target.exists():
         raise UserError(f"{target} exists; give another file with --out, or remove it.")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise UserError(
+            f"{target} cannot be written: its folder is missing or read-only. Give the path of a file with --out, or make the folder."
+        )
     train, test = split(source)
     with progress("looking at the images"):
         seen = look(train)
-    target.write_text(compose(name, train, test, seen), encoding="utf-8")
     try:
+        target.write_text(compose(name, train, test, seen), encoding="utf-8")
         with progress("trying a few steps"):
             seconds = expected_seconds(str(target))
         fit_time(target, seconds)

@@ -78,6 +78,13 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.yaml")) == ["here.yaml"]
 
 
+def test_a_folder_that_cannot_hold_the_yaml_is_named_before_the_images_are_looked_at(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in ("nope/x.yaml", "file/x.yaml"):
+        with pytest.raises(UserError, match=rf"{out} cannot be written: its folder is missing or read-only\. .*--out"):
+            init(str(tmp_path / "absent"), str(tmp_path / out))
+
+
 def test_choices_follow_the_images():
     assert choose_sizes([32], gpu=False).patch_size == 4 and choose_sizes([500], gpu=True).global_size == 224
     assert choose_sizes([500], gpu=False).global_size == 96
