@@ -69,9 +69,12 @@ def report(runs: list[str], out: str | None = None, watch: bool = False, port: i
 def write(paths: list[Path], target: Path) -> None:
     """Beside and renamed, so that a browser never meets half a page."""
     page = render([open_run(path) for path in paths])
-    beside = target.with_suffix(".tmp")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, target)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(page, encoding="utf-8")
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def render(runs: list[Run], live: str = "") -> str:
@@ -291,7 +294,7 @@ def make_server(paths: list[Path], port: int = 0) -> ThreadingHTTPServer:
 
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise UserError(
-            f"port {port} cannot be used ({error.strerror}); leave --port out and the system chooses a free one."
+            f"port {port} cannot be used ({getattr(error, 'strerror', error)}); leave --port out and the system chooses a free one."
         ) from None

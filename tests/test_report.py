@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import threading
 import urllib.error
@@ -168,6 +169,22 @@ def test_wrong_arguments_are_the_users_mistake(tmp_path, trained_run):  # noqa: 
             make_server([trained_run], busy.server_port)
         finally:
             busy.server_close()
+    with pytest.raises(UserError, match=r"port 99999999 cannot be used \(.*0-65535"):
+        make_server([trained_run], 99999999)
+
+
+def test_a_full_disk_leaves_the_old_page_and_nothing_else(tmp_path):
+    (tmp_path / "config.yaml").write_text("run_dir: x\n")
+    (tmp_path / "report.html").write_text("before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            reporting.write([tmp_path], tmp_path / "report.html")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "report.html"]
+    assert (tmp_path / "report.html").read_text() == "before"
 
 
 def test_long_curves_keep_their_extremes():
