@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from shards import add, write_shard, write_shards
 
 from ssl_locat.data import shard_index
+from ssl_locat.data.check import check_command, show_command
 from ssl_locat.data.index import open_dataset, open_mix, read_compressed
 from ssl_locat.data.store import Store
 from ssl_locat.data.tar import Damage, RawSample, parse, scan, split_name
@@ -370,3 +372,15 @@ def test_links_are_followed_and_each_folder_counts_once(tmp_path):
     dataset = open_dataset(str(tmp_path / "set"))
     assert [sample.key for sample in dataset.read(0, len(dataset))] == ["cat/1", "cat/deep/2", "dog/3", "fox/4"]
     assert dataset.classes == ["cat", "dog", "fox"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_a_terminal_cannot_show_are_printed_all_the_same(tmp_path, monkeypatch, encoding):
+    with tarfile.open(tmp_path / "a.tar", "w", encoding="utf-8", errors="surrogateescape") as archive:
+        add(archive, b"caf\xe9.txt".decode("utf-8", "surrogateescape"), "\u00fc".encode())
+    for command in (show_command, check_command):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        command(str(tmp_path / "a.tar"), as_json=False)
+        stdout.flush()
+        assert r"[caf\udce9]" in stdout.buffer.getvalue().decode(encoding)

@@ -1,6 +1,7 @@
 """`ssl-locat shards check|show`: find all damage, tell what is in shards."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from ssl_locat.errors import BadSample, DataError
 from ssl_locat.log import progress
 
 _THREADS = 4
+_SHOWN = 3  # samples, as an example of what is there
 _PIECE = 64 << 20  # bytes read at once: bounds the memory of a check
 
 
@@ -52,8 +54,14 @@ def check_command(spec: str | list[str], as_json: bool) -> int:
         report_dict = {name: getattr(report, name) for name in ("shards", "samples", "bytes", "repeated_keys", "unusual")}
         print(json.dumps(report_dict | {"damage": [bad._asdict() for bad in report.damage]}))
     else:
-        print(report)
+        _print(str(report))
     return report.exit_code
+
+
+def _print(text: str) -> None:
+    """Names in a tar need not be UTF-8, and a terminal may know ASCII only: what it cannot show is shown by its number."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _decode_images(sample: RawSample) -> None:
@@ -139,10 +147,10 @@ def show_command(spec: str | list[str], as_json: bool) -> None:
         ]
         print(json.dumps({"data": dataset.name, "samples": len(dataset), "manifest": dataset.manifest_hash, "shards": shards}))
     else:
-        print(show(dataset))
+        _print(show(dataset))
 
 
-def show(dataset: ShardDataset | FolderDataset, first: int = 3) -> str:
+def show(dataset: ShardDataset | FolderDataset) -> str:
     """Counts, sizes and the first samples, as text."""
     lines = [
         f"{dataset.name}: {len(dataset)} samples, {len(dataset) * dataset.mean_bytes / 1e6:.1f} MB",
@@ -157,7 +165,7 @@ def show(dataset: ShardDataset | FolderDataset, first: int = 3) -> str:
             lines.append(f"  ... and {len(dataset.shards) - 20} more shards")
     elif dataset.classes:
         lines.append(f"{len(dataset.classes)} classes: {', '.join(dataset.classes[:10])}{' ...' * (len(dataset.classes) > 10)}")
-    for sample in dataset.read(0, min(first, len(dataset))):
+    for sample in dataset.read(0, min(_SHOWN, len(dataset))):
         if isinstance(sample, Damage):
             lines.append(f"[{sample.key}] DAMAGED: {sample.reason}")
         else:
