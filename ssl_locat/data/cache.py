@@ -25,13 +25,13 @@ _TRIM_EVERY = 64  # pages written by a process between two looks at the size of 
 class CachedStore(Store):
     """A Store whose remote reads go through pages under `folder`, of at most about `limit_bytes` altogether."""
 
-    def __init__(self, folder: str | Path, limit_bytes: int, budget_seconds: float = 300.0, timeout_seconds: float = 30.0):
-        super().__init__(budget_seconds, timeout_seconds)
+    def __init__(self, folder: str | Path, limit_bytes: int, budget_seconds: float = 300.0):
+        super().__init__(budget_seconds)
         self.folder, self.limit_bytes = Path(folder), limit_bytes
         self._written, self._complained, self._trim_lock = 0, False, threading.Lock()
 
     def __getstate__(self):
-        return super().__getstate__() | {"folder": str(self.folder), "limit_bytes": self.limit_bytes}
+        return {"folder": str(self.folder), "limit_bytes": self.limit_bytes, "budget_seconds": self.budget_seconds}
 
     def read(self, url: str, start: int, end: int, stat: Stat | None = None) -> bytes:
         # without a size and a version there is no telling whether a page is still the object's

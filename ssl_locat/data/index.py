@@ -197,7 +197,7 @@ def open_dataset(
     return dataset
 
 
-def open_mix(spec, *, store: Store | None = None, cache_dir: Path | None = None) -> tuple[list, list[float]]:
+def open_mix(spec, *, store: Store | None = None) -> tuple[list, list[float]]:
     """(datasets, weights) of a `data.train` value: one source, or a list of {shards: ..., weight: ...}."""
     parts = spec if isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec) else [{"shards": spec}]
     for part in parts:
@@ -205,19 +205,18 @@ def open_mix(spec, *, store: Store | None = None, cache_dir: Path | None = None)
             raise ConfigError(
                 f"data.train: {part!r} is not of the form {{shards: PATTERN, weight: NUMBER}}; a mix lists only such entries"
             )
-    datasets = [open_dataset(part["shards"], store=store, cache_dir=cache_dir) for part in parts]
+    datasets = [open_dataset(part["shards"], store=store) for part in parts]
     return datasets, [float(part.get("weight", 1.0)) for part in parts]
 
 
-def write_index(spec: str | list[str], store: Store | None = None) -> list[str]:
+def write_index(spec: str | list[str]) -> list[str]:
     """Index shards and write `shards.index` into their folders, so that nobody need scan them again; returns the files written."""
-    store = store or Store()
-    dataset = open_dataset(spec, store=store)
+    dataset = open_dataset(spec)
     if isinstance(dataset, FolderDataset):
         raise DataError(
             f"{dataset.name} is a folder of images: only tar shards have an index. Pack it first: ssl-locat shards pack FOLDER OUT"
         )
-    written = write_sidecars(store, dataset.shards)
+    written = write_sidecars(dataset.store, dataset.shards)
     log.info("indexed %d samples in %d shards: %s", len(dataset), len(dataset.shards), ", ".join(map(redact, written)))
     return written
 
