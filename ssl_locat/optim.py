@@ -49,7 +49,8 @@ def lr_scales(model: nn.Module, layer_decay: float, patch_embed_lr: float) -> di
     behind = 1 + max(layer for name, layer in layers.items() if "blocks." in name)
     scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
     for name, layer in layers.items():
-        if "blocks." in name or layer < behind - 1:  # timm counts the final norm to the last block
+        # timm counts the final norm to the last block; what all blocks share (Jumbo's MLP, learned rotary frequencies) keeps the full lr
+        if "blocks." in name or layer < behind - 1:
             scales[f"backbone.{name}"] = layer_decay ** (behind - layer) * (
                 patch_embed_lr if name.startswith("patch_embed.") else 1
             )
