@@ -20,6 +20,7 @@ from ssl_locat.errors import CheckpointError, UserError, did_you_mean
 from ssl_locat.models.official import HALF, recognise
 from ssl_locat.models.registry import MODELS, TWINS
 from ssl_locat.models.weights import fit, read_state, set_initial_grid
+from ssl_locat.yaml_files import load_yaml
 
 ATTACH = ("gaug", "prr", "pos_resize")  # options of attach_locat
 NOT_FOR_THE_CONSTRUCTOR = ("name", "init", "frozen_epochs")  # keys of a config's `backbone` that are no options of the model
@@ -171,7 +172,7 @@ def load_run(folder: Path, which: str, step: int | None) -> nn.Module:
             f"{folder} is neither a run folder (no config.yaml), nor an export (no config.json), nor a checkpoint of a run"
         )
     checkpoint = find_checkpoint(folder, step)
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = load_yaml(str(run / "config.yaml")).data
     settings = config["backbone"]
     options = {key: value for key, value in settings.items() if key not in NOT_FOR_THE_CONSTRUCTOR}
     backbone = create_backbone(settings["name"], **{"img_size": config["crops"]["global_size"], **options})

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssl_locat.errors import UserError
 from ssl_locat.log import duration, read_jsonl
+from ssl_locat.yaml_files import load_yaml
 
 # kind of the last telling event -> what became of the run
 ENDINGS = {
@@ -98,7 +97,7 @@ def open_run(path: str | Path) -> Run:
         raise UserError(f"{path} {there}; expected a run folder, as `ssl-locat pretrain` makes it (its `run_dir`).")
     return Run(
         path=path,
-        config=yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {},
+        config=load_yaml(str(path / "config.yaml")).data,
         environment=_json(path / "environment.json"),
         metrics=read_jsonl(path / "metrics.jsonl"),
         events=read_jsonl(path / "events.jsonl"),

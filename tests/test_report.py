@@ -15,7 +15,7 @@ from trained import trained_run  # noqa: F401
 
 from ssl_locat.errors import UserError
 from ssl_locat.log import EventLog
-from ssl_locat.report import make_server, render, report
+from ssl_locat.report import make_server, render, report, write
 from ssl_locat.report_charts import MAX_POINTS, Line, Mark, chart
 from ssl_locat.report_pictures import _Recorder
 from ssl_locat.run_story import flatten, open_run
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_old_page_and_nothing_else(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            reporting.write([tmp_path], tmp_path / "report.html")
+            write([tmp_path], tmp_path / "report.html")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "report.html"]

@@ -246,11 +246,11 @@ def test_too_much_damage_stops_the_run(shards, tmp_path):
 
 
 def test_a_handful_of_bad_samples_stops_no_run_unless_none_is_tolerated():
-    bad = [Bad(i, "d", 0, i, "s", "k", "e") for i in range(10)]
+    bad = [Bad(i, "d", i, "s", "k", "e") for i in range(10)]
     quarantine = Quarantine(None, 0.001, 1000)
     quarantine.add(bad)
     quarantine.judge(10)
-    quarantine.add([Bad(99, "d", 0, 99, "s", "k", "e")])
+    quarantine.add([Bad(99, "d", 99, "s", "k", "e")])
     with pytest.raises(DataBudgetExceeded):
         quarantine.judge(10)
     strict = Quarantine(None, 0.0, 1000)
@@ -270,11 +270,11 @@ def test_a_wholly_damaged_window_stops_the_run(shards):
 def test_quarantine_survives_a_line_cut_by_a_kill(tmp_path):
     path = tmp_path / "q.jsonl"
     first = Quarantine(path, 1, 100)
-    first.add([Bad(0, "d", 0, 1, "s", "k", "e")])
+    first.add([Bad(0, "d", 1, "s", "k", "e")])
     with open(path, "a") as file:
         file.write('{"position": 3, "da')
     again = Quarantine(path, 1, 100)
-    again.add([Bad(0, "d", 0, 1, "s", "k", "e"), Bad(5, "d", 0, 2, "s", "k", "e")])
+    again.add([Bad(0, "d", 1, "s", "k", "e"), Bad(5, "d", 2, "s", "k", "e")])
     assert again.added == 1
     assert len(Quarantine(path, 1, 100).known) == 2
 

@@ -18,7 +18,6 @@ class Bad(NamedTuple):
 
     position: int  # in the stream
     dataset: str
-    dataset_number: int
     index: int  # in the dataset
     shard: str
     key: str

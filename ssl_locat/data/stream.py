@@ -153,7 +153,7 @@ class Reader:
                     return raw.key, self.prepare(raw, seed)
                 except BadSample as error:
                     raw = Damage(raw.key, raw.shard, error.reason)
-            damaged.append(Bad(position, dataset.name, slot.dataset, int(number), raw.shard, raw.key, raw.reason))
+            damaged.append(Bad(position, dataset.name, int(number), raw.shard, raw.key, raw.reason))
         raise DataBudgetExceeded(
             f"all {len(damaged)} samples tried for position {position} are damaged; the last: {raw.shard} {raw.key}: {raw.reason}. "
             "'ssl-locat shards check' lists all damage."
