@@ -17,10 +17,12 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from ssl_locat.config import check_options, keyword_names
+from ssl_locat.config import keyword_names
 from ssl_locat.errors import ConfigError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
+from ssl_locat.evaluation.options import check_arguments
 from ssl_locat.log import console
+from ssl_locat.run_folder import write_atomically
 from ssl_locat.yaml_files import LoadedYaml, load_yaml
 
 CARD_START, CARD_END = "<!-- scores -->", "<!-- end of scores -->"
@@ -32,14 +34,20 @@ def load_protocol(name: str, overrides: Sequence[str] = ()) -> tuple[str, dict[s
     Raises ConfigError for an unknown protocol or key, with the place and the nearest known one.
     """
     loaded = load_yaml(name, "eval", overrides)
+    protocol = take_protocol(loaded)
+    check_arguments(PROTOCOLS[protocol], loaded.data, loaded)
+    _check_data(protocol, loaded)
+    return protocol, loaded.data
+
+
+def take_protocol(loaded: LoadedYaml) -> str:
+    """The protocol that a YAML names, taken out of it: what remains are the protocol's options."""
     protocol = loaded.data.pop("protocol", None)
-    if protocol not in PROTOCOLS:
+    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
         raise ConfigError(
             f"{loaded.place(('protocol',))}: protocol is {protocol!r}; known: {', '.join(PROTOCOLS)}.{did_you_mean(protocol, PROTOCOLS)}"
         )
-    check_options(PROTOCOLS[protocol], loaded.data, loaded)
-    _check_data(protocol, loaded)
-    return protocol, loaded.data
+    return protocol
 
 
 def _check_data(protocol: str, loaded: LoadedYaml) -> None:
@@ -48,7 +56,7 @@ def _check_data(protocol: str, loaded: LoadedYaml) -> None:
     if "data" not in known:
         return
     data = loaded.data.get("data")
-    if not isinstance(data, dict):
+    if data is None:
         raise ConfigError(
             f"{loaded.place(('data',))}: {protocol} needs data. Give it on the command line: data.test=SHARDS_OR_FOLDER."
         )
@@ -163,12 +171,12 @@ def evaluate(model, protocol: str = "knn", **options) -> dict[str, float]:
     from ssl_locat.backbone import load_backbone
 
     loaded = load_yaml(protocol, "eval")
-    name = loaded.data.pop("protocol")
+    name = take_protocol(loaded)
     data = {**(loaded.data.get("data") or {}), **options.pop("data", {})}
     given = LoadedYaml(f"evaluate({protocol!r})", {**loaded.data, **options})
     if data:
         given.data["data"] = data
-    check_options(PROTOCOLS[name], given.data, given)
+    check_arguments(PROTOCOLS[name], given.data, given)
     _check_data(name, given)
     backbone = load_backbone(model) if isinstance(model, str | os.PathLike) else model
     return function_of(name)(backbone, **given.data)
@@ -200,7 +208,7 @@ def add_to_card(folder: Path, result: dict[str, Any]) -> None:
     entry = {name: result[name] for name in ("name", "protocol", "tokens", "data", "metrics")}
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     known = [old for old in known if (old["name"], old["data"]) != (entry["name"], entry["data"])] + [entry]
-    _replace(path, json.dumps(known, indent=1) + "\n")
+    write_atomically(path, json.dumps(known, indent=1) + "\n")
     rows = ["| protocol | read from | data | scores |", "|---|---|---|---|"]
     for item in known:
         data = "; ".join(f"{name}: {value}" for name, value in item["data"].items() if name in ("train", "test"))
@@ -213,24 +221,25 @@ def add_to_card(folder: Path, result: dict[str, Any]) -> None:
         text = before + block + rest.split(CARD_END, 1)[1]
     else:
         text = text.rstrip() + f"\n\n## Scores\n\n{block}\n"
-    _replace(card, text)
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_atomically(card, text)
 
 
 def features(model: str, data: str, out: str, overrides: Sequence[str] = ()) -> None:
     """`ssl-locat features MODEL DATA OUT`: class and patch tokens of every image, in shards; keys as in eval/features.yaml."""
     loaded = load_yaml("features", "eval", overrides)
-    check_options("ssl_locat.evaluation.dump:dump", loaded.data, loaded)
+    check_arguments("ssl_locat.evaluation.dump:dump", loaded.data, loaded)
+    for name in ("data", "out"):
+        if name in loaded.data:
+            raise ConfigError(
+                f"{loaded.place((name,))}: {name} is given twice. Its place is before the keys: features MODEL DATA OUT."
+            )
 
-    from ssl_locat.backbone import load_backbone
+    from ssl_locat.backbone import check_exists, load_backbone
     from ssl_locat.distributed import setup, shutdown
-    from ssl_locat.evaluation.dump import dump
+    from ssl_locat.evaluation.dump import check_out, dump
 
+    check_exists(model)
+    check_out(out)
     device = setup()
     try:
         dump(load_backbone(model).to(device), data=data, out=out, **loaded.data)

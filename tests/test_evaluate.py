@@ -2,6 +2,7 @@ import inspect
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from scenes import write_split
 from ssl_locat import evaluate as program
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation import PROTOCOLS
-from ssl_locat.yaml_files import names
+from ssl_locat.evaluation.options import annotations, check_arguments
+from ssl_locat.yaml_files import LoadedYaml, names
 
 YAMLS = [name for name in names("eval") if name != "features"]
 
@@ -40,6 +42,65 @@ def test_every_protocol_has_a_yaml():
 def test_wrong_input_costs_a_second_and_one_message(protocol, overrides, message):
     with pytest.raises(ConfigError, match=message):
         program.load_protocol(protocol, overrides)
+
+
+DATA = ["data.train=a", "data.test=b"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "override", "message"),
+    [
+        ("knn", "k=abc", "k is 'abc'; expected a whole number of at least 1 or a list of whole numbers of at least 1"),
+        ("knn", "k=[-1]", r"k is \[-1\]; expected"),
+        ("knn", "k=[]", r"k is \[\]; expected"),
+        ("knn", "k=[0]", r"k is \[0\]; expected"),
+        ("knn", "temperature=abc", "temperature is 'abc'; expected a number above 0 or a list of numbers above 0"),
+        ("knn", "temperature=0", "temperature is 0; expected"),
+        ("knn", "image_size=abc", "image_size is 'abc'; expected a whole number of at least 1 or null"),
+        ("knn", "image_size=-8", "image_size is -8; expected"),
+        ("knn", "image_size=0", "image_size is 0; expected"),
+        ("knn", "batch_size=0", "batch_size is 0; expected"),
+        ("knn", "batch_size=abc", "batch_size is 'abc'; expected"),
+        ("knn", "batch_size=-1", "batch_size is -1; expected"),
+        ("knn", "batch_size=true", "batch_size is True; expected"),
+        ("knn", "workers=-1", "workers is -1; expected a whole number of at least 0"),
+        ("knn", "workers=abc", "workers is 'abc'; expected"),
+        ("knn", "seed=abc", "seed is 'abc'; expected"),
+        ("knn", "data.num_classes=abc", "data.num_classes is 'abc'; expected"),
+        ("knn", "data.max_bad=abc", "data.max_bad is 'abc'; expected"),
+        ("knn", "data.train=5", "data.train is 5; expected shards or a folder"),
+        ("knn", "data.image_key=5", "data.image_key is 5; expected text or null"),
+        ("knn", "data.tset=b", "unknown key 'data.tset'. Did you mean 'test'"),
+        ("knn", "data=5", r"data is 5; expected keys and values \(train, test"),
+        ("knn", "protocol=[1]", r"protocol is \[1\]; known: knn"),
+        ("linear", "epochs=abc", "epochs is 'abc'; expected"),
+        ("linear", "lr=abc", "lr is 'abc'; expected a number above 0"),
+        ("linear", "augment=maybe", "augment is 'maybe'; expected true or false"),
+        ("linear_sweep", "patch_mean=[maybe]", "patch_mean is .*expected a list of true and false"),
+        ("segmentation", "iterations=abc", "iterations is 'abc'; expected"),
+        ("segmentation", "head=linaer", "expected one of mlp, linear. Did you mean 'linear'"),
+        ("segmentation", "scale=[1]", r"scale is \[1\]; expected a list of 2, each a whole number of at least 1"),
+        ("efficiency", "image_size=0", "image_size is 0; expected"),
+        ("supervised", "distill={weight: 1}", "distill.model is missing; expected text"),
+        ("supervised", "distill={model: x, wieght: 1}", "unknown key 'distill.wieght'. Did you mean 'weight'"),
+        ("attention", "patches=[[2, 0]]", r"patches is \[\[2, 0\]\]; expected"),
+    ],
+)
+def test_a_wrong_value_is_told_before_torch_is_loaded(protocol, override, message):
+    with pytest.raises(ConfigError, match=message):
+        program.load_protocol(protocol, ([] if protocol == "efficiency" else DATA) + [override])
+
+
+def test_every_option_of_every_protocol_is_checked():
+    """An argument without a type of options.py could hold anything."""
+    for name, target in [*PROTOCOLS.items(), ("features", "ssl_locat.evaluation.dump:dump")]:
+        module, _, function = target.partition(":")
+        parameters = inspect.signature(getattr(import_module(module), function)).parameters.values()
+        keywords = {item.name for item in parameters if item.kind is item.KEYWORD_ONLY}
+        assert set(annotations(target)) == keywords, name
+        for item in parameters:
+            if item.kind is item.KEYWORD_ONLY and item.default is not item.empty:
+                check_arguments(target, {item.name: item.default}, LoadedYaml(name, {}))
 
 
 @pytest.mark.parametrize("choice", ["step=abc", "step=-1", "which=both"])
@@ -72,6 +133,8 @@ def test_run_gives_the_documented_shape_and_the_module_is_the_function(tmp_path)
     assert scores["top5_k3"] >= scores["top1_k3"] > 25
     with pytest.raises(ConfigError, match="Did you mean 'workers'"):
         ssl_locat.evaluate(backbone, "knn", data=data, worker=0)
+    with pytest.raises(ConfigError, match=r"evaluate\('knn'\): k is 'all'; expected"):
+        ssl_locat.evaluate(backbone, "knn", data=data, k="all")
 
 
 def test_model_card_gets_one_row_per_protocol_and_data(tmp_path):

@@ -55,3 +55,23 @@ def test_unlabelled_folder_as_npy_and_parquet(tmp_path, backbone):
     np.testing.assert_allclose(rows[0]["class"], table[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="Did you mean 'parquet'"):
         dump(backbone, data=source, out=str(tmp_path / "x"), format="parket")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+    from ssl_locat import backbone as backbones
+    from ssl_locat import evaluate as program
+
+    def never(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(backbones, "load_backbone", never)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=rf"OUT is {out}, but {tmp_path}/file is a file. Give a new or an empty folder"):
+            program.features("timm:vit_tiny", "images", str(out))
+    with pytest.raises(UserError, match="there is no nowhere"):
+        program.features("nowhere", "images", str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="out is given twice"):
+        program.features("timm:vit_tiny", "images", str(tmp_path / "out"), ["out=x"])
+    with pytest.raises(ConfigError, match="rows is 0; expected a whole number of at least 1"):
+        program.features("timm:vit_tiny", "images", str(tmp_path / "out"), ["rows=0"])

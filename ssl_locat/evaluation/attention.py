@@ -6,6 +6,7 @@ Writes FOLDER/attention.png, one row per image and model, and FOLDER/attention.j
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ssl_locat.distributed import is_main
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.features import check_colours, patch_size
 from ssl_locat.evaluation.image_views import normalisation
+from ssl_locat.evaluation.options import BelowOne, Count, Integer, LabelledData, Text
 from ssl_locat.evaluation.pictures import pictures
 from ssl_locat.models.grid import patch_distances
 from ssl_locat.models.maps import attention_maps
@@ -25,13 +27,13 @@ from ssl_locat.models.maps import attention_maps
 def evaluate(
     backbone: nn.Module,
     *,
-    data: dict,
-    images: int = 4,
-    image_size: int | None = None,
-    patches: list | tuple = ((0.5, 0.5), (0.25, 0.25)),
-    layer: int = -1,
-    beside: str | None = None,
-    out: str | None = "attention",
+    data: LabelledData,
+    images: Count = 4,
+    image_size: Count | None = None,
+    patches: Sequence[tuple[BelowOne, BelowOne]] = ((0.5, 0.5), (0.25, 0.25)),
+    layer: Integer = -1,
+    beside: Text | None = None,
+    out: Text | None = "attention",
 ) -> dict[str, float]:
     """-> patch_distance (mean distance of what patches attend to, in patches) and cls_entropy (bits), for `beside` too with that suffix.
 

@@ -7,6 +7,7 @@ are written where samples have them. Each process writes the files of its own sh
 import json
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ssl_locat.distributed import barrier, is_main, rank, world_size
 from ssl_locat.errors import BadSample, ConfigError, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.features import check_image_size, default_resize
 from ssl_locat.evaluation.image_views import centre_view, normalisation
+from ssl_locat.evaluation.options import Count, Flag, Shards, Text, Whole
 from ssl_locat.evaluation.samples import NO_LABEL, Members, load_in_order, share
 from ssl_locat.log import progress
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
@@ -48,22 +50,33 @@ class _Images(Dataset):
         return found
 
 
+def check_out(out: str) -> Path:
+    """The folder to write into. UserError if it cannot be one, or holds features already."""
+    folder = Path(out)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"OUT is {out}, but {existing} is a file. Give a new or an empty folder.")
+    if any(folder.glob("features*")):
+        raise UserError(f"{folder} already holds features. Give an empty folder, or delete them.")
+    return folder
+
+
 @torch.no_grad()
 def dump(
     backbone: nn.Module,
     *,
-    data: str | list,
-    out: str,
-    format: str = "safetensors",
-    patches: bool = True,
-    norm: bool = True,
-    rows: int = 10_000,
-    image_size: int | None = None,
-    resize_size: int | None = None,
-    image_key: str | None = None,
-    label_key: str | None = None,
-    batch_size: int = 64,
-    workers: int = 4,
+    data: Shards,
+    out: Text,
+    format: Literal["safetensors", "npy", "parquet"] = "safetensors",
+    patches: Flag = True,
+    norm: Flag = True,
+    rows: Count = 10_000,
+    image_size: Count | None = None,
+    resize_size: Count | None = None,
+    image_key: Text | None = None,
+    label_key: Text | None = None,
+    batch_size: Count = 64,
+    workers: Whole = 4,
 ) -> None:
     """Write `class` [n, C], `patches` [n, N, D] (float16), `key` and `label` of every image of a DATA spec into the folder `out`.
 
@@ -74,9 +87,7 @@ def dump(
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; known: {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
-    folder = Path(out)
-    if folder.is_dir() and any(folder.glob("features*")):
-        raise UserError(f"{folder} already holds features. Give an empty folder, or delete them.")
+    folder = check_out(out)
     size = check_image_size(backbone, image_size)
     mean, std = normalisation(backbone)
     view = partial(centre_view, size=size, resize=resize_size or default_resize(size), mean=mean, std=std)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_locat.errors import UserError
+from ssl_locat.evaluation.options import Count
 from ssl_locat.log import console
 from ssl_locat.models.attention import forced_backend
 
@@ -28,7 +29,7 @@ PUBLISHED = {
 
 
 @torch.no_grad()
-def evaluate(backbone: nn.Module, *, image_size: int = 224, num_classes: int = 1000) -> dict[str, float]:
+def evaluate(backbone: nn.Module, *, image_size: Count = 224, num_classes: Count = 1000) -> dict[str, float]:
     """-> params and gmacs with a classifier of `num_classes`, params_backbone without; published_* where the paper has such a model.
 
     image_size: pixels, square. gmacs: billions of multiply-accumulates for one image.

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ssl_locat.distributed import all_gather_cat
 from ssl_locat.errors import ConfigError, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.image_views import centre_view, normalisation
+from ssl_locat.evaluation.options import LabelledData
 from ssl_locat.evaluation.samples import LabelledSamples, Members, Pass
 from ssl_locat.log import progress
 from ssl_locat.models.tokens import features as class_features
 from ssl_locat.seeds import mix64
 
-DATA_KEYS = ("train", "test", "num_classes", "image_key", "label_key", "max_bad")
+DATA_KEYS = tuple(LabelledData.__annotations__)
 
 
 class Features(NamedTuple):

@@ -20,6 +20,7 @@ from ssl_locat.evaluation.features import check_colours, check_image_size
 from ssl_locat.evaluation.image_views import normalisation
 from ssl_locat.evaluation.knn import nearest
 from ssl_locat.evaluation.metrics import confusion_matrix, hungarian_scores, segmentation_scores
+from ssl_locat.evaluation.options import Count, Flag, FromEnd, Positive, SceneData, Whole
 from ssl_locat.log import progress
 from ssl_locat.seeds import mix64
 
@@ -115,18 +116,18 @@ def _draws(seed: int, index: int, count: int) -> Tensor:
 def evaluate(
     backbone: nn.Module,
     *,
-    data: dict,
-    image_size: int | None = 224,
-    neighbours: int = 30,
-    beta: float = 0.02,
-    memory_size: int | None = None,
-    block: int = -1,
-    norm: bool = False,
-    paper_compat: bool = False,
-    augment: bool = False,
-    batch_size: int = 32,
-    workers: int = 4,
-    seed: int = 0,
+    data: SceneData,
+    image_size: Count | None = 224,
+    neighbours: Count = 30,
+    beta: Positive = 0.02,
+    memory_size: Count | None = None,
+    block: FromEnd = -1,
+    norm: Flag = False,
+    paper_compat: Flag = False,
+    augment: Flag = False,
+    batch_size: Count = 32,
+    workers: Whole = 4,
+    seed: Whole = 0,
 ) -> dict[str, float]:
     """miou, mean_accuracy, pixel_accuracy and miou_hungarian (what the reference reports), in percent.
 

@@ -13,6 +13,7 @@ from ssl_locat.distributed import all_reduce_sum_, rank, world_size
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.features import Features, check_classes, check_image_size, extract, label_subset, labelled_images, split
 from ssl_locat.evaluation.metrics import top_hits
+from ssl_locat.evaluation.options import Count, Counts, Folds, LabelledData, Positive, Positives, Share, Whole
 from ssl_locat.evaluation.samples import same_classes
 
 QUERIES, BANK = 1024, 65536  # rows compared at a time: 256 MiB of similarities
@@ -98,16 +99,16 @@ def score(
 def evaluate(
     backbone: nn.Module,
     *,
-    data: dict,
-    k: int | Sequence[int] = (10, 20, 100, 200),
-    temperature: float | Sequence[float] = 0.07,
-    image_size: int | None = None,
-    resize_size: int | None = None,
-    train_fraction: float = 1.0,
-    folds: int | None = None,
-    batch_size: int = 256,
-    workers: int = 4,
-    seed: int = 0,
+    data: LabelledData,
+    k: Count | Counts = (10, 20, 100, 200),
+    temperature: Positive | Positives = 0.07,
+    image_size: Count | None = None,
+    resize_size: Count | None = None,
+    train_fraction: Share = 1.0,
+    folds: Folds | None = None,
+    batch_size: Count = 256,
+    workers: Whole = 4,
+    seed: Whole = 0,
 ) -> dict[str, float]:
     """top1_kK and top5_kK in percent for each k: the test images classified by their neighbours among the training images.
 

@@ -21,6 +21,19 @@ from ssl_locat.evaluation.features import Features, check_classes, check_image_s
 from ssl_locat.evaluation.heads import average_gradients, load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.image_views import centre_view, normalisation, training_view
 from ssl_locat.evaluation.metrics import top_hits
+from ssl_locat.evaluation.options import (
+    Count,
+    Counts,
+    Flag,
+    Flags,
+    LabelledData,
+    Portion,
+    Positive,
+    Positives,
+    Share,
+    Text,
+    Whole,
+)
 from ssl_locat.evaluation.samples import LabelledSamples, Members, Pass, epoch_keys, load_in_order, read_labels, same_classes
 from ssl_locat.log import progress
 from ssl_locat.models.tokens import class_token, last_blocks, refine
@@ -193,19 +206,19 @@ class Task:
 def evaluate(
     backbone: nn.Module,
     *,
-    data: dict,
-    blocks: int = 1,
-    patch_mean: bool = False,
-    epochs: int = 100,
-    lr: float = 1e-3,
-    batch_size: int = 1024,
-    image_size: int | None = None,
-    resize_size: int | None = None,
-    augment: bool = True,
-    train_fraction: float = 1.0,
-    workers: int = 8,
-    seed: int = 0,
-    resume_file: str | None = None,
+    data: LabelledData,
+    blocks: Count = 1,
+    patch_mean: Flag = False,
+    epochs: Count = 100,
+    lr: Positive = 1e-3,
+    batch_size: Count = 1024,
+    image_size: Count | None = None,
+    resize_size: Count | None = None,
+    augment: Flag = True,
+    train_fraction: Share = 1.0,
+    workers: Whole = 8,
+    seed: Whole = 0,
+    resume_file: Text | None = None,
 ) -> dict[str, float]:
     """top1 and top5 in percent of one linear classifier, DINO's eval_linear: SGD, momentum 0.9, no weight decay, a cosine by epoch.
 
@@ -230,20 +243,20 @@ def evaluate(
 def sweep(
     backbone: nn.Module,
     *,
-    data: dict,
-    blocks: Sequence[int] = (1, 4),
-    patch_mean: Sequence[bool] = (False, True),
-    lrs: Sequence[float] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
-    held_out: float = 0.1,
-    epochs: int = 10,
-    batch_size: int = 1024,
-    image_size: int | None = None,
-    resize_size: int | None = None,
-    augment: bool = True,
-    train_fraction: float = 1.0,
-    workers: int = 8,
-    seed: int = 0,
-    resume_file: str | None = None,
+    data: LabelledData,
+    blocks: Counts = (1, 4),
+    patch_mean: Flags = (False, True),
+    lrs: Positives = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
+    held_out: Portion = 0.1,
+    epochs: Count = 10,
+    batch_size: Count = 1024,
+    image_size: Count | None = None,
+    resize_size: Count | None = None,
+    augment: Flag = True,
+    train_fraction: Share = 1.0,
+    workers: Whole = 8,
+    seed: Whole = 0,
+    resume_file: Text | None = None,
 ) -> dict[str, float]:
     """top1 and top5 in percent of the best of blocks x patch_mean x lrs classifiers, all trained in one pass over the images (DINOv2's linear).
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_locat.distributed import all_reduce_sum_, is_main
+from ssl_locat.evaluation.options import Count, LabelledData, Text, Whole
 from ssl_locat.evaluation.pictures import pictures
 from ssl_locat.log import progress
 from ssl_locat.models.gaug import GAug
@@ -100,13 +101,13 @@ def gaug_statistics(backbone: nn.Module) -> Iterator[list[dict[str, Spread]]]:
 def evaluate(
     backbone: nn.Module,
     *,
-    data: dict,
-    images: int | None = 1000,
-    image_size: int | None = None,
-    resize_size: int | None = None,
-    batch_size: int = 64,
-    workers: int = 4,
-    out: str | None = "locality",
+    data: LabelledData,
+    images: Count | None = 1000,
+    image_size: Count | None = None,
+    resize_size: Count | None = None,
+    batch_size: Count = 64,
+    workers: Whole = 4,
+    out: Text | None = "locality",
 ) -> dict[str, float]:
     """-> locality_layer1, ..., patch_cls_layer1, ..., and locality, patch_cls of the last layer; sigma_layer1, alpha_layer1, ... (means).
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from ssl_locat.errors import ConfigError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
+from ssl_locat.evaluation.options import check_arguments
+from ssl_locat.yaml_files import LoadedYaml
 
 ONLINE = [
     name for name in PROTOCOLS if name not in ("supervised", "attention", "efficiency")
@@ -36,6 +38,7 @@ def probe(backbone: nn.Module, name: str, options: dict[str, Any], data_defaults
         inherited = {key: value for key, value in data_defaults.items() if key in ("train", "test", "image_key")}
     data = {**inherited, **(options.pop("data", None) or {})}
     data = {key: value for key, value in data.items() if value is not None}
+    check_arguments(PROTOCOLS[protocol], {**options, "data": data}, LoadedYaml(f"probes.{name}", {}))
     module, _, function = PROTOCOLS[protocol].partition(":")
     with undisturbed(backbone):
         return getattr(import_module(module), function)(backbone, data=data, **options)

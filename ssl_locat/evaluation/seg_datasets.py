@@ -16,20 +16,10 @@ import numpy as np
 
 from ssl_locat.data.decode import decode_image, decode_mask, find_image, find_mask, image_orientation
 from ssl_locat.errors import BadSample, ConfigError, DataError, did_you_mean
+from ssl_locat.evaluation.options import SceneData
 from ssl_locat.evaluation.samples import Members
 
-DATA_KEYS = (
-    "train",
-    "test",
-    "layout",
-    "train_split",
-    "test_split",
-    "num_classes",
-    "ignore_index",
-    "reduce_zero_label",
-    "image_key",
-    "mask_key",
-)
+DATA_KEYS = tuple(SceneData.__annotations__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 VOID = 255
 

@@ -6,6 +6,7 @@ Images are augmented as mmseg does and tested whole, at their own size. The head
 """
 
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ssl_locat.evaluation.features import check_colours, check_image_size, strid
 from ssl_locat.evaluation.heads import average_gradients, load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.image_views import normalisation, to_tensor
 from ssl_locat.evaluation.metrics import class_ious, confusion_matrix, segmentation_scores
+from ssl_locat.evaluation.options import Count, Flag, FromEnd, NotNegative, Positive, SceneData, Text, Whole
 from ssl_locat.evaluation.samples import epoch_keys, load_in_order, share
 from ssl_locat.evaluation.seg_augment import augment, pad
 from ssl_locat.evaluation.seg_datasets import VOID, Scenes, open_scenes
@@ -76,22 +78,22 @@ def to_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 def evaluate(
     backbone: nn.Module,
     *,
-    data: dict,
-    head: str = "mlp",
-    hidden: int = 512,
-    iterations: int = 20_000,
-    batch_size: int = 32,
-    image_size: int = 512,
-    scale: tuple[int, int] = (2048, 512),
-    lr: float = 1e-3,
-    weight_decay: float = 0.01,
-    norm: bool = False,
-    block: int = -1,
-    paper_compat: bool = False,
-    per_class: bool = False,
-    workers: int = 8,
-    seed: int = 0,
-    resume_file: str | None = None,
+    data: SceneData,
+    head: Literal["mlp", "linear"] = "mlp",
+    hidden: Count = 512,
+    iterations: Count = 20_000,
+    batch_size: Count = 32,
+    image_size: Count = 512,
+    scale: tuple[Count, Count] = (2048, 512),
+    lr: Positive = 1e-3,
+    weight_decay: NotNegative = 0.01,
+    norm: Flag = False,
+    block: FromEnd = -1,
+    paper_compat: Flag = False,
+    per_class: Flag = False,
+    workers: Whole = 8,
+    seed: Whole = 0,
+    resume_file: Text | None = None,
 ) -> dict[str, float]:
     """miou, mean_accuracy and pixel_accuracy in percent (and iou_0, iou_1, ... with `per_class`).
 

@@ -10,6 +10,7 @@ number, so that a stopped run goes on with the same crops and the same mixing.
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,18 @@ from ssl_locat.evaluation.features import check_classes, check_colours, check_im
 from ssl_locat.evaluation.heads import load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.image_views import centre_view, normalisation
 from ssl_locat.evaluation.metrics import top_hits
+from ssl_locat.evaluation.options import (
+    BelowOne,
+    Count,
+    Distill,
+    LabelledData,
+    NotNegative,
+    Positive,
+    Probability,
+    Share,
+    Text,
+    Whole,
+)
 from ssl_locat.evaluation.samples import LabelledSamples, Members, Pass, epoch_keys, load_in_order, read_labels, same_classes
 from ssl_locat.log import progress
 from ssl_locat.seeds import mix64
@@ -119,30 +132,30 @@ class Distillation:
 def evaluate(
     backbone: nn.Module,
     *,
-    data: dict,
-    epochs: int = 300,
-    warmup_epochs: float = 20,
-    lr: float | None = None,
-    batch_size: int = 1024,
-    weight_decay: float = 0.05,
-    layer_decay: float | None = None,
-    clip_grad: float = 5.0,
-    drop_path: float | None = None,
-    label_smoothing: float = 0.1,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
-    random_erasing: float = 0.25,
-    crop_scale: tuple[float, float] = (0.08, 1.0),
-    crop_fraction: float = 0.9,
-    distill: dict | None = None,
-    image_size: int | None = None,
-    train_fraction: float = 1.0,
-    precision: str = "fp16",
-    workers: int = 8,
-    seed: int = 42,
-    resume_file: str | None = None,
-    weights_file: str | None = None,
+    data: LabelledData,
+    epochs: Count = 300,
+    warmup_epochs: NotNegative = 20,
+    lr: Positive | None = None,
+    batch_size: Count = 1024,
+    weight_decay: NotNegative = 0.05,
+    layer_decay: Share | None = None,
+    clip_grad: NotNegative = 5.0,
+    drop_path: BelowOne | None = None,
+    label_smoothing: BelowOne = 0.1,
+    mixup: NotNegative = 0.8,
+    cutmix: NotNegative = 1.0,
+    auto_augment: Text | None = "rand-m9-mstd0.5-inc1",
+    random_erasing: Probability = 0.25,
+    crop_scale: tuple[Share, Share] = (0.08, 1.0),
+    crop_fraction: Share = 0.9,
+    distill: Distill | None = None,
+    image_size: Count | None = None,
+    train_fraction: Share = 1.0,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp16",
+    workers: Whole = 8,
+    seed: Whole = 42,
+    resume_file: Text | None = None,
+    weights_file: Text | None = None,
 ) -> dict[str, float]:
     """top1 and top5 in percent on data.test of the whole network, trained on data.train. The backbone given is changed.
 
