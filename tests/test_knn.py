@@ -6,7 +6,7 @@ from scenes import png, scene, write_shard, write_split
 
 from ssl_locat.backbone import create_backbone
 from ssl_locat.errors import ConfigError, DataError, UserError
-from ssl_locat.evaluation import knn
+from ssl_locat.evaluation import knn, samples
 from ssl_locat.evaluation.features import Features, check_classes, label_subset
 from ssl_locat.evaluation.samples import Members
 
@@ -149,6 +149,17 @@ def test_wrong_input_is_said_before_work_starts(tmp_path, backbone):
     (unlabelled / "a.png").write_bytes(png(scene(0, 32, np.random.default_rng(0))[0]))
     with pytest.raises(DataError, match="no label"):
         knn.evaluate(backbone, data={"train": str(unlabelled), "test": data["test"]}, workers=0)
+
+
+@pytest.mark.parametrize(("first", "steps"), [(0, 12), (5, 12), (4, 8), (0, 3), (7, 10)])
+def test_steps_read_epoch_after_epoch_wherever_they_begin(first, steps):
+    whole = [batch for epoch in range(3) for batch in samples.epoch_keys(19, 4, epoch, 7, 0, 1)]  # four batches an epoch
+    assert list(samples.training_keys(19, 4, first, steps, 7)) == whole[first:steps]
+
+
+def test_the_order_of_many_epochs_takes_no_room():
+    order = samples.training_keys(1000, 10, 0, 10**12, 0)
+    assert len({index for _ in range(100) for index, _ in next(order)}) == 1000
 
 
 def test_members_come_in_any_order_with_neighbours_in_one_read(tmp_path):

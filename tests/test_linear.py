@@ -5,7 +5,7 @@ from scenes import write_split
 
 from ssl_locat.backbone import create_backbone
 from ssl_locat.errors import CheckpointError, ConfigError
-from ssl_locat.evaluation import linear
+from ssl_locat.evaluation import linear, samples
 from ssl_locat.evaluation.online import probe, undisturbed
 
 
@@ -63,6 +63,15 @@ def test_stopped_and_continued_equals_unbroken(backbone, data, tmp_path, monkeyp
         next(backbone.parameters()).add_(1)
     with pytest.raises(CheckpointError, match=r"another training \(weights"):
         linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "b.safetensors"))
+
+
+def test_an_epochs_order_is_made_when_it_begins(backbone, data, monkeypatch):
+    asked, at_first_save = [], []
+    original = samples.epoch_keys
+    monkeypatch.setattr(samples, "epoch_keys", lambda *args: asked.append(args[2]) or original(*args))
+    monkeypatch.setattr(linear, "save_progress", lambda *_: at_first_save.append(len(asked)))
+    linear.evaluate(backbone, data=data, epochs=3, batch_size=16, workers=0)
+    assert at_first_save[:2] == [1, 2] and asked == [0, 1, 2]
 
 
 def test_sweep_chooses_on_held_out_images(backbone, data):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from scenes import write_split
 
 from ssl_locat.backbone import create_backbone
+from ssl_locat.evaluation import samples
 from ssl_locat.evaluation import segmentation as seg
 
 
@@ -94,3 +95,16 @@ def test_stopped_and_continued_equals_unbroken(tmp_path, monkeypatch):
         seg.evaluate(backbone, **settings, resume_file=file)
     monkeypatch.setattr(seg, "save_progress", save)
     assert seg.evaluate(backbone, **settings, resume_file=file) == unbroken
+
+
+def test_an_epochs_order_is_made_when_it_begins(tmp_path, monkeypatch):
+    asked, at_first_save = [], []
+    original = samples.epoch_keys
+    monkeypatch.setattr(samples, "epoch_keys", lambda *args: asked.append(args[2]) or original(*args))
+    monkeypatch.setattr(seg, "save_progress", lambda *_: at_first_save.append(len(asked)))
+    monkeypatch.setattr(seg, "SAVE_EVERY", 2)
+    torch.manual_seed(0)
+    backbone = create_backbone("locatvit_tiny", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    data = write_split(tmp_path, num_train=8, num_test=3) | {"num_classes": 5}
+    seg.evaluate(backbone, data=data, hidden=16, image_size=32, scale=(64, 32), batch_size=4, iterations=6, workers=0)
+    assert at_first_save[:2] == [1, 2] and asked == [0, 1, 2]

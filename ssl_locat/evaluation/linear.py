@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_locat.distributed import rank, world_size
+from ssl_locat.distributed import world_size
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.features import Features, check_classes, check_image_size, default_resize, extract, label_subset, split
 from ssl_locat.evaluation.heads import average_gradients, load_progress, purpose_of, save_progress
@@ -34,7 +34,7 @@ from ssl_locat.evaluation.options import (
     Text,
     Whole,
 )
-from ssl_locat.evaluation.samples import LabelledSamples, Members, Pass, epoch_keys, load_in_order, read_labels, same_classes
+from ssl_locat.evaluation.samples import LabelledSamples, Members, Pass, load_in_order, read_labels, same_classes, training_keys
 from ssl_locat.log import progress
 from ssl_locat.models.tokens import class_token, last_blocks, refine
 from ssl_locat.seeds import mix64
@@ -170,17 +170,14 @@ class Task:
 
     def batches(self, first: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Features and labels of steps first..steps-1, this process's share, a pure function of seed and step."""
-        keys = []
-        for epoch in range(first // self.steps_per_epoch, -(-steps // self.steps_per_epoch)):
-            keys += epoch_keys(len(self.train), self.batch_size, epoch, self.seed, rank(), world_size())
-        keys = keys[first % self.steps_per_epoch :][: steps - first]
+        keys = training_keys(len(self.train), self.batch_size, first, steps, self.seed)
         if not self.augment:
             table = self.features(self.plain, self.train)
             for batch in keys:
                 rows = torch.tensor([index for index, _ in batch])
                 yield table.values[rows].to(self.device), table.labels[rows].to(self.device)
             return
-        keys = [[(int(self.train[index]), seed) for index, seed in batch] for batch in keys]
+        keys = ([(int(self.train[index]), seed) for index, seed in batch] for batch in keys)
         for batch in load_in_order(self.views, keys, self.workers):
             images, labels = batch
             with torch.no_grad():

@@ -11,7 +11,7 @@ import itertools
 import logging
 import lzma
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ def share(total: int, rank: int, world_size: int) -> tuple[list[int], list[bool]
     return [min(position, total - 1) for position in positions], [position < total for position in positions]
 
 
-def epoch_keys(total: int, batch_size: int, epoch: int, seed: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
+def epoch_keys(total: int, batch_size: int, epoch: int, seed: int, rank: int, world_size: int) -> Iterator[list[tuple[int, int]]]:
     """One epoch as batches of (index, augmentation seed), this process's part of each. A last incomplete batch is left out.
 
     The global batches do not depend on the number of processes, which must divide `batch_size`; a set smaller than a batch is one batch.
@@ -48,14 +48,24 @@ def epoch_keys(total: int, batch_size: int, epoch: int, seed: int, rank: int, wo
     order = torch.randperm(total, generator=torch.Generator().manual_seed(mix64(seed, epoch) >> 1)).tolist()
     batch_size = min(batch_size, total // world_size * world_size)
     per_process = batch_size // world_size
-    batches = []
     for start in range(0, total - batch_size + 1, batch_size):
         mine = order[start + rank * per_process : start + (rank + 1) * per_process]
-        batches.append([(index, mix64(seed, epoch, index)) for index in mine])
-    return batches
+        yield [(index, mix64(seed, epoch, index)) for index in mine]
 
 
-def load_in_order(dataset: Dataset, keys: Sequence[Sequence], workers: int) -> Iterator[list]:
+def training_keys(total: int, batch_size: int, first: int, steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """The batches of steps first..steps-1, epoch after epoch, this process's part of each.
+
+    One epoch's order is held at a time: the keys of 300 epochs of ImageNet would take 57 GB.
+    """
+    per_epoch = total // min(batch_size, total // world_size() * world_size())
+    for epoch in range(first // per_epoch, -(-steps // per_epoch)):
+        batches = epoch_keys(total, batch_size, epoch, seed, rank(), world_size())
+        before = epoch * per_epoch
+        yield from itertools.islice(batches, max(first - before, 0), steps - before)
+
+
+def load_in_order(dataset: Dataset, keys: Iterable[Sequence], workers: int) -> Iterator[list]:
     """The items of each list of keys, in order; tuples come as a list of columns, tensors among them stacked.
 
     An error in a worker arrives here as it was raised.

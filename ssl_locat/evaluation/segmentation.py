@@ -22,7 +22,7 @@ from ssl_locat.evaluation.heads import average_gradients, load_progress, purpose
 from ssl_locat.evaluation.image_views import normalisation, to_tensor
 from ssl_locat.evaluation.metrics import class_ious, confusion_matrix, segmentation_scores
 from ssl_locat.evaluation.options import Count, Flag, FromEnd, NotNegative, Positive, SceneData, Text, Whole
-from ssl_locat.evaluation.samples import epoch_keys, load_in_order, share
+from ssl_locat.evaluation.samples import load_in_order, share, training_keys
 from ssl_locat.evaluation.seg_augment import augment, pad
 from ssl_locat.evaluation.seg_datasets import VOID, Scenes, open_scenes
 from ssl_locat.log import progress
@@ -167,13 +167,8 @@ def _training_batches(
         repeats = -(-batch_size // len(scenes))
     else:
         repeats = 1
-    total = len(scenes) * repeats
-    per_epoch = total // batch_size
-    keys = []
-    for epoch in range(first // per_epoch, -(-iterations // per_epoch)):
-        for number, batch in enumerate(epoch_keys(total, batch_size, epoch, seed, rank(), world_size())):
-            if first <= epoch * per_epoch + number < iterations:
-                keys.append([(index % len(scenes), key) for index, key in batch])
+    batches = training_keys(len(scenes) * repeats, batch_size, first, iterations, seed)
+    keys = ([(index % len(scenes), key) for index, key in batch] for batch in batches)
     for images, masks, _ in load_in_order(PreparedScenes(scenes, prepare), keys, workers):
         yield images, masks
 

@@ -41,7 +41,7 @@ from ssl_locat.evaluation.options import (
     Text,
     Whole,
 )
-from ssl_locat.evaluation.samples import LabelledSamples, Members, Pass, epoch_keys, load_in_order, read_labels, same_classes
+from ssl_locat.evaluation.samples import LabelledSamples, Members, Pass, load_in_order, read_labels, same_classes, training_keys
 from ssl_locat.log import progress
 from ssl_locat.seeds import mix64
 
@@ -220,11 +220,9 @@ def evaluate(
     network = nn.parallel.DistributedDataParallel(backbone) if world_size() > 1 else backbone
 
     views = LabelledSamples(train, train_view, *keys)
-    order = [
-        [(chosen[index], key) for index, key in batch]
-        for epoch in range(step // per_epoch, epochs)
-        for batch in epoch_keys(len(chosen), batch_size, epoch, seed, rank(), world_size())
-    ]
+    order = (
+        [(chosen[index], key) for index, key in batch] for batch in training_keys(len(chosen), batch_size, step, total, seed)
+    )
     network.train()
     with progress("supervised", total=total, unit="steps", start=step) as bar:
         for images, labels in load_in_order(views, order, workers):
