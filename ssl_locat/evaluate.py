@@ -18,7 +18,7 @@ import yaml
 from rich.table import Table
 
 from ssl_locat.config import keyword_names
-from ssl_locat.errors import ConfigError, did_you_mean
+from ssl_locat.errors import ConfigError, UserError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.options import check_arguments
 from ssl_locat.log import console
@@ -95,12 +95,18 @@ def check(
 
 def check_inputs(model: str, protocol: str, options: dict[str, Any], model_may_come: bool = False) -> None:
     """UserError if the model or a data set is not there; data is opened as the protocol will open it, and not read."""
-    from ssl_locat.backbone import check_exists
+    import timm
+
+    from ssl_locat.backbone import check_exists, split_options
     from ssl_locat.evaluation.samples import Members
     from ssl_locat.evaluation.seg_datasets import open_scenes
 
     if not model_may_come:
         check_exists(model)
+    if model.startswith("timm:"):
+        name, _ = split_options(model.removeprefix("timm:"))
+        if not timm.is_model(name):
+            raise UserError(f"timm has no model {name!r}.{did_you_mean(name, timm.list_models())}")
     data = options.get("data") or {}
     for name in ("train", "test"):
         if data.get(name):

@@ -8,17 +8,20 @@ table.md, table.csv and table.tex. A row's list of models, and a column's list o
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from ssl_locat.config import DataSpec, Section, check_options, parse
+from ssl_locat.config import DataSpec, Section, keyword_names, parse
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
-from ssl_locat.evaluate import check_inputs, judge
+from ssl_locat.evaluate import check_inputs, judge, take_protocol
 from ssl_locat.evaluation import PROTOCOLS
+from ssl_locat.evaluation.options import check_arguments
 from ssl_locat.log import console, progress
+from ssl_locat.run_folder import write_atomically
 from ssl_locat.table_text import Cell, write_table
 from ssl_locat.yaml_files import LoadedYaml, load_yaml
 
@@ -72,7 +75,8 @@ class TableConfig(Section):
 def load_table(name: str, arguments: Sequence[str] = ()) -> TableConfig:
     """A shipped table or a path; arguments are ROW=MODEL (repeat it for several seeds), key.sub=value, or a MODEL that becomes a row."""
     loaded = load_yaml(name, "eval/tables")
-    rows = loaded.data.get("rows") or {}
+    rows = loaded.data.get("rows")
+    rows = rows if isinstance(rows, dict) else {}
     models: dict[str, list[str]] = {}
     overrides = []
     for argument in arguments:
@@ -86,9 +90,13 @@ def load_table(name: str, arguments: Sequence[str] = ()) -> TableConfig:
         else:
             models.setdefault(Path(argument).name, []).append(argument)
     loaded = load_yaml(name, "eval/tables", overrides)
+    if models and loaded.data.get("rows") is None:
+        loaded.data["rows"] = {}
+    rows = loaded.data.get("rows")
     for row, found in models.items():
-        loaded.data["rows"].setdefault(row, {})
-        loaded.data["rows"][row] = {**loaded.data["rows"][row], "model": found}
+        # what is no mapping stays, for the schema to name
+        if isinstance(rows, dict) and isinstance(rows.get(row), dict | None):
+            rows[row] = {**(rows.get(row) or {}), "model": found}
     table = parse(TableConfig, loaded)
     _check(table, loaded)
     return table
@@ -103,7 +111,12 @@ def _check(table: TableConfig, loaded: LoadedYaml) -> None:
                 f"{did_you_mean(column.data, table.data)}"
             )
         protocol, _ = _protocol(column, {})
-        check_options(PROTOCOLS[protocol], column.options, loaded, ("columns", name, "options"))
+        check_arguments(PROTOCOLS[protocol], column.options, loaded, ("columns", name, "options"))
+        for key, option in (("data", "data"), ("seeds", "seed")):
+            if getattr(column, key) and option not in (keyword_names(PROTOCOLS[protocol]) or [option]):
+                raise ConfigError(
+                    f"{loaded.place(('columns', name, key))}: columns.{name}.{key} is given, but {protocol} takes no {option}. Leave it out."
+                )
     for name, row in table.rows.items():
         for section in ("published", "options"):
             for column in getattr(row, section):
@@ -114,13 +127,14 @@ def _check(table: TableConfig, loaded: LoadedYaml) -> None:
                     )
         for column, options in row.options.items():
             protocol, _ = _protocol(table.columns[column], {})
-            check_options(PROTOCOLS[protocol], options, loaded, ("rows", name, "options", column))
+            check_arguments(PROTOCOLS[protocol], options, loaded, ("rows", name, "options", column))
 
 
 def _protocol(column: Column, row_options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """(protocol, options) of a column, the row's own on top."""
     loaded = load_yaml(column.protocol, "eval")
-    protocol = loaded.data.pop("protocol")
+    protocol = take_protocol(loaded)
+    check_arguments(PROTOCOLS[protocol], loaded.data, loaded)
     return protocol, {**loaded.data, **column.options, **row_options}
 
 
@@ -144,16 +158,31 @@ def cells(table: TableConfig) -> Iterator[tuple[str, str, str, str, dict[str, An
 def check(name: str, arguments: Sequence[str] = (), model_may_come: bool = False) -> dict[str, Any]:
     """All that can be found wrong before anything is measured; the table as a YAML that says the same, with all options of its columns."""
     table = load_table(name, arguments)
-    seen = set()
-    for _, _, model, protocol, options in cells(table):
-        about = json.dumps([model, protocol, options.get("data")], sort_keys=True, default=str)
-        if about not in seen:
-            seen.add(about)
-            check_inputs(model, protocol, options, model_may_come)
+    check_cells(table, model_may_come)
     resolved = table.model_dump(mode="json")
     for key, column in table.columns.items():
         resolved["columns"][key]["options"] = _protocol(column, {})[1]
     return resolved
+
+
+def check_cells(table: TableConfig, model_may_come: bool = False) -> None:
+    """UserError for the first cell, of those not finished, whose model, data or options cannot be used, and for `results` that is no folder."""
+    results = Path(table.results)
+    existing = next(path for path in (results, *results.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "cannot be written" if existing.is_dir() else "is a file"
+        raise ConfigError(f"results is {table.results}, but {existing} {problem}. Give a folder, with results=FOLDER.")
+    seen = set()
+    for row, column, model, protocol, options in cells(table):
+        about = json.dumps([model, protocol, options.get("data")], sort_keys=True, default=str)
+        if about in seen or finished(cell_file(table, model, protocol, options)):
+            continue
+        seen.add(about)
+        try:
+            check_arguments(PROTOCOLS[protocol], options, LoadedYaml(protocol, {}))
+            check_inputs(model, protocol, options, model_may_come)
+        except UserError as error:
+            raise type(error)(f"{row}, {column}: {error}") from None
 
 
 def dry_run(name: str, arguments: Sequence[str] = ()) -> None:
@@ -161,7 +190,7 @@ def dry_run(name: str, arguments: Sequence[str] = ()) -> None:
     check(name, arguments)
     table = load_table(name, arguments)
     for row, column, model, protocol, options in cells(table):
-        state = "done" if cell_file(table, model, protocol, options).exists() else "to do"
+        state = "done" if finished(cell_file(table, model, protocol, options)) else "to do"
         print(f"{state:<6} {row}, {column}: {protocol} of {model}")
 
 
@@ -181,6 +210,20 @@ def cell_file(table: TableConfig, model: str, protocol: str, options: dict[str, 
     return Path(table.results) / "cells" / f"{protocol}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
 
+def finished(path: Path) -> dict[str, Any] | None:
+    """The result that a cell's file holds; None where there is none, or none that can be read: then it is measured again."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        result = None
+    if isinstance(result, dict) and isinstance(result.get("metrics"), dict):
+        return result
+    log.warning("%s: not the result of a cell; it is measured again", path)
+    return None
+
+
 def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], list[str]]:
     """(row, column) -> our numbers, and the messages of the cells that failed. Runs what is not finished; a failing cell does not stop the rest."""
     import torch
@@ -197,9 +240,8 @@ def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], lis
             for row, column, model, protocol, options in wanted:
                 path = cell_file(table, model, protocol, options)
                 barrier()
-                if path.exists():
-                    result = json.loads(path.read_text(encoding="utf-8"))
-                else:
+                result = finished(path)
+                if result is None:
                     try:
                         torch.manual_seed(options.get("seed", 0))
                         result = judge(load_backbone(model).to(device), protocol, options, model)
@@ -210,9 +252,7 @@ def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], lis
                     barrier()
                     if is_main():
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        part = path.with_suffix(".part")
-                        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-                        part.replace(path)
+                        write_atomically(path, json.dumps(result, indent=1) + "\n")
                 metric = table.columns[column].metric
                 if metric not in result["metrics"]:
                     known = result["metrics"]
@@ -227,8 +267,12 @@ def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], lis
 
 
 def run(name: str, arguments: Sequence[str] = ()) -> Path:
-    """Measure what is missing, write table.md, table.csv and table.tex, show the first; the folder they are in."""
+    """Measure what is missing, write table.md, table.csv and table.tex, show the first; the folder they are in.
+
+    Raises UserError before anything is measured where a model or data set is not there, and at the end if every cell failed.
+    """
     table = load_table(name, arguments)
+    check_cells(table)
     found, failed = measure(table)
     grid = {
         row: {column: Cell.of(found.get((row, column), []), table.rows[row].published.get(column)) for column in table.columns}
@@ -241,4 +285,8 @@ def run(name: str, arguments: Sequence[str] = ()) -> Path:
         markdown = write_table(folder, table.title, table.source, grid, failed)
         console().print(markdown, markup=False, soft_wrap=True)
         console().print(f"{folder / 'table.md'}, table.csv, table.tex", markup=False)
+    if failed and not found:
+        raise UserError(
+            f"no cell of the table could be measured; the first: {failed[0]} All are listed in {folder / 'table.md'}."
+        )
     return folder

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from ssl_locat.run_folder import write_atomically
+
 
 class Cell(NamedTuple):
     """One number of a table, or what there is of it."""
@@ -124,7 +126,5 @@ def write_table(folder: Path, title: str, source: str, grid: Grid, failed: list[
     folder.mkdir(parents=True, exist_ok=True)
     markdown = to_markdown(title, source, grid, failed)
     for name, text in (("table.md", markdown), ("table.csv", to_csv(grid)), ("table.tex", to_latex(title, grid))):
-        part = folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+        write_atomically(folder / name, text)
     return markdown

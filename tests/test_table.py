@@ -5,7 +5,7 @@ import pytest
 from scenes import write_split
 
 from ssl_locat import table as program
-from ssl_locat.errors import ConfigError
+from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.table_text import Cell, to_latex, to_markdown
 from ssl_locat.yaml_files import names
 
@@ -31,7 +31,7 @@ columns:
   params M: {{protocol: efficiency, metric: params, fresh: true, factor: 1.0e-6}}
 rows:
   two runs: {{model: ["{SMALL}1", "{SMALL}2"], published: {{k-NN: 50.0, ADE20K: 23.47}}}}
-  bad model: {{model: "timm:no_such_model"}}
+  bad model: {{model: "{SMALL}1&no_such_option=1"}}
   untrained: {{fresh: "timm:vit_tiny"}}
 """)
     return path
@@ -59,6 +59,76 @@ def test_runs_once_and_writes_three_kinds(small, tmp_path, caplog):
     files[0].unlink()
     program.run(str(small))
     assert len(list((folder / "cells").glob("*.json"))) == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("bad model=timm:vit_tinny", r"bad model, k-NN: timm has no model 'vit_tinny'. Did you mean 'vit_tiny'"),
+        ("bad model=runs/nowhere", r"bad model, k-NN: there is no runs/nowhere"),
+        ("data.colours.test=nowhere.tar", r"two runs, k-NN: .*nowhere.tar"),
+        (
+            "data.masks.num_classes=0",
+            r"two runs, dense: hummingbird: data.num_classes is 0; expected a whole number of at least 1",
+        ),
+        ("columns.linear.options.epochs=many", r"columns.linear.options.epochs is 'many'; expected a whole number"),
+        ("columns.params M.seeds=[0]", r"columns.params M.seeds is given, but efficiency takes no seed"),
+        ("columns.params M.data=colours", r"columns.params M.data is given, but efficiency takes no data"),
+        ("results=FILE/below", r"results is .*FILE/below, but .*FILE is a file"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_measured(small, tmp_path, change, message):
+    (tmp_path / "FILE").write_text("")
+    with pytest.raises(UserError, match=message):
+        program.run(str(small), [change.replace("FILE", f"{tmp_path}/FILE")])
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_finished_cell_needs_its_data_no_more(small, tmp_path):
+    program.run(str(small), ["columns.dense.data=unknown"])
+    for shard in (tmp_path / "data").iterdir():
+        shard.unlink()
+    text = (tmp_path / "results" / "table.csv").read_text()
+    small.write_text(small.read_text().replace("  bad model:", "  # bad model:"))
+    program.run(str(small), ["columns.dense.data=unknown"])
+    assert [line for line in text.splitlines() if "bad model" not in line] == (
+        tmp_path / "results/table.csv"
+    ).read_text().splitlines()
+
+
+def test_a_table_whose_every_cell_failed_is_an_error(small, tmp_path):
+    lines = [line for line in small.read_text().splitlines() if not line.startswith(("  two runs", "  untrained"))]
+    small.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"no cell of the table could be measured; the first: bad model, k-NN: .*table.md"):
+        program.run(str(small))
+    assert "bad model, dense:" in (tmp_path / "results" / "table.md").read_text()
+
+
+def test_a_damaged_cell_is_measured_again(small, tmp_path, caplog):
+    folder = program.run(str(small))
+    first, second, *_ = sorted((folder / "cells").glob("knn*.json"))
+    text = first.read_text()
+    first.write_text(text[:20])
+    second.write_text("[]")
+    program.run(str(small))
+    assert json.loads(first.read_text())["metrics"] == json.loads(text)["metrics"]
+    assert f"{first}: not the result of a cell; it is measured again" in caplog.text and str(second) in caplog.text
+
+
+@pytest.mark.parametrize("rows", ["", "rows: null\n"])
+def test_a_model_becomes_a_row_where_there_are_none(small, rows):
+    small.write_text(small.read_text().partition("rows:\n")[0] + rows)
+    assert program.load_table(str(small), ["runs/mine"]).rows["mine"].model == ["runs/mine"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [("[a, b]", r"rows is \['a', 'b'\]; it should be a valid dictionary"), ("{mine: 5}", "rows.mine")]
+)
+def test_rows_of_another_kind_are_named(small, rows, message):
+    small.write_text(small.read_text().partition("rows:\n")[0] + f"rows: {rows}\n")
+    for arguments in ([], ["runs/mine"]):
+        with pytest.raises(ConfigError, match=message):
+            program.load_table(str(small), arguments)
 
 
 def test_models_and_keys_on_the_command_line(small):
