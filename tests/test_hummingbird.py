@@ -74,6 +74,22 @@ def test_finds_coloured_squares_better_than_the_most_common_class(tmp_path, back
     assert scores == hb.evaluate(backbone, data=data, image_size=32, workers=2, batch_size=5)
 
 
+def test_other_is_a_class_of_its_own_for_the_reference(tmp_path, backbone, monkeypatch):
+    """ADE20K there: 151 classes, 0 remembered and predicted, left out of the truth. Before, "other" was remembered as the first class."""
+    found = []
+    monkeypatch.setattr(hb, "hungarian_scores", lambda confusion: found.append(confusion) or hungarian_scores(confusion))
+    data = write_split(tmp_path, num_train=24, num_test=8)
+    settings = {"image_size": 32, "paper_compat": True, "workers": 0}
+    scores = hb.evaluate(backbone, data=data | {"num_classes": 4, "reduce_zero_label": True}, **settings)
+    hb.evaluate(backbone, data=data | {"num_classes": 5}, **settings)  # the same ids, 0 judged too
+    assert found[0].shape == (5, 5) and found[0][0].sum() == 0 and found[0][:, 0].sum() > 0
+    assert torch.equal(found[0][1:], found[1][1:])
+    ious = [found[0][i, i] / (found[0][i].sum() + found[0][:, i].sum() - found[0][i, i]) for i in range(1, 5)]
+    assert scores["miou_hungarian"] == pytest.approx(100 * sum(ious).item() / 5, abs=1e-4)  # 5 rows, of which "other" counts 0
+    hb.evaluate(backbone, data=data | {"num_classes": 4, "reduce_zero_label": True}, **settings | {"paper_compat": False})
+    assert found[2].shape == (4, 4)
+
+
 def test_a_model_without_patch_tokens_is_refused(tmp_path):
     data = write_split(tmp_path, num_train=8, num_test=4) | {"num_classes": 5}
     with pytest.raises(UserError, match=r"Linear does not say how its tokens lie"):

@@ -110,8 +110,12 @@ def dense_images(
     batch_size: int,
     workers: int,
     augment_seed: int | None = None,
+    other_is_a_class: bool = False,
 ) -> DenseImages:
-    """`data.train` or `data.test`, images and masks squashed to image_size x image_size; with `augment_seed`, one random view of each."""
+    """`data.train` or `data.test`, images and masks squashed to image_size x image_size; with `augment_seed`, one random view of each.
+
+    other_is_a_class: see open_scenes.
+    """
 
     def prepare(image: np.ndarray, mask: np.ndarray, index: int) -> tuple[Tensor, Tensor]:
         if augment_seed is not None:
@@ -119,4 +123,6 @@ def dense_images(
         image, mask = squash(image, mask, image_size)
         return to_tensor(image, mean, std), torch.from_numpy(mask)
 
-    return DenseImages(open_scenes(data, name), prepare, batch_size=batch_size, workers=workers)
+    return DenseImages(
+        open_scenes(data, name, other_is_a_class=other_is_a_class), prepare, batch_size=batch_size, workers=workers
+    )

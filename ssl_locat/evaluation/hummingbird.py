@@ -21,6 +21,7 @@ from ssl_locat.evaluation.image_views import normalisation
 from ssl_locat.evaluation.knn import nearest
 from ssl_locat.evaluation.metrics import confusion_matrix, hungarian_scores, segmentation_scores
 from ssl_locat.evaluation.options import Count, Flag, FromEnd, Positive, SceneData, Whole
+from ssl_locat.evaluation.seg_datasets import VOID, zero_is_other
 from ssl_locat.log import progress
 from ssl_locat.seeds import mix64
 
@@ -139,7 +140,8 @@ def evaluate(
         memory_size: most patches kept, over all training images; None keeps all (the paper's runs).
         block: whose patches are read, counted from the end (the paper: -1; Swin's last stage but one, -2).
         norm: read patches after the final norm and PRR instead of the last block's raw ones.
-        paper_compat: the reference's oddities: the memory takes void pixels for class 0, and the third channel's std is 0.255.
+        paper_compat: the reference's oddities: the memory takes void pixels for class 0, and the third channel's std is 0.255. Where id 0
+            means "other" (ADE20K), it is a class that is remembered and predicted, and void in the truth alone: 151 rows in the means.
         augment: the memory is made from one random view of each image, as in the reference, instead of the plain image.
     """
     image_size = check_image_size(backbone, image_size)
@@ -150,7 +152,9 @@ def evaluate(
     device = next(backbone.parameters()).device
     read = partial(last_patches, norm=norm, block=block)
     mean, std = HUMMINGBIRD if paper_compat else normalisation(backbone)
+    keep_other = paper_compat and zero_is_other(data)
     settings = {"image_size": image_size, "mean": mean, "std": std, "batch_size": batch_size, "workers": workers}
+    settings["other_is_a_class"] = keep_other
     train = dense_images(data, "train", augment_seed=seed if augment else None, **settings)
     test = dense_images(data, "test", **settings)
     num_classes = train.num_classes
@@ -166,7 +170,8 @@ def evaluate(
             tokens = read(backbone, batch.images.to(device))
             soft = retrieve(memory, memory_labels, tokens.patches.float().flatten(0, 1), neighbours, beta)
             predicted = paint(soft.unflatten(0, tokens.patches.shape[:2]), tokens.grid, batch.masks.shape[1:]).cpu()
-            confusion += confusion_matrix(predicted[batch.valid], batch.masks[batch.valid], num_classes)
+            truth = torch.where(batch.masks == 0, VOID, batch.masks) if keep_other else batch.masks
+            confusion += confusion_matrix(predicted[batch.valid], truth[batch.valid], num_classes)
             bar.update(int(batch.valid.sum()) * world_size())
     confusion = all_reduce_sum_(confusion.to(device)).cpu()
     return {**segmentation_scores(confusion), "miou_hungarian": hungarian_scores(confusion)[0]}

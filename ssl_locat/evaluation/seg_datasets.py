@@ -206,8 +206,17 @@ def id_table(
     return table
 
 
-def open_scenes(data: dict, name: str) -> Scenes:
-    """The scenes of `data.train` or `data.test` (name: 'train' or 'test')."""
+def zero_is_other(data: dict) -> bool:
+    """Whether id 0 of a set means "none of the classes", by its layout or by data.reduce_zero_label."""
+    layout = LAYOUTS.get(data.get("layout"))
+    return layout.reduce_zero_label if layout else bool(data.get("reduce_zero_label"))
+
+
+def open_scenes(data: dict, name: str, *, other_is_a_class: bool = False) -> Scenes:
+    """The scenes of `data.train` or `data.test` (name: 'train' or 'test').
+
+    other_is_a_class: where id 0 means "other", ids stay as stored, 0..C, instead of 0 becoming void and the rest moving down.
+    """
     for key in data:
         if key not in DATA_KEYS:
             raise ConfigError(f"unknown key 'data.{key}'.{did_you_mean(key, DATA_KEYS)} Known here: {', '.join(DATA_KEYS)}.")
@@ -217,14 +226,17 @@ def open_scenes(data: dict, name: str) -> Scenes:
             f"data.{name} is missing: images with masks, as shards, a folder of images/ and masks/, or a root with data.layout."
         )
     ignore = data.get("ignore_index", VOID)
+    reduce_zero_label = zero_is_other(data) and not other_is_a_class
+    other = int(zero_is_other(data) and other_is_a_class)
     if layout is not None:
         if layout not in LAYOUTS:
             raise ConfigError(f"data.layout is {layout!r}; known: {', '.join(LAYOUTS)}.{did_you_mean(layout, LAYOUTS)}")
         known = LAYOUTS[layout]
         chosen = data.get(f"{name}_split") or known.splits[name == "test"]
         pairs: Sequence[Pair] = FilePairs(known.find(Path(source), chosen), f"{source} ({chosen})")
-        table = id_table(known.num_classes, remap=known.remap, reduce_zero_label=known.reduce_zero_label, ignore_index=ignore)
-        return Scenes(pairs, known.num_classes, table)
+        num_classes = known.num_classes + other
+        table = id_table(num_classes, remap=known.remap, reduce_zero_label=reduce_zero_label, ignore_index=ignore)
+        return Scenes(pairs, num_classes, table)
     num_classes = data.get("num_classes")
     if not num_classes:
         raise ConfigError("data.num_classes is missing: masks cannot tell how many classes there are. Give it, or data.layout.")
@@ -234,6 +246,5 @@ def open_scenes(data: dict, name: str) -> Scenes:
         pairs = FilePairs(_beside(root, "images", masks, lambda stem: f"{stem}.png"), source)
     else:
         pairs = ShardPairs(source, data.get("image_key"), data.get("mask_key"))
-    return Scenes(
-        pairs, num_classes, id_table(num_classes, reduce_zero_label=data.get("reduce_zero_label", False), ignore_index=ignore)
-    )
+    num_classes += other
+    return Scenes(pairs, num_classes, id_table(num_classes, reduce_zero_label=reduce_zero_label, ignore_index=ignore))
