@@ -58,6 +58,7 @@ def test_stopped_and_continued_equals_unbroken(data, tmp_path, monkeypatch):
         **QUICK,
         "mixup": 0.8,
         "drop_path": 0.2,
+        "random_erasing": 0.5,
     }
     supervised.evaluate(make(), **settings, resume_file=str(tmp_path / "a.safetensors"))
     save, saves = supervised.save_progress, []
@@ -96,6 +97,42 @@ def test_layer_decay_and_distillation(data):
     assert scores["top1"] > 50
     with pytest.raises(ConfigError, match=r"has 5 classes, the data 4"):
         supervised.evaluate(make(), data=data, distill={"model": classifier.replace("classes=4", "classes=5")}, **QUICK)
+
+
+def test_erasing_follows_mixing(data, monkeypatch):
+    """timm's train.py erases the mixed, normalised batch: the noise is not halved by a mixing partner."""
+    order = []
+
+    class Mix(supervised.Mixup):
+        def __call__(self, images, labels):
+            order.append("mix")
+            return super().__call__(images, labels)
+
+    class Erase(supervised.RandomErasing):
+        def __call__(self, images):
+            before = images.clone()
+            erased = super().__call__(images)
+            changed = (erased != before).any(1)
+            order.append(("erase", changed.flatten(1).any(1).float().mean().item(), erased.std().item()))
+            return erased
+
+    monkeypatch.setattr(supervised, "Mixup", Mix)
+    monkeypatch.setattr(supervised, "RandomErasing", Erase)
+    supervised.evaluate(make(), data=data, epochs=1, batch_size=32, **QUICK | {"mixup": 0.8, "random_erasing": 1.0})
+    assert [part if part == "mix" else part[0] for part in order] == ["mix", "erase"] * 2
+    assert all(part[1] > 0.9 for part in order[1::2])
+
+
+def test_test_images_are_resized_as_timm_does(data, monkeypatch):
+    """224 / 0.9 = 248.9: timm takes the floor."""
+    sizes = set()
+    original = supervised.centre_view
+    monkeypatch.setattr(
+        supervised, "centre_view", lambda *args, **kw: sizes.add((kw["size"], kw["resize"])) or original(*args, **kw)
+    )
+    settings = {"data": data, "epochs": 1, "batch_size": 32, "image_size": 64, "train_fraction": 0.5}
+    supervised.evaluate(make(), **settings, **QUICK | {"crop_fraction": 0.9})
+    assert sizes == {(64, 71)}
 
 
 def test_drop_path_grows_with_depth_whatever_was_there():

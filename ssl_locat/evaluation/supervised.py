@@ -7,6 +7,7 @@ timm supplies the parts: RandAugment, Mixup/CutMix, random erasing, drop path, l
 number, so that a stopped run goes on with the same crops and the same mixing.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
@@ -89,12 +91,12 @@ def posterize(picture: Image.Image, bits: int, **_) -> Image.Image:
 
 
 def training_transform(
-    size: int, mean: tuple, std: tuple, *, scale: tuple[float, float], auto_augment: str | None, random_erasing: float
+    size: int, mean: tuple, std: tuple, *, scale: tuple[float, float], auto_augment: str | None
 ) -> Callable[[Image.Image], Tensor]:
-    """timm's augmentation of one picture -> [3, size, size], normalised."""
+    """timm's augmentation of one picture -> [3, size, size], normalised. Random erasing comes later, after mixing."""
     transform = create_transform(
         size, is_training=True, scale=tuple(scale), auto_augment=auto_augment, color_jitter=0.4, interpolation="random",
-        re_prob=random_erasing, re_mode="pixel", re_count=1, mean=mean, std=std,
+        mean=mean, std=std,
     )  # fmt: skip
     for part in transform.transforms:
         for operation in getattr(part, "ops", []):
@@ -165,8 +167,8 @@ def evaluate(
         batch_size: images over all processes.
         layer_decay: each block's lr is this times the next one's; None for training from scratch.
         clip_grad: global norm; 0: none. drop_path: of the last block; None: 0.1, 0.2, 0.4 for tiny, small, base and larger.
-        mixup, cutmix: alphas; both 0: none. auto_augment: timm's notation. random_erasing: probability.
-        crop_scale: of the training crop's area. crop_fraction: of a test image's side that the centre crop keeps.
+        mixup, cutmix: alphas; both 0: none. auto_augment: timm's notation. random_erasing: probability, after mixing.
+        crop_scale: of the training crop's area. crop_fraction: of a test image's side that the centre crop keeps (timm: size 224 of 248).
         distill: {model: MODEL with a classifier, weight: 0.5, temperature: 1.0}; None: labels alone.
         precision: fp32, bf16 or fp16 (with loss scaling) autocast.
         resume_file: progress is kept there after every epoch, and the same command goes on from it.
@@ -183,14 +185,14 @@ def evaluate(
         )
     device = next(backbone.parameters()).device
     mean, std = normalisation(backbone)
-    augment = training_transform(size, mean, std, scale=crop_scale, auto_augment=auto_augment, random_erasing=random_erasing)
+    augment = training_transform(size, mean, std, scale=crop_scale, auto_augment=auto_augment)
 
     def train_view(image: np.ndarray, key: int) -> Tensor:
         with seeded(key):
             return augment(Image.fromarray(image))
 
     def test_view(image: np.ndarray, key: int) -> Tensor:
-        return centre_view(image, key, size=size, resize=round(size / crop_fraction), mean=mean, std=std)
+        return centre_view(image, key, size=size, resize=math.floor(size / crop_fraction), mean=mean, std=std)
 
     keys = data.get("image_key"), data.get("label_key")
     train, test = Members(split(data, "train")), Members(split(data, "test"))
@@ -214,6 +216,8 @@ def evaluate(
     optimizer = torch.optim.AdamW(groups, lr=1e-7)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
     mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes) if mixup or cutmix else None
+    # on the mixed batch, as timm's training does it: an erased part is noise at full strength
+    erase = RandomErasing(random_erasing, mode="pixel", device=device) if random_erasing else None
     distillation = Distillation(backbone, num_classes, **distill) if distill else None
     peak = lr or 5e-4 * batch_size / 512
     step = load_progress(resume_file, backbone, optimizer, purpose)
@@ -228,11 +232,14 @@ def evaluate(
         for images, labels in load_in_order(views, order, workers):
             for group in optimizer.param_groups:
                 group["lr"] = triangle(step, total, warmup, peak) * group.get("lr_scale", 1.0)
-            torch.manual_seed(mix64(seed, step, rank()) >> 1)  # drop path
+            torch.manual_seed(mix64(seed, step, rank()) >> 1)  # drop path, noise of erasing
             np.random.seed(mix64(seed, step, rank()) % 2**32)  # mixing
+            random.seed(mix64(seed, step, rank()))  # erasing
             images, targets = images.to(device), torch.tensor(labels, device=device)
             if mix:
                 images, targets = mix(images, targets)
+            if erase:
+                images = erase(images)
             with torch.autocast(device.type, dtype=DTYPES[precision]) if DTYPES[precision] else nullcontext():
                 logits = network(images)
             logits = logits.float()
