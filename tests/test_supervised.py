@@ -88,15 +88,67 @@ def test_an_epochs_order_is_made_when_it_begins(data, monkeypatch):
     assert at_first_save[:2] == [1, 2] and asked == [0, 1, 2]
 
 
-def test_layer_decay_and_distillation(data):
-    classifier = "timm:locatvit_tiny?num_classes=4&img_size=32&patch_size=8&embed_dim=48&depth=1&num_heads=3"
-    scores = supervised.evaluate(
-        make(), data=data, epochs=12, warmup_epochs=1, lr=5e-3, batch_size=32, layer_decay=0.8,
-        distill={"model": classifier, "weight": 0.1, "temperature": 2.0}, **QUICK,
-    )  # fmt: skip
-    assert scores["top1"] > 50
+CLASSIFIER = "timm:locatvit_tiny?num_classes=4&img_size=32&patch_size=8&embed_dim=48&depth=1&num_heads=3"
+
+
+def test_layer_decay_slows_the_first_layers(data, monkeypatch):
+    rates = {}
+    step = torch.optim.AdamW.step
+
+    def noted(self, *args, **kwargs):
+        for group in self.param_groups:
+            rates.update({id(parameter): group["lr"] for parameter in group["params"]})
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    backbone = make()
+    supervised.evaluate(backbone, data=data, epochs=1, warmup_epochs=0, lr=1e-3, batch_size=64, layer_decay=0.5, **QUICK)
+    named = {name: rates[id(parameter)] for name, parameter in backbone.named_parameters()}
+    weights = ("head.weight", "blocks.1.attn.qkv.weight", "blocks.0.attn.qkv.weight", "patch_embed.proj.weight")
+    assert [named[name] for name in weights] == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4])
+
+
+def test_distillation_is_the_release_s_loss():
+    """Pure KL at T = 1 (weight 1), whatever the labels say; with a weight below it, labels take their share."""
+    torch.manual_seed(0)
+    backbone, images, logits = make(), torch.randn(3, 3, 32, 32), torch.randn(3, 4)
+    distillation = supervised.Distillation(backbone, 4, model=CLASSIFIER)
+    with torch.no_grad():
+        torch.nn.init.normal_(distillation.teacher.head.weight)  # timm starts it at zero: every class alike
+        targets = distillation.teacher(images).softmax(1)
+    divergence = (targets * (targets.log() - logits.log_softmax(1))).sum(1).mean()
+    labels = torch.tensor(7.0)
+    torch.testing.assert_close(distillation(labels, logits, images), divergence)
+    distillation.weight = 0.25
+    torch.testing.assert_close(distillation(labels, logits, images), 0.75 * labels + 0.25 * divergence)
+    distillation.weight, distillation.temperature = 1.0, 2.0
+    with torch.no_grad():
+        targets = (distillation.teacher(images) / 2).softmax(1)
+    divergence = (targets * (targets.log() - (logits / 2).log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(distillation(labels, logits, images), 4 * divergence)
+
+
+def test_training_follows_the_teacher_where_one_is_given(data, monkeypatch):
+    asked = []
+    original = supervised.Distillation.__call__
+    monkeypatch.setattr(
+        supervised.Distillation,
+        "__call__",
+        lambda self, loss, logits, images: asked.append(1) or original(self, loss, logits, images),
+    )
+    states = []
+    for options in ({}, {"distill": {"model": CLASSIFIER}}):
+        backbone = make()
+        supervised.evaluate(backbone, data=data, epochs=1, warmup_epochs=0, lr=1e-3, batch_size=32, **options, **QUICK)
+        states.append(backbone.state_dict()["blocks.0.attn.qkv.weight"])
+    assert len(asked) == 2 and not torch.equal(*states)
     with pytest.raises(ConfigError, match=r"has 5 classes, the data 4"):
-        supervised.evaluate(make(), data=data, distill={"model": classifier.replace("classes=4", "classes=5")}, **QUICK)
+        supervised.evaluate(make(), data=data, distill={"model": CLASSIFIER.replace("classes=4", "classes=5")}, **QUICK)
+
+
+def test_an_unknown_augmentation_is_refused(data):
+    with pytest.raises(ConfigError, match="auto_augment is 'rnd-m9', which timm does not know"):
+        supervised.evaluate(make(), data=data, **QUICK | {"auto_augment": "rnd-m9"})
 
 
 def test_erasing_follows_mixing(data, monkeypatch):

@@ -94,10 +94,15 @@ def training_transform(
     size: int, mean: tuple, std: tuple, *, scale: tuple[float, float], auto_augment: str | None
 ) -> Callable[[Image.Image], Tensor]:
     """timm's augmentation of one picture -> [3, size, size], normalised. Random erasing comes later, after mixing."""
-    transform = create_transform(
-        size, is_training=True, scale=tuple(scale), auto_augment=auto_augment, color_jitter=0.4, interpolation="random",
-        mean=mean, std=std,
-    )  # fmt: skip
+    try:
+        transform = create_transform(
+            size, is_training=True, scale=tuple(scale), auto_augment=auto_augment, color_jitter=0.4, interpolation="random",
+            mean=mean, std=std,
+        )  # fmt: skip
+    except AssertionError:
+        raise ConfigError(
+            f"auto_augment is {auto_augment!r}, which timm does not know; expected its notation, such as rand-m9-mstd0.5-inc1, or null."
+        ) from None
     for part in transform.transforms:
         for operation in getattr(part, "ops", []):
             if operation.name.startswith("Posterize"):
@@ -106,9 +111,12 @@ def training_transform(
 
 
 class Distillation:
-    """Adds the agreement with a trained classifier (Hinton et al., arXiv:1503.02531): (1 - weight) CE + weight T^2 KL(teacher || student)."""
+    """The agreement with a trained classifier (Hinton et al., arXiv:1503.02531): (1 - weight) CE + weight T^2 KL(teacher || student).
 
-    def __init__(self, backbone: nn.Module, num_classes: int, *, model: str, weight: float = 0.5, temperature: float = 1.0):
+    The paper's Jumbo rows are trained on the agreement alone, at T = 1: the defaults.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, model: str, weight: float = 1.0, temperature: float = 1.0):
         device = next(backbone.parameters()).device
         self.teacher, self.weight, self.temperature = (
             load_backbone(model).to(device).eval().requires_grad_(False),
@@ -169,7 +177,7 @@ def evaluate(
         clip_grad: global norm; 0: none. drop_path: of the last block; None: 0.1, 0.2, 0.4 for tiny, small, base and larger.
         mixup, cutmix: alphas; both 0: none. auto_augment: timm's notation. random_erasing: probability, after mixing.
         crop_scale: of the training crop's area. crop_fraction: of a test image's side that the centre crop keeps (timm: size 224 of 248).
-        distill: {model: MODEL with a classifier, weight: 0.5, temperature: 1.0}; None: labels alone.
+        distill: {model: MODEL with a classifier, weight: 1.0, temperature: 1.0}, weight 1: no labels at all; None: labels alone.
         precision: fp32, bf16 or fp16 (with loss scaling) autocast.
         resume_file: progress is kept there after every epoch, and the same command goes on from it.
         weights_file: a .safetensors for the trained weights; as a MODEL it is judged by the other protocols.
