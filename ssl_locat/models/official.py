@@ -19,6 +19,15 @@ def recognise(state: dict[str, Tensor], source: str) -> tuple[str, dict]:
 
     PRR has no weights, so it is taken to be there wherever GAug is. Raises CheckpointError for a layout that is not one of ours.
     """
+    try:
+        return _recognise(state, source)
+    except (LookupError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{source}: not weights of a timm, DINO or LocAt model, though their names are alike ({error})"
+        ) from None
+
+
+def _recognise(state: dict[str, Tensor], source: str) -> tuple[str, dict]:
     patch = state.get("patch_embed.proj.weight")
     if patch is None or patch.ndim != 4:
         raise CheckpointError(f"{source}: no patch_embed.proj.weight, so these are not weights of a timm, DINO or LocAt model")
@@ -30,7 +39,10 @@ def recognise(state: dict[str, Tensor], source: str) -> tuple[str, dict]:
     if "layers.0.blocks.0.norm1.weight" in state:
         return _swin(state, options, patch.shape[0], gaug, source)
     dim = patch.shape[0]
-    depth = 1 + max(int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name)))
+    blocks = [int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))]
+    if not blocks:
+        raise CheckpointError(f"{source}: no blocks.0, blocks.1, ..., so these are not weights of a timm, DINO or LocAt ViT")
+    depth = 1 + max(blocks)
     options |= {"embed_dim": dim, "depth": depth, "num_heads": _heads(state, dim)}
     size = next((n for n, s in SIZES.items() if s["embed_dim"] == dim), "small")
     family = _family(state, options)

@@ -22,6 +22,7 @@ from ssl_locat.models.jumbo import drop_copies_of_the_shared_mlp
 
 log = logging.getLogger(__name__)
 
+TORCH_STARTS = (b"PK", b"\x80")  # a zip archive; older, a bare pickle
 NESTED = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model", "student")  # first one found holds the weights
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "teacher.", "student.")
 HEADS = ("head.", "head_dist.", "dino_head.", "ibot_head.", "last_layer.", "mlp.")  # what hangs behind a backbone
@@ -35,8 +36,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return unpack(load_file(path), path)
+        with path.open("rb") as file:
+            if not file.read(2).startswith(TORCH_STARTS):  # torch's unpickler runs into text with errors of every kind
+                raise CheckpointError(f"{path} is no file of weights: expected what torch.save wrote, or a .safetensors.")
         return unpack(torch.load(path, map_location="cpu", weights_only=True), path)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, RuntimeError, EOFError, OSError, LookupError) as error:
         raise CheckpointError(f"{path} cannot be read as weights: {error}") from None
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":  # told by its name: no module of this project imports pickle
@@ -52,7 +58,8 @@ def unpack(content: dict, source: Path | str) -> dict[str, Tensor]:
     for key in NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             return unpack(content[key], source)
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
+    items = content.items() if isinstance(content, dict) else ()
+    state = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     while state and (prefix := next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None)):
         inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         # DDP wraps everything; a backbone lies beside its heads, which are left out
@@ -68,7 +75,7 @@ def unpack(content: dict, source: Path | str) -> dict[str, Tensor]:
 
 def trained_grid(state: dict[str, Tensor], num_prefix_tokens: int = 1) -> tuple[int, int] | None:
     """The square grid (rows, cols) that a state dict's positional embeddings were trained at; None if it has none."""
-    if "pos_embed" not in state:
+    if "pos_embed" not in state or state["pos_embed"].ndim != 3:
         return None
     tokens = state["pos_embed"].shape[1]
     side = next((int(n**0.5) for n in (tokens, tokens - num_prefix_tokens) if int(n**0.5) ** 2 == n), None)
@@ -89,7 +96,13 @@ def fit(backbone: nn.Module, state: dict[str, Tensor], source: str) -> list[str]
     convert = filter_swin if isinstance(backbone, SwinTransformer) else filter_eva if isinstance(backbone, Eva) else filter_vit
     own = backbone.state_dict()
     drop_copies_of_the_shared_mlp(backbone, state, "")
-    state = {n: v for n, v in convert(state, backbone).items() if n in own or not n.startswith(HEADS)}
+    try:
+        converted = convert(state, backbone)
+    except (RuntimeError, LookupError) as error:
+        raise CheckpointError(
+            f"the weights of {source} do not fit this {type(backbone).__name__}: {error}. They must be of such a model."
+        ) from None
+    state = {n: v for n, v in converted.items() if n in own or not n.startswith(HEADS)}
     state = {n: v for n, v in state.items() if not (n.startswith("head.") and n in own and own[n].shape != v.shape)}
     missing = [name for name in own if name not in state and not name.startswith("head.")]
     wrong = {
