@@ -7,8 +7,10 @@ from importlib import import_module
 import pytest
 import torch
 from scenes import write_split
+from trained import trained_run  # noqa: F401
 
 from ssl_locat import evaluate as program
+from ssl_locat.backbone import load_backbone
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.options import annotations, check_arguments
@@ -107,6 +109,19 @@ def test_every_option_of_every_protocol_is_checked():
 def test_a_network_that_no_run_has_is_refused_before_anything_is_loaded(choice):
     with pytest.raises(ConfigError, match=f"'{choice}': expected which=teacher"):
         program.run("knn", "timm:vit_tiny", [choice, "data.train=a", "data.test=b"])
+
+
+def test_which_and_step_choose_the_network_of_a_run(trained_run):  # noqa: F811
+    options = {"data": {"test": f"{trained_run.parent}/set/textures-test-*.tar"}, "images": 8, "workers": 0, "out": None}
+    overrides = [f"data.test={options['data']['test']}", "images=8", "workers=0", "out=null"]
+    scores = set()
+    for choice in ({}, {"which": "student"}, {"step": 4}, {"which": "student", "step": 4}):
+        found = program.run("locality", str(trained_run), [*overrides, *(f"{key}={value}" for key, value in choice.items())])[
+            "metrics"
+        ]
+        assert found == pytest.approx(program.evaluate(load_backbone(trained_run, **choice), "locality", **options), abs=1e-6)
+        scores.add(found["locality"])
+    assert len(scores) == 4
 
 
 def test_checking_imports_no_torch():

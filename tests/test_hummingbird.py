@@ -5,6 +5,7 @@ from scenes import write_split
 
 from ssl_locat.backbone import create_backbone
 from ssl_locat.errors import ConfigError, DataError, UserError
+from ssl_locat.evaluation import dense
 from ssl_locat.evaluation import hummingbird as hb
 from ssl_locat.evaluation.metrics import confusion_matrix, hungarian_scores, segmentation_scores
 
@@ -74,6 +75,17 @@ def test_finds_coloured_squares_better_than_the_most_common_class(tmp_path, back
     assert scores == hb.evaluate(backbone, data=data, image_size=32, workers=2, batch_size=5)
 
 
+def test_the_memory_is_made_of_random_views_where_asked(tmp_path, backbone, monkeypatch):
+    seeds, original = [], dense.random_view
+    monkeypatch.setattr(dense, "random_view", lambda image, mask, seed: seeds.append(seed) or original(image, mask, seed))
+    data = write_split(tmp_path, num_train=12, num_test=4) | {"num_classes": 5}
+    plain = hb.evaluate(backbone, data=data, image_size=32, workers=0)
+    assert not seeds
+    augmented = hb.evaluate(backbone, data=data, image_size=32, augment=True, workers=0)
+    assert len(seeds) == len(set(seeds)) == 12  # the training images, once each; test images are shown as they are
+    assert augmented != plain
+
+
 def test_other_is_a_class_of_its_own_for_the_reference(tmp_path, backbone, monkeypatch):
     """ADE20K there: 151 classes, 0 remembered and predicted, left out of the truth. Before, "other" was remembered as the first class."""
     found = []
@@ -94,6 +106,12 @@ def test_a_model_without_patch_tokens_is_refused(tmp_path):
     data = write_split(tmp_path, num_train=8, num_test=4) | {"num_classes": 5}
     with pytest.raises(UserError, match=r"Linear does not say how its tokens lie"):
         hb.evaluate(torch.nn.Linear(2, 2), data=data, image_size=32)
+
+
+def test_a_block_that_is_not_there_is_refused(tmp_path, backbone):
+    data = write_split(tmp_path, num_train=8, num_test=4) | {"num_classes": 5}
+    with pytest.raises(ConfigError, match="block is -3, but LocAtVisionTransformer has 2 blocks or stages to read from"):
+        hb.evaluate(backbone, data=data, image_size=32, block=-3, workers=0)
 
 
 def test_wrong_masks_name_the_file(tmp_path, backbone):

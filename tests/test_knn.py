@@ -114,8 +114,10 @@ def test_compressed_shards_give_the_same_numbers(tmp_path, backbone):
 def test_folds_and_few_labels(tmp_path, backbone):
     data = write_split(tmp_path)
     assert knn.evaluate(backbone, data={"train": data["train"]}, k=5, folds=4, workers=0)["top1_k5"] > 50
-    few = knn.evaluate(backbone, data=data, k=3, train_fraction=0.25, workers=0)
-    assert 25 < few["top1_k3"] <= 100
+    few = knn.evaluate(backbone, data=data, k=12, train_fraction=0.25, workers=0)
+    assert 25 <= few["top1_k12"] <= 100
+    with pytest.raises(ConfigError, match=r"k = 13 is more than the 12 images"):  # 4 classes of 12, a quarter of each
+        knn.evaluate(backbone, data=data, k=13, train_fraction=0.25, workers=0)
 
 
 def test_raw_pixels_need_no_backbone(tmp_path):

@@ -73,6 +73,13 @@ def check_image_size(backbone: nn.Module, image_size: int | None) -> int:
     return image_size
 
 
+def check_depth(backbone: nn.Module, name: str, value: int) -> None:
+    """Raises ConfigError if the option `name` reaches farther back than the backbone has blocks (stages, for Swin)."""
+    depth = len(backbone.feature_info)
+    if abs(value) > depth:
+        raise ConfigError(f"{name} is {value}, but {type(backbone).__name__} has {depth} blocks or stages to read from.")
+
+
 def check_colours(backbone: nn.Module, protocol: str) -> None:
     """Raises UserError unless the backbone takes RGB, for protocols whose augmentation or data sets are made of colours."""
     channels = len(normalisation(backbone)[0])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_locat.distributed import all_gather_cat, all_reduce_sum_, rank, world_size
 from ssl_locat.errors import ConfigError, DataError
 from ssl_locat.evaluation.dense import HUMMINGBIRD, DenseImages, dense_images, last_patches
-from ssl_locat.evaluation.features import check_colours, check_image_size
+from ssl_locat.evaluation.features import check_colours, check_depth, check_image_size
 from ssl_locat.evaluation.image_views import normalisation
 from ssl_locat.evaluation.knn import nearest
 from ssl_locat.evaluation.metrics import confusion_matrix, hungarian_scores, segmentation_scores
@@ -146,6 +146,7 @@ def evaluate(
     """
     image_size = check_image_size(backbone, image_size)
     check_colours(backbone, "hummingbird")
+    check_depth(backbone, "block", block)
     if neighbours < 1 or beta <= 0:
         raise ConfigError(f"neighbours is {neighbours} and beta {beta}; expected at least 1 and above 0.")
     backbone.eval()

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from ssl_locat.distributed import world_size
 from ssl_locat.errors import ConfigError
-from ssl_locat.evaluation.features import Features, check_classes, check_image_size, default_resize, extract, label_subset, split
+from ssl_locat.evaluation.features import (
+    Features,
+    check_classes,
+    check_depth,
+    check_image_size,
+    default_resize,
+    extract,
+    label_subset,
+    split,
+)
 from ssl_locat.evaluation.heads import average_gradients, load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.image_views import centre_view, normalisation, training_view
 from ssl_locat.evaluation.metrics import top_hits
@@ -134,6 +143,7 @@ class Task:
         held_out: float, augment: bool, batch_size: int, workers: int, seed: int,
     ):  # fmt: skip
         size = check_image_size(backbone, image_size)
+        check_depth(backbone, "blocks", blocks)
         if batch_size % world_size():
             raise ConfigError(
                 f"batch_size is {batch_size}, over all processes; it must be a multiple of their number, {world_size()}."

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ssl_locat.distributed import SyncBatchNorm, all_reduce_sum_, rank, world_size
 from ssl_locat.errors import ConfigError, DataError, did_you_mean
 from ssl_locat.evaluation.dense import IMAGENET, PreparedScenes, keep_aspect, last_patches
-from ssl_locat.evaluation.features import check_colours, check_image_size, stride
+from ssl_locat.evaluation.features import check_colours, check_depth, check_image_size, stride
 from ssl_locat.evaluation.heads import average_gradients, load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.image_views import normalisation, to_tensor
 from ssl_locat.evaluation.metrics import class_ious, confusion_matrix, segmentation_scores
@@ -110,6 +110,7 @@ def evaluate(
     purpose = purpose_of("segmentation", locals())
     check_image_size(backbone, image_size)
     check_colours(backbone, "segmentation")
+    check_depth(backbone, "block", block)
     if batch_size % world_size():
         raise ConfigError(
             f"batch_size is {batch_size}, over all processes; it must be a multiple of their number, {world_size()}."
