@@ -14,7 +14,7 @@ from ssl_locat.backbone import load_backbone
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.options import annotations, check_arguments
-from ssl_locat.yaml_files import LoadedYaml, names
+from ssl_locat.yaml_files import LoadedYaml, load_yaml, names
 
 YAMLS = [name for name in names("eval") if name != "features"]
 
@@ -24,6 +24,16 @@ def test_every_shipped_protocol_names_its_function_and_only_its_keys(name):
     protocol, options = program.load_protocol(name, ["data.train=a", "data.test=b"] if name not in ("efficiency",) else [])
     parameters = inspect.signature(program.function_of(protocol)).parameters
     assert set(options) <= set(parameters)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_shipped_protocol_says_the_defaults(name):
+    """From Python and from the command line, the same protocol is the same."""
+    loaded = load_yaml(name, "eval").data
+    for parameter in inspect.signature(program.function_of(name)).parameters.values():
+        if parameter.name in loaded and parameter.name != "data":
+            default = json.loads(json.dumps(parameter.default))
+            assert loaded[parameter.name] == default, parameter.name
 
 
 def test_every_protocol_has_a_yaml():

@@ -46,14 +46,13 @@ def knn_scores(
     k: Sequence[int],
     temperature: float,
     num_classes: int,
-    bank_rows: int = BANK,
 ) -> dict[int, Tensor]:
     """k -> scores [Q, C]: exp(similarity / temperature) summed over the k nearest neighbours of each class.
 
     bank [N, D] and queries [Q, D] are L2-normalised. Scores are relative to the nearest neighbour's weight, exp(-best / temperature) times
     the reference's, so that a small temperature does not overflow; a class with no neighbour has 0.
     """
-    similarity, where = nearest(bank, queries, max(k), bank_rows)
+    similarity, where = nearest(bank, queries, max(k))
     votes = bank_labels.to(where.device)[where]
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     empty = queries.new_zeros(len(queries), num_classes)
@@ -137,17 +136,13 @@ def evaluate(
     return score(bank, queries, ks, temperatures, num_classes, device)
 
 
-def raw_pixel_knn(
-    *, data: dict, k: int | Sequence[int] = 20, image_size: int = 32, channels: int = 3, workers: int = 0
-) -> dict[str, float]:
+def raw_pixel_knn(*, data: dict, k: int | Sequence[int] = 20, channels: int = 3) -> dict[str, float]:
     """The same vote on pixels: images resized to 32 x 32, standardised per channel, flattened. What learned features must beat."""
     pixels = _Pixels(channels)
     tables = [
         extract(
             pixels,
-            labelled_images(
-                pixels, split(data, name), data, image_size=image_size, resize_size=image_size, batch_size=512, workers=workers
-            ),
+            labelled_images(pixels, split(data, name), data, image_size=32, resize_size=32, batch_size=512, workers=0),
             read=lambda model, images: images.flatten(1),
         )
         for name in ("train", "test")

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+VOID = 255  # in masks: a pixel that is not judged
+
 
 def top_hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     """bool [B]: is the label among the k classes of highest score? scores [B, C], labels [B].
@@ -15,12 +17,12 @@ def top_hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     return ((classes == labels[:, None]) & (values != 0)).any(dim=1)
 
 
-def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """int64 [C, C], rows the truth and columns the prediction; pixels labelled `ignore_index` are left out.
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """int64 [C, C], rows the truth and columns the prediction; pixels labelled 255 are left out.
 
     Both inputs are integer tensors of one shape, any shape, with values in 0..C-1 where not ignored.
     """
-    valid = labels != ignore_index
+    valid = labels != VOID
     pairs = labels[valid].long() * num_classes + predicted[valid].long()
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 

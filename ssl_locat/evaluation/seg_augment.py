@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 
 from ssl_locat.evaluation.dense import keep_aspect, resize_mask
+from ssl_locat.evaluation.metrics import VOID
 
-VOID = 255
 CATEGORY_SHARE = 0.75  # a crop that one class fills beyond this is drawn again, up to CROP_TRIES times
 CROP_TRIES = 10
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from ssl_locat.data.decode import decode_image, decode_mask, find_image, find_mask, image_orientation
 from ssl_locat.errors import BadSample, ConfigError, DataError, did_you_mean
+from ssl_locat.evaluation.metrics import VOID
 from ssl_locat.evaluation.options import SceneData
 from ssl_locat.evaluation.samples import Members
 
 DATA_KEYS = tuple(SceneData.__annotations__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-VOID = 255
 
 
 class Pair(NamedTuple):

@@ -29,6 +29,7 @@ from ssl_locat.log import progress
 
 HEADS = ("mlp", "linear")
 SAVE_EVERY = 1000  # iterations
+RISE, DIV = 0.25, 1e4  # of the one-cycle schedule: share of the run that rises; peak / start, and start / end
 
 
 def make_head(kind: str, width: int, hidden: int, num_classes: int, *, paper_compat: bool) -> nn.Module:
@@ -62,12 +63,12 @@ def segmentation_loss(logits: Tensor, masks: Tensor, *, paper_compat: bool) -> T
     return total / count.clamp(min=1)
 
 
-def one_cycle(iteration: int, total: int, peak: float, *, rise: float = 0.25, div: float = 1e4, final_div: float = 1e4) -> float:
-    """Learning rate of torch's linear OneCycleLR: peak/div to peak over `rise` of the run, then down to peak/div/final_div."""
-    start, top = peak / div, rise * total - 1
+def one_cycle(iteration: int, total: int, peak: float) -> float:
+    """Learning rate of torch's linear OneCycleLR: peak / 1e4 to peak over a quarter of the run, then down to peak / 1e8."""
+    start, top = peak / DIV, RISE * total - 1
     if iteration <= top:
         return start + (peak - start) * iteration / top
-    return peak + (start / final_div - peak) * (iteration - top) / max(total - 1 - top, 1)
+    return peak + (start / DIV - peak) * (iteration - top) / max(total - 1 - top, 1)
 
 
 def to_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -48,14 +48,15 @@ from ssl_locat.log import progress
 from ssl_locat.seeds import mix64
 
 DROP_PATH = {192: 0.1, 384: 0.2, 768: 0.4, 1024: 0.4, 96: 0.1, 128: 0.4}  # by width: ViT tiny to large; Swin tiny, base
+LOW = 1e-7  # lr at both ends of the schedule
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def triangle(update: int, total: int, warmup: int, peak: float, low: float = 1e-7) -> float:
-    """The paper's "one-cycle": `low` to `peak` over `warmup` updates, then in a straight line to `low` at `total`, and there it stays."""
+def triangle(update: int, total: int, warmup: int, peak: float) -> float:
+    """The paper's "one-cycle": LOW to `peak` over `warmup` updates, then in a straight line to LOW at `total`, and there it stays."""
     if update < warmup:
-        return low + (peak - low) * update / warmup
-    return low + (peak - low) * max(total - update, 0) / max(total - warmup, 1)
+        return LOW + (peak - LOW) * update / warmup
+    return LOW + (peak - LOW) * max(total - update, 0) / max(total - warmup, 1)
 
 
 def set_drop_path(backbone: nn.Module, rate: float) -> None:
@@ -221,7 +222,7 @@ def evaluate(
         groups = param_groups_layer_decay(backbone, weight_decay, exempt, layer_decay=layer_decay)
     else:
         groups = param_groups_weight_decay(backbone, weight_decay, exempt)
-    optimizer = torch.optim.AdamW(groups, lr=1e-7)
+    optimizer = torch.optim.AdamW(groups, lr=LOW)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
     mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes) if mixup or cutmix else None
     # on the mixed batch, as timm's training does it: an erased part is noise at full strength
