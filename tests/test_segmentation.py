@@ -75,6 +75,26 @@ def test_learns_coloured_squares(tmp_path, head):
     assert all(parameter.requires_grad for parameter in backbone.parameters())
 
 
+@pytest.mark.parametrize("paper_compat", [True, False])
+def test_padding_of_test_images_is_cut_or_stretched(paper_compat):
+    """An image of 24 x 40 in patches of 16: a grid of 2 x 3 = 32 x 48. Class 1 in its last column alone: pixels 32 to 48."""
+    image, mask = np.zeros((24, 40, 3), np.uint8), np.zeros((24, 40), np.int64)
+
+    class Scenes(list):
+        num_classes = 2
+
+    def read(images):
+        assert images.shape[2:] == (32, 48)
+        return F.one_hot(torch.tensor([[0, 0, 1]] * 2), 2).permute(2, 0, 1)[None].float()
+
+    confusion = seg.test_whole(
+        read, torch.nn.Identity(), Scenes([(image, mask)]), (40, 24), (0.0,) * 3, (1.0,) * 3, 16, 0, torch.device("cpu"),
+        paper_compat=paper_compat,
+    )  # fmt: skip
+    # bilinear: the classes part in the middle between the last two patches' centres, at 32 of 48 pixels
+    assert confusion[0, 1] == 24 * (40 - (round(40 * 32 / 48) if paper_compat else 32))
+
+
 def test_stopped_and_continued_equals_unbroken(tmp_path, monkeypatch):
     torch.manual_seed(0)
     backbone = create_backbone("locatvit_tiny", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)

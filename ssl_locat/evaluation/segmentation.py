@@ -105,7 +105,8 @@ def evaluate(
         scale: (long, short) side limits that images are resized into, for testing and, times 0.5..2, for training.
         lr: AdamW's peak, on a linear one-cycle schedule.
         norm: read patches after final norm and PRR instead of the raw ones. block: counted from the end.
-        paper_compat: the reference's GroupNorm, its loss averaged over void pixels, and ImageNet's mean and std whatever the backbone's.
+        paper_compat: the reference's GroupNorm, its loss averaged over void pixels, ImageNet's mean and std whatever the backbone's, and
+            logits of a padded test image stretched over it.
         resume_file: progress is kept there, and the same command goes on from it.
     """
     purpose = purpose_of("segmentation", locals())
@@ -148,7 +149,9 @@ def evaluate(
             bar.update()
             if step % SAVE_EVERY == 0 or step == iterations:
                 save_progress(resume_file, step, probe, optimizer, purpose)
-    confusion = test_whole(read, probe, test, tuple(scale), mean, std, stride(backbone), workers, device)
+    confusion = test_whole(
+        read, probe, test, tuple(scale), mean, std, stride(backbone), workers, device, paper_compat=paper_compat
+    )
     scores = segmentation_scores(confusion)
     if per_class:
         scores |= {f"iou_{index}": 100 * iou for index, iou in enumerate(class_ious(confusion).tolist()) if iou == iou}
@@ -177,9 +180,23 @@ def _training_batches(
 
 @torch.no_grad()
 def test_whole(
-    read, probe: nn.Module, scenes: Scenes, scale, mean, std, multiple: int, workers: int, device: torch.device
+    read,
+    probe: nn.Module,
+    scenes: Scenes,
+    scale,
+    mean,
+    std,
+    multiple: int,
+    workers: int,
+    device: torch.device,
+    *,
+    paper_compat: bool,
 ) -> Tensor:
-    """Confusion [C, C] over whole images: resized into `scale`, padded to the patch grid, judged at the mask's own resolution."""
+    """Confusion [C, C] over whole images: resized into `scale`, padded to the patch grid, judged at the mask's own resolution.
+
+    `paper_compat`: the padded grid's logits are stretched over the image, as in the reference, where timm pads inside the patch embedding
+    and mmseg does not know: up to a patch out of place at the right and the bottom. Else the padding is cut off.
+    """
 
     def prepare(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         return to_tensor(keep_aspect(image, *scale), mean, std), torch.from_numpy(mask)
@@ -194,7 +211,8 @@ def test_whole(
             bottom, right = -height % multiple, -width % multiple
             maps = probe(read(F.pad(image[None].to(device), (0, right, 0, bottom))))
             resize = partial(F.interpolate, mode="bilinear", align_corners=False)
-            logits = resize(maps, size=(height + bottom, width + right))[..., :height, :width]
+            padded = (height, width) if paper_compat else (height + bottom, width + right)
+            logits = resize(maps, size=padded)[..., :height, :width]
             predicted = resize(logits, size=mask.shape).argmax(1)[0].cpu()
             confusion += confusion_matrix(predicted, mask, scenes.num_classes)
             bar.update(world_size())
