@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from ssl_locat.errors import UserError
 from ssl_locat.models import attention_tiled
-from ssl_locat.models.attention import Gaussian, forced_backend, gaussian_attention, gaussian_bias
+from ssl_locat.models.attention import HAS_TRITON, Gaussian, forced_backend, gaussian_attention, gaussian_bias
 from ssl_locat.models.attention_packed import packed_attention, xformers_refusal
 
 GRIDS = [(4, 4), (1, 5), (5, 1), (3, 7), (6, 4)]
@@ -127,6 +128,24 @@ def test_compiled_equals_eager():
     compiled = torch.compile(gaussian_attention, backend="aot_eager", fullgraph=True)
     out = compiled(q, k, v, Gaussian(*coeff), (4, 4), 1)
     torch.testing.assert_close(out, gaussian_attention(q, k, v, Gaussian(*coeff), (4, 4), 1), atol=2e-6, rtol=1e-5)
+
+
+def test_what_is_chosen_on_a_gpu_compiles_into_one_graph():
+    """On fake CUDA tensors, which need no GPU: choosing a backend must not break the graph, or every block of a model does."""
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    def call(q, *coeff):
+        return gaussian_attention(q, q, q, Gaussian(*coeff), (4, 4), 1)
+
+    with FakeTensorMode():
+        q, *coeff = (torch.randn(2, 3, *shape, device="cuda") for shape in ((17, 64), (16,), (16,), (16,)))
+        assert torch.compile(call, backend=note, fullgraph=True)(q, *coeff).shape == q.shape
+    assert len(graphs) == 1
+    assert ("ssl_locat.gaussian_attention" if HAS_TRITON else "scaled_dot_product_attention") in graphs[0]
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

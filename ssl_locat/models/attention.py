@@ -134,6 +134,7 @@ def triton(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias
 
 BACKENDS = {"reference": reference, "sdpa": sdpa, "tiled": tiled, "triton": triton}
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant: torch 2.11's compiler breaks the graph at the search
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = 64  # tokens; up to here one unfused call on a CPU is faster than tiles
 SMALL_BIAS = 1 << 24  # elements of the N x N bias below which inference on a CPU may as well write it out
@@ -144,7 +145,7 @@ def refusal(backend: str, q: Tensor, plain: bool) -> str | None:
     if backend in ("tiled", "triton") and not plain:
         return "has neither dropout nor an extra bias"
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not HAS_TRITON:
             return "needs the triton package (it comes with PyTorch's CUDA builds; pip install triton)"
         if q.device.type != "cuda":
             return f"runs on CUDA devices, and these tensors are on {q.device.type!r}"
