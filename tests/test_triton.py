@@ -104,6 +104,67 @@ def test_equals_reference_on_a_gpu(grid, prefix, dim, dtype):
         assert (got.float() - wanted).abs().max() <= bound * wanted.abs().max()
 
 
+@pytest.mark.gpu
+def test_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    from test_attention import make_inputs, run
+
+    here, there = (
+        run("triton", [t.detach().to(device) for t in make_inputs((5, 6), 1)], (5, 6), 1) for device in ("cuda:0", "cuda:1")
+    )
+    for a, b in zip((here[0], *here[1]), (there[0], *there[1]), strict=True):
+        assert b.device.index == 1 and torch.equal(a.cpu(), b.cpu())
+
+
+class Launches:
+    """Stands in for a kernel and notes its grids and options."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __getitem__(self, grid):
+        return lambda *tensors, **options: self.seen.append((grid, options))
+
+
+@pytest.mark.skipif(INTERPRETING, reason="interprets nothing")
+def test_any_number_of_heads_fits_a_launch(monkeypatch):
+    """CUDA's second and third axis end at 65535; small crops in large batches have more heads than that."""
+    from ssl_locat.models import attention_triton as kernels
+
+    launches = Launches()
+    for name in ("forward_kernel", "query_grad_kernel", "key_grad_kernel"):
+        monkeypatch.setattr(kernels, name, launches)
+    q = torch.zeros(11_000, 6, 5, 8, requires_grad=True)
+    coeff = torch.zeros(11_000, 6, 4)
+    kernels.attend(q, q, q, coeff, coeff, coeff, 9.0, 1, 2, 2, 1, 0.25)[0].sum().backward()
+    assert [grid for grid, _ in launches.seen] == [(66_000,)] * 3
+
+
+@pytest.mark.skipif(INTERPRETING, reason="interprets nothing")
+@pytest.mark.parametrize("setter", ["old", "new"])
+def test_float32_is_as_exact_as_the_user_asked_for(setter):
+    from ssl_locat.models.attention_triton import forward_kernel, launch_options
+
+    def precision():
+        return launch_options(forward_kernel, 64, torch.float32)["PRECISION"]
+
+    assert precision() == "ieee"
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision() if setter == "old" else matmul.fp32_precision
+    try:
+        if setter == "old":
+            torch.set_float32_matmul_precision("high")
+        else:
+            matmul.fp32_precision = "tf32"
+        assert precision() == "tf32"
+    finally:
+        if setter == "old":
+            torch.set_float32_matmul_precision(before)
+        else:
+            matmul.fp32_precision = before
+
+
 @pytest.fixture(autouse=True)
 def _serve_cpu(monkeypatch):
     """The interpreter works on CPU tensors, which the backend rightly refuses otherwise."""
@@ -114,6 +175,10 @@ def _serve_cpu(monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETING, reason="already inside")
+@pytest.mark.skipif(
+    Version(version("triton")) < Version("3.9") and Version(version("numpy")) >= Version("2.4"),
+    reason="the interpreter of Triton 3.6 makes indices of arrays with one dimension, which numpy 2.4 refuses",
+)
 def test_kernels_when_interpreted():
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280)

@@ -29,6 +29,15 @@ def triton_attention(
 
 
 @triton.jit
+def place(T, BLOCK: tl.constexpr):
+    """Head and first token of this program. One axis for both, as CUDA's others end at 65535; a head's blocks are neighbours and share its
+    keys in the cache."""
+    blocks = tl.cdiv(T, BLOCK)
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), program % blocks * BLOCK
+
+
+@triton.jit
 def coordinates(tokens, R, COLS, POOL: tl.constexpr):
     """Column and row of each token on the grid; meaningless for prefix tokens (masked by the callers)."""
     patches = tokens - R
@@ -76,9 +85,9 @@ def forward_kernel(
     H, T, R, COLS, scale, clamp,
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    head, first = place(T, BLOCK_M)
     b, h = head // H, head % H
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = first + tl.arange(0, BLOCK_M)
     q = load_rows(Q + b * q_b + h * q_h, m, q_t, T, D, BLOCK_D)
     xm, ym = coordinates(m, R, COLS, POOL)
     ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, m, R, T)
@@ -112,9 +121,9 @@ def query_grad_kernel(
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ and the coefficients' gradients of a block of queries; leaves `DELTA`, the rows' sum of out * dout, for the key kernel."""
-    head = tl.program_id(1).to(tl.int64)
+    head, first = place(T, BLOCK_M)
     b, h = head // H, head % H
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = first + tl.arange(0, BLOCK_M)
     q = load_rows(Q + b * q_b + h * q_h, m, q_t, T, D, BLOCK_D)
     dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
     out = load_rows(OUT + b * o_b + h * o_h, m, o_t, T, D, BLOCK_D)
@@ -158,9 +167,9 @@ def key_grad_kernel(
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys; tiles are transposed, [keys, queries]."""
-    head = tl.program_id(1).to(tl.int64)
+    head, first = place(T, BLOCK_N)
     b, h = head // H, head % H
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
     k = load_rows(K + b * k_b + h * k_h, n, k_t, T, D, BLOCK_D)
     v = load_rows(V + b * v_b + h * v_h, n, v_t, T, D, BLOCK_D)
     xn, yn = coordinates(n, R, COLS, POOL)
@@ -198,8 +207,9 @@ def launch_options(kernel, head_dim: int, dtype: torch.dtype) -> dict:
         "BLOCK_D": block_d,
         "BLOCK_M": walked if kernel is key_grad_kernel else kept,
         "BLOCK_N": kept if kernel is key_grad_kernel else walked,
-        # like PyTorch's own matmuls: exact float32 unless the user allowed TensorFloat32
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        # like PyTorch's own matmuls: exact float32 unless the user allowed TensorFloat32, by its old setter or its new one (of which
+        # torch.get_float32_matmul_precision wants to hear nothing)
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "num_warps": 4,
         "num_stages": 2,
         "enable_fp_fusion": True,
@@ -225,25 +235,11 @@ def attend(
     b, h, t, _ = q.shape
     out, lse = token_major(q), q.new_empty(b, h, t, dtype=torch.float32)
     options = launch_options(forward_kernel, q.shape[-1], q.dtype)
-    forward_kernel[(triton.cdiv(t, options["BLOCK_M"]), b * h)](
-        q,
-        k,
-        v,
-        ax,
-        ay,
-        alpha,
-        out,
-        lse,
-        *strides(q, k, v, out),
-        h,
-        t,
-        num_prefix_tokens,
-        cols,
-        scale,
-        clamp,
-        POOL=pool,
-        **options,
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors' is
+        forward_kernel[(triton.cdiv(t, options["BLOCK_M"]) * b * h,)](
+            q, k, v, ax, ay, alpha, out, lse,
+            *strides(q, k, v, out), h, t, num_prefix_tokens, cols, scale, clamp, POOL=pool, **options,
+        )  # fmt: skip
     return out, lse
 
 
@@ -258,15 +254,16 @@ def attend_backward(
     dax, day, dalpha = (torch.empty_like(x) for x in (ax, ay, alpha))
     delta = torch.empty_like(lse)
     sizes = h, t, num_prefix_tokens, cols, scale, clamp
-    options = launch_options(query_grad_kernel, q.shape[-1], q.dtype)
-    query_grad_kernel[(triton.cdiv(t, options["BLOCK_M"]), b * h)](
-        q, k, v, ax, ay, alpha, out, dout, lse, delta, dq, dax, day, dalpha,
-        *strides(q, k, v, out, dout, dq), *sizes, POOL=pool, **options,
-    )  # fmt: skip
-    options = launch_options(key_grad_kernel, q.shape[-1], q.dtype)
-    key_grad_kernel[(triton.cdiv(t, options["BLOCK_N"]), b * h)](
-        q, k, v, ax, ay, alpha, dout, lse, delta, dk, dv, *strides(q, k, v, dout, dk, dv), *sizes, POOL=pool, **options
-    )
+    with torch.cuda.device_of(q):
+        options = launch_options(query_grad_kernel, q.shape[-1], q.dtype)
+        query_grad_kernel[(triton.cdiv(t, options["BLOCK_M"]) * b * h,)](
+            q, k, v, ax, ay, alpha, out, dout, lse, delta, dq, dax, day, dalpha,
+            *strides(q, k, v, out, dout, dq), *sizes, POOL=pool, **options,
+        )  # fmt: skip
+        options = launch_options(key_grad_kernel, q.shape[-1], q.dtype)
+        key_grad_kernel[(triton.cdiv(t, options["BLOCK_N"]) * b * h,)](
+            q, k, v, ax, ay, alpha, dout, lse, delta, dk, dv, *strides(q, k, v, dout, dk, dv), *sizes, POOL=pool, **options
+        )
     return dq, dk, dv, dax, day, dalpha
 
 
