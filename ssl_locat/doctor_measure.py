@@ -1,6 +1,5 @@
 """What `doctor` measures: a sample of the data, and a few training steps on this machine, part by part."""
 
-import math
 import os
 import time
 from collections import Counter
@@ -10,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 from ssl_locat.config import Config
-from ssl_locat.data.crops import MultiCrop
+from ssl_locat.data.crops import MultiCrop, Sample
 from ssl_locat.data.decode import decode_image, find_image
 from ssl_locat.data.index import Dataset
 from ssl_locat.data.tar import Damage
@@ -34,7 +34,7 @@ class DataSample(NamedTuple):
     read_seconds: float  # per image
     decode_seconds: float
     crop_seconds: float
-    payload: dict[str, Tensor] | None  # collated crops, for the step
+    payload: list[Sample] | None  # what a worker hands on for the step, as this device's crops.mode wants it
 
 
 class StepTimes(NamedTuple):
@@ -51,9 +51,14 @@ class StepTimes(NamedTuple):
     memory_per_image: float  # bytes kept for the backward pass
 
 
+def step_device(config: Config) -> torch.device:
+    """Where the steps are measured, hence for which device crops are cut."""
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def sample_data(datasets: list[Dataset], config: Config, count: int = 64) -> DataSample:
     """Read, decode and crop `count` samples as training would, in this process, timing each part."""
-    crops = MultiCrop(**config.crops.model_dump(), device="cpu")
+    crops = MultiCrop(**config.crops.model_dump(), device=step_device(config).type)
     damaged, formats, sizes, cut = [], Counter(), [], []
     spent = {"read": 0.0, "decode": 0.0, "crop": 0.0}
     looked_at = 0
@@ -81,9 +86,8 @@ def sample_data(datasets: list[Dataset], config: Config, count: int = 64) -> Dat
             formats[kind_of(data)] += 1
             sizes.append(image.shape[:2])
     usable = max(1, len(cut))
-    payload = crops.collate(cut) if cut else None
     return DataSample(
-        looked_at, damaged, formats, sizes, spent["read"] / looked_at, spent["decode"] / usable, spent["crop"] / usable, payload
+        looked_at, damaged, formats, sizes, spent["read"] / looked_at, spent["decode"] / usable, spent["crop"] / usable, cut or None
     )
 
 
@@ -103,17 +107,23 @@ def kind_of(data: bytes) -> str:
     return next((name for start, name in magic.items() if data.startswith(start)), "other")
 
 
-def measure_step(config: Config, payload: dict[str, Tensor], micro_batch: int) -> StepTimes:
-    """Time training steps of this config's model on real crops. On a CPU a few images serve; times per image hold for more."""
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+def measure_step(config: Config, payload: list[Sample], micro_batch: int) -> StepTimes:
+    """Time training steps of this config's model on real crops, repeated where there are fewer than a batch takes.
+
+    On a CPU a few images serve; times per image hold for more."""
+    device = step_device(config)
     model, losses = build_model(config, device)
     crops = MultiCrop(**config.crops.model_dump(), device=device.type)
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-6)
     teacher_autocast, student_autocast = autocasts(config, device)
     at = Progress(0, 0.0, 1.0)
 
-    def step(payload: dict[str, Tensor]) -> None:
-        images, local = crops.finish(payload, device)
+    def batch(images: int) -> dict[str, Tensor]:
+        collated = crops.collate([payload[place % len(payload)] for place in range(images)])
+        return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in collated.items()}
+
+    def step(collated: dict[str, Tensor]) -> None:
+        images, local = crops.finish(collated, device)
         masks = model.make_masks(losses, mask_seeds(config, range(len(images) // 2)), images)
         with teacher_autocast:
             targets, _ = model.targets(images, 2, masks)
@@ -126,10 +136,10 @@ def measure_step(config: Config, payload: dict[str, Tensor], micro_batch: int) -
         for objective in losses.values():
             objective.finish_step()
 
-    two = take(payload, 2, crops)
-    kept = bytes_kept(model.student, lambda: step(two))
+    # the difference of two batches: casts of weights and what else does not grow with images stay out of it
+    kept = [bytes_kept(model.student, lambda some=batch(images): step(some)) for images in (2, 4)]
     images = micro_batch if device.type == "cuda" else min(micro_batch, 16 if config.crops.global_size <= 64 else 2)
-    some = take(payload, images, crops)
+    some = batch(images)
     seconds = timed(lambda: step(some), device) / images
     transfer = timed(lambda: crops.finish(some, device), device) / images
     backbone_params, head_params = (
@@ -144,19 +154,8 @@ def measure_step(config: Config, payload: dict[str, Tensor], micro_batch: int) -
         backbone_params=backbone_params,
         head_params=head_params,
         memory_fixed=(backbone_params + head_params) * 4 * 5.0,  # weight, gradient, two moments; the teacher's weight
-        memory_per_image=kept / 2,
+        memory_per_image=(kept[1] - kept[0]) / 2,
     )
-
-
-def take(payload: dict[str, Tensor], count: int, crops: MultiCrop) -> dict[str, Tensor]:
-    """`count` images' crops out of a payload (view-major), repeated if it has fewer."""
-    views = {"global": 2, "local": crops.num_local}
-    taken = {}
-    for name, tensor in payload.items():
-        per_view = tensor.unflatten(0, (views[name], -1))
-        repeats = math.ceil(count / per_view.shape[1])
-        taken[name] = per_view.repeat(1, repeats, *[1] * (per_view.ndim - 2))[:, :count].flatten(0, 1).contiguous()
-    return taken
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -194,13 +193,14 @@ def bytes_kept(student: nn.Module, run: Callable[[], None]) -> int:
 
 
 def attention_share(run: Callable[[], None], device: torch.device) -> float:
-    """Share of a step that attention takes, by the profiler."""
+    """Share of a step that attention takes, by the profiler: of its operators' own time, on a GPU that of the kernels they launch."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it speaks to stderr otherwise
-    activities = [torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
+    on_gpu, kinds = device.type == "cuda", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]) as profile:
         run()
         wait(device)
-    spent = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in profile.key_averages()}
+    operators = [event for event in profile.key_averages() if event.device_type == DeviceType.CPU]  # kernels have names of their own
+    spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in operators}
     inside = sum(value for name, value in spent.items() if any(word in name.lower() for word in ATTENTION_OPERATIONS))
     return inside / max(sum(spent.values()), 1)
 

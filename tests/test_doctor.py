@@ -61,6 +61,35 @@ def test_a_config_is_measured_and_its_bottleneck_named(config, said):
     assert "A global batch of 32 makes a noisy centre" in text
 
 
+@pytest.mark.parametrize("mode", ["cpu", "device-photometric", "device"])
+def test_crops_are_finished_as_they_were_cut(config, said, mode):
+    """In every mode, so that a GPU, for which "auto" chooses another one than a CPU does, can be measured too."""
+    assert doctor(config, ["optim.global_batch_size=32", f"crops.mode={mode}"]) == 0
+    assert "images/s" in said()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_attention_takes_its_share(config):
+    from ssl_locat.config import load
+    from ssl_locat.data.index import open_dataset
+
+    loaded = load(config, [])
+    sample = doctor_measure.sample_data([open_dataset(loaded.data.train)], loaded)
+    times = doctor_measure.measure_step(loaded, sample.payload, 16)
+    assert times.device.type == "cuda" and 0.01 < times.attention / (times.step + times.transfer) < 0.9
+
+
+def test_memory_per_image_holds_no_copies_of_weights(config):
+    """Under bf16 autograd keeps a copy of every weight, 2 MB of this head's largest alone; images share it."""
+    from ssl_locat.config import load
+    from ssl_locat.data.index import open_dataset
+
+    loaded = load(config, ["precision=bf16", "objective.hidden_dim=1024"])
+    sample = doctor_measure.sample_data([open_dataset(loaded.data.train)], loaded)
+    times = doctor_measure.measure_step(loaded, sample.payload, 4)
+    assert 5e4 < times.memory_per_image < 6e5
+
+
 def test_ranks_come_from_the_profile(config, said):
     doctor(config, on="slurm,nodes=2,ntasks_per_node=2")
     assert "4 ranks x 1 accumulated x 4" in said()
