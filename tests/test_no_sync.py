@@ -4,15 +4,18 @@ Reading a value (`.item()`, `if tensor:`, `nonzero`, boolean indexing) fails on 
 Autograd wants a driver for CUDA's backward pass, so that this one part runs on fake CPU tensors, where reading a value fails just so.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ssl_locat.backbone import create_backbone
+from ssl_locat.data.crops import MultiCrop
 from ssl_locat.models import features
 from ssl_locat.models.attention import forced_backend
 from ssl_locat.objectives import Masks, Progress
@@ -41,6 +44,33 @@ class Copies(TorchDispatchMode):
         if len({t.device.type for t in tensors if t.ndim or "copy" in str(func)}) > 1:
             self.seen.append(str(func))
         return result
+
+
+class RealOnCPU(TorchDispatchMode):
+    """CPU tensors are computed with, CUDA tensors are fakes; notes what would make the CPU wait: copies that were not asked to be
+    asynchronous, from memory that is not pinned, and CPU tensors (as indices, say) among an operator's CUDA ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocking: list[str] = []
+        self.pinned = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.is_pinned.default:
+            return args[0] in self.pinned
+        if func is torch.ops.aten._pin_memory.default:  # wants a driver
+            self.pinned[args[0]] = True
+            return args[0]
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        to_device = torch.device(kwargs.get("device") or "cpu").type == "cuda"
+        if not to_device and all(t.device.type == "cpu" for t in given):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        here = [t for t in given if t.device.type == "cpu" and (t.ndim or to_device)]
+        if here and not (kwargs.get("non_blocking") and all(t in self.pinned for t in here)):
+            self.blocking.append(str(func))
+        return func(*args, **kwargs)
 
 
 def fake(tensor: torch.Tensor, mode: FakeTensorMode, device: str) -> torch.Tensor:
@@ -131,6 +161,38 @@ def test_no_objective_waits_for_the_device(device):
 def test_waiting_would_be_noticed(wait):
     with FakeTensorMode(), Copies(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         wait(torch.randn(3, device="cuda"))
+
+
+@pytest.mark.parametrize("mode", ["cpu", "device-photometric", "device"])
+def test_crops_are_finished_without_waiting(mode):
+    """What a step of prefetching launches while the batch before it trains."""
+    crops, rng = MultiCrop(32, 16, 2, mode=mode), np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((300, 400), (200, 500), (130, 130), (300, 380))]
+    payload = crops.collate([crops.cut(image, seed) for seed, image in enumerate(images)])
+    with FakeTensorMode(allow_non_fake_inputs=True), RealOnCPU() as tensors:
+        payload = {name: tensor.pin_memory() for name, tensor in payload.items()}  # by the stream
+        finished = crops.finish(payload, torch.device("cuda"))
+    assert tensors.blocking == []
+    assert [tuple(t.shape) for t in finished] == [(8, 3, 32, 32), (8, 3, 16, 16)]
+    assert all(t.device.type == "cuda" for t in finished)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda x, index: x[index],
+        lambda x, index: x.index_copy(0, index.to("cuda"), x[:2]),
+        lambda x, index: index.to("cuda", non_blocking=True),  # not pinned
+        lambda x, index: index.pin_memory().to("cuda"),
+    ],
+)
+def test_waiting_for_a_copy_would_be_noticed(copy):
+    with FakeTensorMode(allow_non_fake_inputs=True), RealOnCPU() as tensors:
+        x, index = torch.zeros(4, 2, device="cuda"), torch.tensor([1, 2])
+        index.pin_memory().to("cuda", non_blocking=True)
+        assert tensors.blocking == []
+        copy(x, torch.tensor([1, 2]))
+    assert len(tensors.blocking) == 1
 
 
 def test_copies_would_be_noticed():

@@ -154,22 +154,29 @@ class MultiCrop:
 
     def _finish_images(self, payload: dict[str, Tensor], device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         numbers = sorted(name.removeprefix("rows.") for name in payload if name.startswith("rows."))
-        buckets = [(payload[f"images.{n}"].to(device, non_blocking=True), payload[f"rows.{n}"]) for n in numbers]
+        device = torch.device(device)
+        buckets = [
+            (payload[f"images.{n}"].to(device, non_blocking=True), crops_device.to_device(payload[f"rows.{n}"], device))
+            for n in numbers
+        ]
         finished: list[Tensor | None] = []
         for views, size in ((slice(0, 2), self.global_size), (slice(2, 2 + self.num_local), self.local_size)):
             draws = payload["draws"][:, views]
             if not draws.shape[1]:
                 finished.append(None)
                 continue
-            crops = crops_device.assemble(buckets, draws.to(device, non_blocking=True), size)
+            crops = crops_device.assemble(buckets, crops_device.to_device(draws, device), size)
             crops = crops_device.photometric(crops, draws.transpose(0, 1).flatten(0, 1))
             finished.append(self._normalize(crops))
         return tuple(finished)
 
     def _normalize(self, crops: Tensor) -> Tensor:
         """float [N, C, H, W] in 0..255, overwritten."""
-        std, mean = (torch.tensor(values, device=crops.device)[:, None, None] for values in (self.std, self.mean))
-        return crops.mul_(1 / (255 * std)).sub_(mean / std)
+        std, mean = torch.tensor(self.std), torch.tensor(self.mean)
+        # as numbers, which travel with the launch: a tensor of them would be a copy to wait for
+        for channel, factor, shift in zip(crops.unbind(1), (1 / (255 * std)).tolist(), (mean / std).tolist(), strict=True):
+            channel.mul_(factor).sub_(shift)
+        return crops
 
     def _draw_view(self, uniform: Callable[[], float], view: int, height: int, width: int) -> Draw:
         """`uniform()` gives floats in [0, 1). Every view consumes choices in the same order as DINO's transforms apply them."""

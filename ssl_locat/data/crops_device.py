@@ -18,7 +18,6 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 
 def photometric(crops: Tensor, draws: Tensor) -> Tensor:
     """Jitter, grey, blur, solarise. `crops` float [N, C, H, W] in 0..255 (may be overwritten), `draws` [N, FIELDS] on the CPU."""
-    device = crops.device
     orders = torch.tensor([*JITTER_ORDERS, (-1,) * 4])[draws[:, FIELDS["jitter_order"]].long()]  # -1 picks the last row
     factors = draws[:, FIELDS["brightness"] : FIELDS["hue"] + 1]
     colours = crops.shape[1] == 3
@@ -26,15 +25,22 @@ def photometric(crops: Tensor, draws: Tensor) -> Tensor:
         orders = torch.where(orders < FIRST_OF_COLOUR, orders, -1)
     for turn in range(4):
         crops = _jitter(crops, orders[:, turn], factors)
-    flags = draws.to(device, non_blocking=True)
+    flags = to_device(draws, crops.device)
     if colours:
         crops = torch.where(_flag(flags, "gray"), _gray(crops), crops)
     blurred = draws[:, FIELDS["sigma"]].nonzero()[:, 0]
     if len(blurred):
         sigmas = draws[blurred, FIELDS["sigma"]]
-        rows = blurred.to(device, non_blocking=True)
+        rows = to_device(blurred, crops.device)
         crops[rows] = _blur(crops[rows], sigmas)
     return torch.where(_flag(flags, "solarize") & (crops >= 128), 255 - crops, crops)
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Small tensors on their way from the CPU. Pinned first: a copy out of ordinary memory may wait for all that its stream still has to do."""
+    if device.type == "cuda":
+        numbers = numbers.contiguous().pin_memory()
+    return numbers.to(device, non_blocking=True)
 
 
 def resized_crops(images: Tensor, draws: Tensor, size: int) -> Tensor:
@@ -100,9 +106,8 @@ def _jitter(crops: Tensor, operation: Tensor, factors: Tensor) -> Tensor:
     rows = ((operation >= 0) & (operation != _HUE)).nonzero()[:, 0]
     if len(rows):
         kind = operation[rows]
-        factor = factors[rows, kind].to(device, non_blocking=True)[:, None, None, None]
-        kind = kind.to(device, non_blocking=True)[:, None, None, None]
-        index = rows.to(device, non_blocking=True)
+        factor, kind, index = (to_device(numbers, device) for numbers in (factors[rows, kind], kind, rows))
+        factor, kind = factor[:, None, None, None], kind[:, None, None, None]
         chosen = crops[index]
         gray = _gray(chosen)
         mean = (gray.mean((2, 3), keepdim=True) + 0.5).floor_()
@@ -112,8 +117,8 @@ def _jitter(crops: Tensor, operation: Tensor, factors: Tensor) -> Tensor:
         crops = crops.index_copy(0, index, blend.clamp_(0, 255))
     rows = (operation == _HUE).nonzero()[:, 0]
     if len(rows):
-        shift = ((factors[rows, _HUE] * 255).trunc() / 256).to(device, non_blocking=True)
-        index = rows.to(device, non_blocking=True)
+        shift = to_device((factors[rows, _HUE] * 255).trunc() / 256, device)
+        index = to_device(rows, device)
         crops = crops.index_copy(0, index, _turn_hue(crops[index], shift[:, None, None]))
     return crops
 
@@ -139,7 +144,7 @@ def _blur(crops: Tensor, sigmas: Tensor) -> Tensor:
     """Gaussian, standard deviation `sigmas` [N] (on the CPU) in pixels, edges repeated; one banded matrix per crop and axis."""
     height, width = crops.shape[-2:]
     reach = math.ceil(3 * float(sigmas.max()) + 1)
-    sigmas = sigmas.to(crops.device, non_blocking=True)
+    sigmas = to_device(sigmas, crops.device)
     across = _blur_weights(sigmas, reach, width)
     down = across if height == width else _blur_weights(sigmas, reach, height)
     shape = crops.shape
@@ -160,7 +165,7 @@ def _blur_weights(sigmas: Tensor, reach: int, size: int) -> Tensor:
 
 
 def assemble(buckets: list[tuple[Tensor, Tensor]], draws: Tensor, size: int) -> Tensor:
-    """Crops [V * B, C, size, size], view-major, out of buckets of padded images (uint8 [n, H, W, C], their numbers [n])."""
+    """Crops [V * B, C, size, size], view-major, out of buckets of padded images (uint8 [n, H, W, C], their numbers [n]); all on the device."""
     batch, views = draws.shape[:2]
     device = buckets[0][0].device
     crops = torch.empty(views, batch, buckets[0][0].shape[3], size, size, device=device)
