@@ -87,7 +87,14 @@ def sample_data(datasets: list[Dataset], config: Config, count: int = 64) -> Dat
             sizes.append(image.shape[:2])
     usable = max(1, len(cut))
     return DataSample(
-        looked_at, damaged, formats, sizes, spent["read"] / looked_at, spent["decode"] / usable, spent["crop"] / usable, cut or None
+        looked_at,
+        damaged,
+        formats,
+        sizes,
+        spent["read"] / looked_at,
+        spent["decode"] / usable,
+        spent["crop"] / usable,
+        cut or None,
     )
 
 
@@ -136,8 +143,9 @@ def measure_step(config: Config, payload: list[Sample], micro_batch: int) -> Ste
         for objective in losses.values():
             objective.finish_step()
 
-    # the difference of two batches: casts of weights and what else does not grow with images stay out of it
-    kept = [bytes_kept(model.student, lambda some=batch(images): step(some)) for images in (2, 4)]
+    two, four = batch(2), batch(4)
+    # the difference: casts of weights and what else does not grow with images stay out of it
+    kept = bytes_kept(model.student, lambda: step(four)) - bytes_kept(model.student, lambda: step(two))
     images = micro_batch if device.type == "cuda" else min(micro_batch, 16 if config.crops.global_size <= 64 else 2)
     some = batch(images)
     seconds = timed(lambda: step(some), device) / images
@@ -154,7 +162,7 @@ def measure_step(config: Config, payload: list[Sample], micro_batch: int) -> Ste
         backbone_params=backbone_params,
         head_params=head_params,
         memory_fixed=(backbone_params + head_params) * 4 * 5.0,  # weight, gradient, two moments; the teacher's weight
-        memory_per_image=(kept[1] - kept[0]) / 2,
+        memory_per_image=kept / 2,
     )
 
 
@@ -199,7 +207,9 @@ def attention_share(run: Callable[[], None], device: torch.device) -> float:
     with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]) as profile:
         run()
         wait(device)
-    operators = [event for event in profile.key_averages() if event.device_type == DeviceType.CPU]  # kernels have names of their own
+    operators = [
+        event for event in profile.key_averages() if event.device_type == DeviceType.CPU
+    ]  # kernels have names of their own
     spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in operators}
     inside = sum(value for name, value in spent.items() if any(word in name.lower() for word in ATTENTION_OPERATIONS))
     return inside / max(sum(spent.values()), 1)
