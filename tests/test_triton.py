@@ -187,12 +187,15 @@ def test_kernels_when_interpreted():
 
 
 @pytest.mark.skipif(INTERPRETING, reason="an interpreting triton compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernels_compile_without_spills(capability):
-    """bfloat16, head dimension 64, with ptxas and no GPU."""
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim"),
+    [(80, "bfloat16", 64), (90, "bfloat16", 64), (100, "bfloat16", 64), (90, "float32", 64), (90, "float32", 128)],
+)
+def test_kernels_compile_without_spills(capability, dtype, head_dim):
+    """With ptxas and no GPU."""
     if capability == 100 and Version(version("triton")) < Version("3.9"):
         pytest.skip("triton 3.6 spills 32 bytes of the forward kernel on sm_100")
-    resources = compile_ahead(capability, "bfloat16", 64)
+    resources = compile_ahead(capability, dtype, head_dim)
     assert {r["kernel"] for r in resources} == {"forward_kernel", "query_grad_kernel", "key_grad_kernel"}
     assert all(r["spills"] == 0 and r["registers"] <= 255 for r in resources), resources
 
