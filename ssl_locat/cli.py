@@ -262,6 +262,8 @@ def bench(
     result = run(what, as_json=as_json, compare=compare, quick=quick)
     if as_json:
         _print_json(result)
+    if result["failed"]:  # each was named when it failed
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+import typer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_locat import bench
+from ssl_locat import bench, cli
 from ssl_locat.benchmarks import attention, objectives, slow_step, step, timing
 from ssl_locat.errors import UserError
 from ssl_locat.objectives.dino import DINO
@@ -28,14 +29,55 @@ def test_rows_have_the_documented_columns(rows):
 
 
 def test_result_is_json_and_compares_with_an_earlier_one(rows, monkeypatch, tmp_path):
-    monkeypatch.setattr(attention, "rows", lambda quick: rows)
+    monkeypatch.setattr(attention, "cases", lambda quick: [("small", lambda: rows)])
     first = bench.run("attention", as_json=True)
-    assert set(first) == {"hardware", "versions", "rows"}
+    assert set(first) == {"hardware", "versions", "rows", "failed"} and first["failed"] == []
     assert first["hardware"]["cores"] >= 1 and first["versions"]["torch"]
     earlier = tmp_path / "earlier.json"
     earlier.write_text(json.dumps(first))
     again = bench.run("attention", as_json=False, compare=earlier)
     assert all(row["earlier_ratio"] == row["ratio"] for row in again["rows"])
+
+
+def test_a_case_that_fails_loses_no_other(rows, monkeypatch, capsys):
+    def cases(quick):
+        yield "first", lambda: rows[:1]
+        yield "broken", lambda: 1 / 0
+        yield "last", lambda: rows[1:]
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(attention, "cases", cases)
+    monkeypatch.setitem(bench.BENCHES, "stream", "ssl_locat.benchmarks.is_not_there")
+    monkeypatch.setitem(bench.BENCHES, "crops", "ssl_locat.benchmarks.is_not_there")
+    monkeypatch.setitem(bench.BENCHES, "step", "ssl_locat.benchmarks.is_not_there")
+    with pytest.raises(typer.Exit) as stopped:
+        cli.bench("all", as_json=True)
+    assert stopped.value.exit_code == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"] == rows
+    assert [(each["bench"], each["case"]) for each in printed["failed"]] == [
+        ("attention", "broken"),
+        ("attention", "setting up"),
+        ("step", "setting up"),
+        ("crops", "setting up"),
+        ("stream", "setting up"),
+    ]
+    assert printed["failed"][0]["error"] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("subject", bench.BENCHES)
+def test_cases_have_names_of_their_own(subject):
+    quick = [name for name, _ in bench.subject_cases(subject, True)]
+    assert len(set(quick)) == len(quick) >= 2 and "setting up" not in quick
+
+
+@pytest.mark.gpu
+def test_kernel_time_is_what_the_kernels_take():
+    x = torch.randn(4096, 4096, device="cuda")
+    calls = {"one": lambda: x @ x, "two": lambda: x @ x @ x}
+    timings, host = timing.kernel_times(calls, 5), timing.host_times(calls, 5)
+    assert timings["two"].seconds == pytest.approx(2 * timings["one"].seconds, rel=0.2)
+    assert host["one"].seconds < timings["one"].seconds
 
 
 def test_compare_with_something_else_is_refused(tmp_path):

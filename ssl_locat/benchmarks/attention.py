@@ -1,23 +1,38 @@
-"""The attention core, forward + backward: every backend beside plain fused attention without a bias."""
+"""The attention core, forward + backward: every backend beside plain fused attention without a bias.
+
+On a GPU the kernels' time and the CPU's time for launching them are rows of their own: at these sizes launching takes longer, and what a
+model pays of it depends on what else it queues."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
+from ssl_locat.benchmarks.timing import (
+    device,
+    host_times,
+    kernel_times,
+    make_rows,
+    peak_bytes,
+    precisions,
+    side_by_side,
+    time_rows,
+)
 from ssl_locat.models.attention import BACKENDS, Gaussian, gaussian_attention, refusal
 from ssl_locat.models.attention_packed import packed_attention, xformers_refusal
 
 HEADS, HEAD_DIM, PREFIX = 6, 64, 1  # ViT-S
 
 
-def rows(quick: bool) -> list[dict]:
+def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     on_gpu = device().type == "cuda"
     batches = {14: 64, 32: 64, 64: 8} if on_gpu else {14: 4} if quick else {6: 16, 14: 4, 32: 1}
-    result = []
+    repeats = 5 if quick else 15
     for side, batch in batches.items():
         for precision, dtype in precisions().items():
-            result += measure(side, batch, precision, dtype, repeats=5 if quick else 15)
-    return result + packed_rows(repeats=5 if quick else 15)
+            yield f"{side}x{side} {precision}", partial(measure, side, batch, precision, dtype, repeats)
+    yield "vanilla multi-crop", partial(packed_rows, repeats)
 
 
 def packed_rows(repeats: int) -> list[dict]:
@@ -50,8 +65,15 @@ def measure(side: int, batch: int, precision: str, dtype: torch.dtype, repeats: 
         return call
 
     variants = {"plain": lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), [q, k, v], cotangent)}
-    variants |= {name: gaussian(name) for name in BACKENDS if not refusal(name, q, plain=True)}
+    served = [name for name in BACKENDS if not refusal(name, q, plain=True)]
+    if q.is_cuda:
+        served.remove("tiled")  # hundreds of small launches, made for the caches of a CPU
+    variants |= {name: gaussian(name) for name in served}
     case = f"{side}x{side} {precision}"
-    result = time_rows("attention", case, side_by_side(variants, repeats), "plain")
+    if q.is_cuda:
+        result = time_rows("attention", case, kernel_times(variants, repeats), "plain", "kernel time")
+        result += time_rows("attention", case, host_times(variants, repeats), "plain", "host time")
+    else:
+        result = time_rows("attention", case, side_by_side(variants, repeats), "plain")
     memory = {name: peak_bytes(call) / 2**20 for name, call in variants.items()}
     return result + make_rows("attention", case, "peak memory", "MiB", memory, "plain")

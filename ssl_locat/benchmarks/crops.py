@@ -7,6 +7,7 @@ to the device, which is a row of its own where there is a GPU.
 
 import io
 import random
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import simplejpeg
@@ -22,18 +23,23 @@ BASELINE = "dino (Pillow, torchvision)"
 MODES = ("cpu", "device-photometric", "device")
 
 
-def rows(quick: bool) -> list[dict]:
+def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     """One core: 2 x 224 + 8 x 96 crops of photograph-sized JPEGs, and the CIFAR-sized case of small images."""
-    threads = torch.get_num_threads()
+    threads, repeats = torch.get_num_threads(), 3 if quick else 9
     torch.set_num_threads(1)
     try:
-        found = _case(make_jpegs(4 if quick else 12, 375, 500), "500 x 375, 2 x 224 + 8 x 96", (224, 96, 8), 3 if quick else 9)
-        found += _case(make_jpegs(32, 48, 48), "48 x 48, 2 x 32 + 4 x 16", (32, 16, 4), 3 if quick else 9)
+        for name, sizes, count, side in (
+            ("500 x 375, 2 x 224 + 8 x 96", (224, 96, 8), 4 if quick else 12, (375, 500)),
+            ("48 x 48, 2 x 32 + 4 x 16", (32, 16, 4), 32, (48, 48)),
+        ):
+            yield (
+                name,
+                lambda name=name, sizes=sizes, count=count, side=side: _case(make_jpegs(count, *side), name, sizes, repeats),
+            )
         if torch.cuda.is_available():
-            found += _device_rows(make_jpegs(64, 375, 500), 3 if quick else 9)
+            yield "on the device", lambda: _device_rows(make_jpegs(64, 375, 500), repeats)
     finally:
         torch.set_num_threads(threads)
-    return found
 
 
 def _case(jpegs: list[bytes], name: str, sizes: tuple[int, int, int], repeats: int) -> list[dict]:

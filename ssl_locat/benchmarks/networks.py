@@ -26,6 +26,7 @@ def make_model(name: str, size: int) -> nn.Module:
 
 
 def forward_backward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, keep_gradients: bool = False) -> None:
+    torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = model(images).float().square().mean()
     loss.backward()

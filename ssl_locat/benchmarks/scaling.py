@@ -5,6 +5,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +20,11 @@ SIZES = (224, 384, 512, 768, 1024)
 RUN_STEPS, RUN_WARMUP = 24, 8
 
 
-def rows(repeats: int) -> list[dict]:
-    return resolution_rows() + batch_rows(repeats) + crop_rows(repeats) + rank_rows()
+def cases(repeats: int) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    yield "resolutions", resolution_rows
+    yield "batches", partial(batch_rows, repeats)
+    yield "local crops", partial(crop_rows, repeats)
+    yield "ranks", rank_rows
 
 
 def resolution_rows() -> list[dict]:

@@ -2,6 +2,8 @@
 objective beside DINO alone."""
 
 import copy
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import timm
 import torch
@@ -20,50 +22,53 @@ from ssl_locat.student_teacher import StudentTeacher
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def rows(quick: bool) -> list[dict]:
-    on_gpu = device().type == "cuda"
-    repeats = 5 if quick else 11
-    result = model_rows("ViT-S", 224, 64 if on_gpu else 2, repeats, ["fp32", "bf16"])
-    result += dino_rows(repeats, compiled=not quick)
+def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    on_gpu, repeats = device().type == "cuda", 5 if quick else 11
+    for precision in precisions():
+        # a GPU also compiled, and with a batch that fills it
+        for batch in (64, 256) if on_gpu else (2,):
+            case = f"ViT-S 224 px {precision}" + f", batch {batch}" * on_gpu
+            yield case, partial(model_rows, case, "ViT-S", 224, batch, repeats, precision, compiled=on_gpu and not quick)
+    yield "DINO", partial(dino_rows, repeats, compiled=not quick)
     if not on_gpu:
-        result += job_rows(repeats)
-    result += objectives.rows(2 if quick else repeats)
-    if not quick:
-        result += model_rows("ViT-S", 512, 16 if on_gpu else 1, 5, ["fp32", "bf16"])
-        result += part_rows(repeats)
-        result += scaling.rows(repeats)
-        for name in PAIRS:
-            for size in (224, 512):
-                result += memory_rows(name, size)
-    if not quick and on_gpu:
-        result += model_rows("ViT-B", 224, 64, repeats, ["bf16"])
-    return result
+        yield "whole job", partial(job_rows, repeats)
+    yield "objectives", partial(objectives.rows, 2 if quick else repeats)
+    if quick:
+        return
+    for precision in precisions():
+        case = f"ViT-S 512 px {precision}"
+        yield case, partial(model_rows, case, "ViT-S", 512, 16 if on_gpu else 1, 5, precision, compiled=on_gpu)
+    if on_gpu:
+        for batch in (64, 256):
+            case = f"ViT-B 224 px bf16, batch {batch}"
+            yield case, partial(model_rows, case, "ViT-B", 224, batch, repeats, "bf16", compiled=True)
+    yield "parts", partial(part_rows, repeats)
+    yield from scaling.cases(repeats)
+    for name in PAIRS:
+        for size in (224, 512):
+            yield f"memory, {name} {size} px", partial(memory_rows, name, size)
 
 
-def model_rows(name: str, size: int, batch: int, repeats: int, wanted: list[str]) -> list[dict]:
-    """Forward + backward of the vanilla model, of LocAt's, and of LocAt's with the bias computed by the published formula."""
-    vanilla, locat = (make_model(model, size) for model in PAIRS[name])
+def model_rows(case: str, name: str, size: int, batch: int, repeats: int, precision: str, compiled: bool) -> list[dict]:
+    """Forward + backward of the vanilla model, of LocAt's, and of LocAt's with the bias computed by the published formula; on demand both
+    models compiled, and compiled into CUDA graphs, which take the launching out of the comparison."""
+    models = dict(zip(("vanilla", "LocAt"), (make_model(model, size) for model in PAIRS[name]), strict=True))
     images = torch.randn(batch, 3, size, size, device=device())
+    dtype = precisions()[precision]
 
-    def by_formula(dtype):
+    def by_formula():
         with forced_backend("reference"):
-            forward_backward(locat, images, dtype)
+            forward_backward(models["LocAt"], images, dtype)
 
-    result = []
-    for precision in wanted:
-        if precision not in precisions():
-            continue
-        dtype = precisions()[precision]
-        variants = {
-            "vanilla": lambda dtype=dtype: forward_backward(vanilla, images, dtype),
-            "LocAt": lambda dtype=dtype: forward_backward(locat, images, dtype),
-            "LocAt, published formula": lambda dtype=dtype: by_formula(dtype),
-        }
-        timings = side_by_side(variants, repeats, warmup=1)
-        case = f"{name} {size} px {precision}"
-        result += time_rows("step", case, timings, "vanilla")
-        if device().type == "cuda" and precision == "bf16":
-            result += utilisation_rows(case, vanilla, images, timings)
+    networks = dict(models)
+    for way, mode in {"compiled": None, "CUDA graphs": "reduce-overhead"}.items() if compiled else ():
+        networks |= {f"{variant}, {way}": torch.compile(copy.deepcopy(model), mode=mode) for variant, model in models.items()}
+    variants = {name: partial(forward_backward, network, images, dtype) for name, network in networks.items()}
+    variants["LocAt, published formula"] = by_formula
+    timings = side_by_side(variants, repeats, warmup=3 if compiled else 1)  # a graph is captured in the second call
+    result = time_rows("step", case, timings, "vanilla")
+    if device().type == "cuda" and precision == "bf16":
+        result += utilisation_rows(case, models["vanilla"], images, timings)
     return result
 
 

@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -41,21 +42,21 @@ _SIZES = {"global_batch_size": BATCH, "world_size": 1, "accumulate_steps": 1, "w
 _fork = multiprocessing.get_context("fork")
 
 
-def rows(quick: bool) -> list[dict]:
-    """Rows of throughput, requests, memory, shuffle quality and resume. Needs `curl` for webdataset's web cases."""
-    found: list[dict] = []
+def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """Cases of throughput, requests, memory, shuffle quality and resume. Needs `curl` for webdataset's web cases."""
+    repeats = 1 if quick else 3
     with tempfile.TemporaryDirectory(prefix="bench_stream") as folder, _index_cache(folder):
         root = Path(folder)
         small = _make_shards(root / "small", 10 if quick else 200, 1000, 2_500)
         large = _make_shards(root / "large", 4 if quick else 40, 250, 100_000)
         for name, samples, size in (("small, 2.5 kB", small, 2_500), ("large, 100 kB", large, 100_000)):
-            found += _local_case(name, root / name.partition(",")[0], samples, size, 1 if quick else 3)
+            folder_name = name.partition(",")[0]
+            yield f"{name}, local", partial(_local_case, name, root / folder_name, samples, size, repeats)
             for delay in (0.0, 0.05):
-                found += _web_case(name, root, name.partition(",")[0], samples, size, delay, 1 if quick else 3)
-        found += _shuffle_rows(root / "small", small)
-        found += _resume_rows(root, 100_000 if quick else 1_280_000)
-        found += _huge_rows(root, 1_000 if quick else 100_000)
-    return found
+                yield f"{name}, http, {delay} s", partial(_web_case, name, root, folder_name, samples, size, delay, repeats)
+        yield "shuffle", partial(_shuffle_rows, root / "small", small)
+        yield "resume", partial(_resume_rows, root, 100_000 if quick else 1_280_000)
+        yield "many shards", partial(_huge_rows, root, 1_000 if quick else 100_000)
 
 
 def _local_case(name: str, folder: Path, samples: int, size: int, repeats: int) -> list[dict]:

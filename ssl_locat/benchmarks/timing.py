@@ -42,11 +42,61 @@ def side_by_side(variants: dict[str, Callable[[], object]], repeats: int, warmup
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(clock() - start)
-    timings = {}
-    for name, values in seconds.items():
-        low, middle, high = statistics.quantiles(values[warmup:], n=4)
-        timings[name] = Timing(middle, (high - low) / middle)
-    return timings
+    return {name: summary(values[warmup:]) for name, values in seconds.items()}
+
+
+def summary(seconds: list[float]) -> Timing:
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return Timing(middle, (high - low) / middle)
+
+
+def kernel_times(variants: dict[str, Callable[[], object]], repeats: int, at_least: float = 0.005) -> dict[str, Timing]:
+    """What the GPU takes for each call, without the launching: each is captured as a CUDA graph, which is replayed in rounds of at least
+    `at_least` seconds between two events. The calls must not wait for the device."""
+    rounds = {name: _replayed(call, at_least) for name, call in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, (graph, count) in rounds.items():
+            seconds[name].append(_replay(graph, count))
+    return {name: summary(values) for name, values in seconds.items()}
+
+
+def _replayed(call: Callable[[], object], at_least: float) -> tuple[torch.cuda.CUDAGraph, int]:
+    """The call as a graph, and how often it goes into a round."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # kernels are compiled and workspaces made before the capture, which may do neither
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    _replay(graph, 3)
+    return graph, max(1, round(at_least / _replay(graph, 5)))
+
+
+def _replay(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    """Seconds for one of `count` replays."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / count
+
+
+def host_times(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
+    """What the CPU takes until each call has queued its work on an idle GPU."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(warmup + repeats):
+        for name, call in variants.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: summary(values[warmup:]) for name, values in seconds.items()}
 
 
 def make_rows(
@@ -69,9 +119,9 @@ def make_rows(
     ]
 
 
-def time_rows(bench: str, case: str, timings: dict[str, Timing], baseline: str) -> list[dict]:
+def time_rows(bench: str, case: str, timings: dict[str, Timing], baseline: str, metric: str = "time") -> list[dict]:
     milliseconds = {name: 1000 * timing.seconds for name, timing in timings.items()}
-    return make_rows(bench, case, "time", "ms", milliseconds, baseline, {name: t.spread for name, t in timings.items()})
+    return make_rows(bench, case, metric, "ms", milliseconds, baseline, {name: t.spread for name, t in timings.items()})
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
