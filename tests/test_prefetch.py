@@ -1,5 +1,6 @@
 """The batches that training sees: every one, once, in the stream's order, with its own crops."""
 
+import os
 from itertools import islice
 from types import SimpleNamespace
 
@@ -7,13 +8,51 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_locat.data.crops import MultiCrop
+from ssl_locat.data.crops import MultiCrop, choose_mode
 from ssl_locat.data.prefetch import prefetch
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("cores", "environment", "mode"),
+    [
+        (16, {}, "device-photometric"),  # one process, however many GPUs the node has
+        (64, {"LOCAL_WORLD_SIZE": "8"}, "device-photometric"),  # torchrun: all share them
+        (32, {"LOCAL_WORLD_SIZE": "8"}, "device"),
+        (12, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "96"}, "device-photometric"),  # each Slurm task bound to its own
+        (32, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "32"}, "device"),  # Slurm tasks that are not bound
+    ],
+)
+def test_a_gpu_gets_the_crops_that_its_own_cores_can_make(cores, environment, mode, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert choose_mode("cuda") == mode and choose_mode("cpu") == "cpu"
+
+
+gpu = pytest.mark.gpu
+CYCLES = 50_000_000  # some 30 ms
+
+
+class Late:
+    """Crops whose stream is busy with something else first."""
+
+    def __init__(self, crops: MultiCrop):
+        self.crops = crops
+
+    def finish(self, payload, device):
+        torch.cuda._sleep(CYCLES)
+        return self.crops.finish(payload, device)
+
+
+@pytest.mark.parametrize(
+    ("device", "late"), [("cpu", None), pytest.param("cuda", "crops", marks=gpu), pytest.param("cuda", "training", marks=gpu)]
+)
 @pytest.mark.parametrize("mode", ["cpu", "device-photometric", "device"])
-def test_order_and_values(mode, device):
+def test_order_and_values(mode, device, late):
+    """On a GPU nothing here waits for it until the end. Late crops come out wrong if they are read before they are finished; late
+    training reads crops that were dropped long ago, wrong ones if the next batches took their memory."""
     crops = MultiCrop(32, 16, 2, mode=mode)
     images = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), np.uint8)
     payloads = [crops.collate([crops.cut(images[2 * n + k], 2 * n + k) for k in (0, 1)]) for n in range(6)]
@@ -21,10 +60,12 @@ def test_order_and_values(mode, device):
         payloads = [{name: tensor.pin_memory() for name, tensor in payload.items()} for payload in payloads]
     stream = iter([SimpleNamespace(payload=payload, number=number) for number, payload in enumerate(payloads)])
     found = []
-    for batch, seen in islice(prefetch(stream, crops, torch.device(device)), 5):
-        busy = torch.ones(512, 512, device=device) @ torch.ones(512, 512, device=device)  # work that reads memory late
-        found.append((batch.number, [(each + 0 * busy[0, 0]).cpu() for each in seen]))
+    for batch, seen in islice(prefetch(stream, Late(crops) if late == "crops" else crops, torch.device(device)), 5):
+        if late == "training":
+            torch.cuda._sleep(CYCLES)
+        found.append((batch.number, [each.clone() for each in seen]))
+        del seen
     assert [number for number, _ in found] == list(range(5))
     for number, seen in found:
         for tensor, expected in zip(seen, crops.finish(payloads[number], "cpu"), strict=True):
-            torch.testing.assert_close(tensor, expected, rtol=0, atol=0.05)
+            torch.testing.assert_close(tensor.cpu(), expected, rtol=0, atol=0.05)

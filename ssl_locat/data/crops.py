@@ -196,11 +196,14 @@ class MultiCrop:
 def choose_mode(device: str) -> str:
     """The mode that feeds a device of this type best from the cores at hand.
 
-    A ViT-S on a large GPU eats about 3500 images a second: seven cores that cut uint8 crops, or two that only decode."""
+    A ViT-S on a large GPU eats about 3500 images a second: seven cores that cut uint8 crops, or two that only decode. Cores are this
+    process's own if Slurm bound it to some of the job's on this node; else all of the node's processes (LOCAL_WORLD_SIZE) share them."""
     if device != "cuda":
         return "cpu"  # photometric work costs 15 ms an image as batched fp32 on a CPU, 2 ms on uint8
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return "device-photometric" if cores >= 8 * max(1, torch.cuda.device_count()) else "device"
+    bound = cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    sharing = 1 if bound else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return "device-photometric" if cores >= 8 * sharing else "device"
 
 
 def resized_crop(image: np.ndarray, draw: Draw, size: int) -> np.ndarray:
