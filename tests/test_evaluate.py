@@ -11,7 +11,7 @@ from trained import trained_run  # noqa: F401
 
 from ssl_locat import evaluate as program
 from ssl_locat.backbone import load_backbone
-from ssl_locat.errors import ConfigError
+from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.options import annotations, check_arguments
 from ssl_locat.yaml_files import LoadedYaml, load_yaml, names
@@ -119,6 +119,11 @@ def test_every_option_of_every_protocol_is_checked():
 def test_a_network_that_no_run_has_is_refused_before_anything_is_loaded(choice):
     with pytest.raises(ConfigError, match=f"'{choice}': expected which=teacher"):
         program.run("knn", "timm:vit_tiny", [choice, "data.train=a", "data.test=b"])
+
+
+def test_an_image_size_that_patches_do_not_fill_is_told():
+    with pytest.raises(UserError, match="image_size 100 is not a multiple of the backbone's patch size 16. Nearest: 96 or 112"):
+        program.evaluate("timm:vit_tiny", "efficiency", image_size=100)
 
 
 def test_which_and_step_choose_the_network_of_a_run(trained_run):  # noqa: F811

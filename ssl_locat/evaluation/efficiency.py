@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_locat.errors import UserError
+from ssl_locat.evaluation.features import check_image_size
 from ssl_locat.evaluation.options import Count
 from ssl_locat.log import console
 from ssl_locat.models.attention import forced_backend
@@ -39,6 +40,7 @@ def evaluate(backbone: nn.Module, *, image_size: Count = 224, num_classes: Count
         raise UserError(
             f"{type(model).__name__} has no reset_classifier, by which timm's models get a classifier; give a timm model"
         )
+    check_image_size(backbone, image_size)
     model.reset_classifier(0)
     found = {"params_backbone": count_parameters(model)}
     model.reset_classifier(num_classes)
