@@ -122,7 +122,7 @@ def test_a_network_that_no_run_has_is_refused_before_anything_is_loaded(choice):
 
 
 def test_an_image_size_that_patches_do_not_fill_is_told():
-    with pytest.raises(UserError, match="image_size 100 is not a multiple of the backbone's patch size 16. Nearest: 96 or 112"):
+    with pytest.raises(UserError, match=r"image_size 100 is not a multiple of the backbone's patch size 16. Nearest: 96 or 112"):
         program.evaluate("timm:vit_tiny", "efficiency", image_size=100)
 
 
