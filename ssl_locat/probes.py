@@ -10,11 +10,23 @@ from torch import nn
 from ssl_locat.config import Config
 from ssl_locat.distributed import is_main
 from ssl_locat.evaluation.knn import raw_pixel_knn
-from ssl_locat.evaluation.online import probe
+from ssl_locat.evaluation.online import probe, resolve
 from ssl_locat.log import EventLog, read_jsonl
 from ssl_locat.run_folder import write_atomically
 
 log = logging.getLogger(__name__)
+
+
+def check_probes(config: Config) -> None:
+    """ConfigError for a probe that is none, and for options that its protocol does not take."""
+    for name, options in config.probes.options.items():
+        resolve(name, options or {}, own_data(config))
+
+
+def own_data(config: Config) -> dict:
+    """The run's own sets, which probes read unless they name others."""
+    data = config.data.model_dump(mode="json")
+    return {name: data[name] for name in ("train", "test", "num_classes", "image_key", "label_key", "max_bad")}
 
 
 class Probes:
@@ -26,8 +38,7 @@ class Probes:
         period = options.every_steps or (options.every_epochs and max(1, round(options.every_epochs * steps_per_epoch)))
         self.period, self.total_steps = period or total_steps, total_steps
         self.folder = Path(config.run_dir) / "probes"
-        data = config.data.model_dump(mode="json")
-        self.data = {name: data[name] for name in ("train", "test", "num_classes", "image_key", "label_key", "max_bad")}
+        self.data = own_data(config)
         self.results: dict[str, list[dict]] = {}
 
     def due(self, step: int) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_locat import distributed, objectives
 from ssl_locat.backbone import create_backbone, init_weights, load_backbone, restore_grid
-from ssl_locat.config import OBJECTIVES, Config, Data, check_options
+from ssl_locat.config import OBJECTIVES, Config, Data
 from ssl_locat.data.cache import CachedStore
 from ssl_locat.data.crops import MultiCrop
 from ssl_locat.data.decode import decode_image, find_image
@@ -20,14 +20,12 @@ from ssl_locat.data.store import Store
 from ssl_locat.data.textures import make_textures
 from ssl_locat.distributed import is_main, world_size
 from ssl_locat.errors import ConfigError
-from ssl_locat.evaluation import PROTOCOLS
-from ssl_locat.evaluation.online import check_protocol
 from ssl_locat.models.attach import LocAtModel
 from ssl_locat.objectives import Progress
+from ssl_locat.probes import check_probes
 from ssl_locat.schedules import cosine
 from ssl_locat.seeds import mix64
 from ssl_locat.student_teacher import StudentTeacher
-from ssl_locat.yaml_files import LoadedYaml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,15 +73,6 @@ def check(config: Config, ranks: int = 1) -> tuple[list[Dataset], list[float], L
     steps_per_epoch = max(1, epoch_samples // batch)
     total_steps = config.optim.total_steps or max(1, round(config.optim.epochs * steps_per_epoch))
     return datasets, weights, Length(epoch_samples, steps_per_epoch, total_steps)
-
-
-def check_probes(config: Config) -> None:
-    """ConfigError for a probe that is none, or an option that its protocol does not take."""
-    for name, options in config.probes.options.items():
-        options = dict(options or {})
-        protocol = options.pop("protocol", name)
-        check_protocol(protocol, name)
-        check_options(PROTOCOLS[protocol], options, LoadedYaml("probes", {}), ("probes", name))
 
 
 def rates(config: Config, length: Length, samples_seen: int) -> Rates:

@@ -145,5 +145,5 @@ def test_probes_leave_random_state_and_modes_alone(backbone, data):
         torch.rand(3)
     with pytest.raises(ConfigError, match=r"probes.hummingbrid: 'hummingbrid' is no probe.*Did you mean 'hummingbird'"):
         probe(backbone, "hummingbrid", {}, data)
-    with pytest.raises(ConfigError, match=r"probes.often: k is \[0\]; expected a whole number"):
+    with pytest.raises(ConfigError, match=r"probes.often.k is \[0\]; expected a whole number"):
         probe(backbone, "often", {"protocol": "knn", "k": [0]}, data)

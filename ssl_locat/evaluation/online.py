@@ -23,7 +23,15 @@ DENSE = ("segmentation", "hummingbird")
 
 
 def probe(backbone: nn.Module, name: str, options: dict[str, Any], data_defaults: dict[str, Any]) -> dict[str, float]:
-    """The metrics of one protocol on `backbone` as it is now; random state, modes and gradients are left as found.
+    """The metrics of one protocol on `backbone` as it is now, for the arguments of `resolve`; random state, modes and gradients are left as found."""
+    protocol, arguments = resolve(name, options, data_defaults)
+    module, _, function = PROTOCOLS[protocol].partition(":")
+    with undisturbed(backbone):
+        return getattr(import_module(module), function)(backbone, **arguments)
+
+
+def resolve(name: str, options: dict[str, Any], data_defaults: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The protocol of a probe and its arguments. Raises ConfigError for what the protocol does not take.
 
     Args:
         name: a protocol. An option `protocol` overrides it, so that one protocol can run twice under two names.
@@ -32,22 +40,15 @@ def probe(backbone: nn.Module, name: str, options: dict[str, Any], data_defaults
     """
     options = dict(options)
     protocol = options.pop("protocol", name)
-    check_protocol(protocol, name)
+    if protocol not in ONLINE:
+        raise ConfigError(f"probes.{name}: {protocol!r} is no probe; known: {', '.join(ONLINE)}.{did_you_mean(protocol, ONLINE)}")
     inherited = data_defaults
     if protocol in DENSE:  # classes of masks are not those of images
         inherited = {key: value for key, value in data_defaults.items() if key in ("train", "test", "image_key")}
     data = {**inherited, **(options.pop("data", None) or {})}
-    data = {key: value for key, value in data.items() if value is not None}
-    check_arguments(PROTOCOLS[protocol], {**options, "data": data}, LoadedYaml(f"probes.{name}", {}))
-    module, _, function = PROTOCOLS[protocol].partition(":")
-    with undisturbed(backbone):
-        return getattr(import_module(module), function)(backbone, data=data, **options)
-
-
-def check_protocol(protocol: str, name: str) -> None:
-    """ConfigError if this protocol cannot be the probe `name`."""
-    if protocol not in ONLINE:
-        raise ConfigError(f"probes.{name}: {protocol!r} is no probe; known: {', '.join(ONLINE)}.{did_you_mean(protocol, ONLINE)}")
+    arguments = {**options, "data": {key: value for key, value in data.items() if value is not None}}
+    check_arguments(PROTOCOLS[protocol], arguments, LoadedYaml("the config", {}), ("probes", name))
+    return protocol, arguments
 
 
 @contextmanager
