@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def draw_masks(
     distribution of a crop is the same and does not depend on what else is in its batch.
     """
     cells = grid[0] * grid[1]
-    hidden = torch.zeros(views, len(seeds), cells, dtype=torch.bool)
+    hidden = np.zeros((views, len(seeds), cells), bool)
     for image, seed in enumerate(seeds):
         rng = random.Random(seed)
         for view in range(views):
@@ -45,24 +46,27 @@ def draw_masks(
                 count = int(cells * rng.uniform(*ratio))
                 places = block_places(rng, grid, count) if shape == "block" else rng.sample(range(cells), count)
                 hidden[view, image, places] = True
-    return hidden.flatten(0, 1)
+    return torch.from_numpy(hidden).flatten(0, 1)
 
 
 def block_places(rng: random.Random, grid: tuple[int, int], count: int) -> list[int]:
     """`count` cells of the grid, row-major: rectangles until no more fits, then single cells (the references stop short there)."""
     rows, cols = grid
-    chosen: set[int] = set()
-    while len(chosen) < count:
-        added = _one_block(rng, rows, cols, chosen, count - len(chosen))
+    chosen = 0  # bit c: cell c. Numbers join and count in one operation what sets of cells take a loop for
+    while chosen.bit_count() < count:
+        added = _one_block(rng, rows, cols, chosen, count - chosen.bit_count())
         if not added:
             break
         chosen |= added
-    free = [cell for cell in range(rows * cols) if cell not in chosen]
-    return [*sorted(chosen), *rng.sample(free, count - len(chosen))]
+    bits = f"{chosen:0{rows * cols}b}"[::-1]
+    places = [cell for cell, bit in enumerate(bits) if bit == "1"]
+    if len(places) < count:
+        places += rng.sample([cell for cell, bit in enumerate(bits) if bit == "0"], count - len(places))
+    return places
 
 
-def _one_block(rng: random.Random, rows: int, cols: int, chosen: set[int], room: int) -> set[int]:
-    """New cells of a rectangle with at least one and at most `room` of them; empty if no attempt gave one."""
+def _one_block(rng: random.Random, rows: int, cols: int, chosen: int, room: int) -> int:
+    """New cells of a rectangle, as bits, with at least one and at most `room` of them; 0 if no attempt gave one."""
     for _ in range(ATTEMPTS):
         area = rng.uniform(min(MIN_BLOCK, room), room)
         aspect = math.exp(rng.uniform(math.log(MIN_ASPECT), -math.log(MIN_ASPECT)))
@@ -70,7 +74,8 @@ def _one_block(rng: random.Random, rows: int, cols: int, chosen: set[int], room:
         if not (0 < height < rows and 0 < width < cols):
             continue
         top, left = rng.randint(0, rows - height), rng.randint(0, cols - width)
-        block = {row * cols + col for row in range(top, top + height) for col in range(left, left + width)} - chosen
-        if 0 < len(block) <= room:
+        line = ((1 << width) - 1) << left
+        block = sum(line << row * cols for row in range(top, top + height)) & ~chosen
+        if 0 < block.bit_count() <= room:
             return block
-    return set()
+    return 0
