@@ -250,19 +250,22 @@ def test_device_hue_equals_torchvisions_within_its_eight_bits(photos):
 
 
 @pytest.mark.parametrize(
-    ("device", "cores", "gpus", "mode"),
+    ("cores", "environment", "mode"),
     [
-        ("cpu", 64, 1, "cpu"),
-        ("cuda", 8, 1, "device-photometric"),
-        ("cuda", 7, 1, "device"),
-        ("cuda", 8, 2, "device"),
-        ("cuda", 16, 2, "device-photometric"),
+        (16, {}, "device-photometric"),  # one process, however many GPUs the node has
+        (64, {"LOCAL_WORLD_SIZE": "8"}, "device-photometric"),  # torchrun: all share them
+        (32, {"LOCAL_WORLD_SIZE": "8"}, "device"),
+        (12, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "96"}, "device-photometric"),  # each Slurm task bound to its own
+        (32, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "32"}, "device"),  # Slurm tasks that are not bound
     ],
 )
-def test_auto_gives_photometric_work_to_gpus_and_cutting_too_where_cores_are_few(monkeypatch, device, cores, gpus, mode):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert MultiCrop(mode="auto", device=device).mode == mode
+def test_a_gpu_gets_the_crops_that_its_own_cores_can_make(cores, environment, mode, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert MultiCrop(device="cuda").mode == mode and MultiCrop(device="cpu").mode == "cpu"
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
 """The batches that training sees: every one, once, in the stream's order, with its own crops."""
 
-import os
 from itertools import islice
 from types import SimpleNamespace
 
@@ -8,28 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_locat.data.crops import MultiCrop, choose_mode
+from ssl_locat.data.crops import MultiCrop
 from ssl_locat.data.prefetch import prefetch
-
-
-@pytest.mark.parametrize(
-    ("cores", "environment", "mode"),
-    [
-        (16, {}, "device-photometric"),  # one process, however many GPUs the node has
-        (64, {"LOCAL_WORLD_SIZE": "8"}, "device-photometric"),  # torchrun: all share them
-        (32, {"LOCAL_WORLD_SIZE": "8"}, "device"),
-        (12, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "96"}, "device-photometric"),  # each Slurm task bound to its own
-        (32, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "32"}, "device"),  # Slurm tasks that are not bound
-    ],
-)
-def test_a_gpu_gets_the_crops_that_its_own_cores_can_make(cores, environment, mode, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert choose_mode("cuda") == mode and choose_mode("cpu") == "cpu"
-
 
 gpu = pytest.mark.gpu
 CYCLES = 50_000_000  # some 30 ms
