@@ -9,6 +9,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,8 @@ from ssl_locat.errors import UserError
 from ssl_locat.yaml_files import load_yaml
 
 log = logging.getLogger(__name__)
+
+LOCK_PATIENCE = 300  # seconds; servers of network disks forget a dead node's locks after one to two minutes
 
 # what may differ between the run that was stopped and the one that goes on: nothing in it changes what is learned
 MAY_CHANGE = ("data.workers", "data.max_bad", "data.retry_minutes", "data.cache", "data.test", "data.num_classes", "data.make")
@@ -69,18 +72,31 @@ def prepare(config: Config) -> TextIO:
 
 
 def take_lock(folder: Path) -> TextIO:
-    """Hold `folder`/lock, which the kernel frees when this process ends, however it ends. UserError if another process holds it."""
+    """Hold `folder`/lock, which the kernel frees when this process ends, however it ends. UserError if another process keeps it.
+
+    A network disk may take minutes to notice that a node has died: where the holder is on another machine, it is waited for.
+    """
     lock = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  stays open as long as the run
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX, not flock: forked loader workers must not inherit it
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            log.debug("%s: this file system has no locks (%s)", folder, error)
-            return lock
+    patience = None
+    while True:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX, not flock: forked loader workers must not inherit it
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                log.debug("%s: this file system has no locks (%s)", folder, error)
+                return lock
         lock.seek(0)
-        raise UserError(
-            f"{folder} is in use: {lock.read().strip()} trains in it. Wait for that run, stop it, or give another run_dir."
-        ) from None
+        holder = lock.read().strip()
+        if patience is None:
+            patience = time.monotonic() + (0 if holder.endswith(f" on {socket.gethostname()}") else LOCK_PATIENCE)
+        if time.monotonic() >= patience:
+            raise UserError(
+                f"{folder} is in use: {holder} trains in it. Wait for that run, stop it, or give another run_dir. "
+                f"(If that machine is dead, delete {folder / 'lock'}.)"
+            )
+        log.warning("%s is in use: %s trains in it; waiting for it to end", folder, holder)
+        time.sleep(10)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()

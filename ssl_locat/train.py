@@ -89,7 +89,8 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
         meta = saved["meta"]
         step, samples_seen, restarts = saved["step"], meta["samples_seen"], meta["restarts"] + 1
         plan = resume_plan(meta["plan"], datasets, weights, config.seed)
-        diagnosis.load_state(meta["diagnosis"])
+        if "diagnosis" in meta:  # of a version before it was saved
+            diagnosis.load_state(meta["diagnosis"])
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
     else:

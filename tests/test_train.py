@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_run import losses, write_config
 
+from ssl_locat import run_folder
 from ssl_locat.backbone import load_backbone
 from ssl_locat.config import load
 from ssl_locat.data.textures import make_textures
@@ -227,6 +228,20 @@ def test_two_processes_never_train_in_one_folder(textures, tmp_path):
         first.kill()
         first.wait()
     finish(start(config, "optim.epochs=20", "optim.epochs=20"), config, 0)  # the kernel freed the lock
+
+
+def test_a_holder_on_another_machine_is_waited_for(tmp_path, monkeypatch, caplog):
+    """Its node may have died, which a network disk notices late."""
+    hold = "import fcntl, sys; f = open('lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on elsewhere\\n'); f.flush(); print(); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE", 0)
+    with pytest.raises(UserError, match=r"process 7 on elsewhere trains in it.*delete"):
+        run_folder.take_lock(tmp_path)
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE", 300)
+    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: holder.communicate())  # it ends meanwhile
+    run_folder.take_lock(tmp_path).close()
+    assert "waiting for it to end" in caplog.text
 
 
 def test_a_run_from_other_weights_keeps_their_grid_and_needs_them_once(tiny, tmp_path):
