@@ -61,6 +61,7 @@ EXPECTED = (UserError, DataBudgetExceeded, Outage, Preempted, Diverged)  # repor
 
 REFUSALS = {
     errno.ENOSPC: "the disk is full. Make room",
+    errno.EFBIG: "the file grew beyond what this disk or `ulimit -f` allows. Choose another place",
     errno.EDQUOT: "the disk quota is used up. Make room",
     errno.EROFS: "the disk is read-only. Name another place",
     errno.EACCES: "access is denied. Mend its permissions, or name another place",

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 from servers import FaultProxy, nginx, program
 from trained import write_config
 
@@ -13,7 +14,7 @@ from ssl_locat.config import load
 from ssl_locat.data.index import open_dataset
 from ssl_locat.data.textures import make_textures
 from ssl_locat.doctor import doctor
-from ssl_locat.errors import CheckpointError, DataError, Outage, UserError
+from ssl_locat.errors import CheckpointError, DataError, Outage, UserError, disk_refusal
 from ssl_locat.evaluate import evaluate
 from ssl_locat.log import console, read_jsonl
 from ssl_locat.report import report
@@ -117,3 +118,19 @@ def test_a_mistake_leaves_no_run_behind_and_a_run_is_not_mixed_with_another(tmp_
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-4})})
     with pytest.raises(UserError, match=r"holds a run with other settings: optim\.lr was .*, now 0\.0001\."):
         pretrain(other)
+
+
+def test_a_full_disk_ends_in_one_message_and_leaves_nothing_half_written(tmp_path):
+    model = "timm:vit_tiny_patch16_224?patch_size=8&img_size=32&depth=1&embed_dim=24&num_heads=2"
+    command = f"ulimit -f 8; exec {sys.executable} -m ssl_locat.cli export '{model}' out"  # a limit of 8 kB stands for the disk
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4 and "ssl-locat: the file grew beyond" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_machine_refuses_is_said_in_words_and_our_own_errors_are_not():
+    assert "runs/a: the disk is full. Make room" in disk_refusal(OSError(28, "No space left on device", "runs/a"))
+    assert "the disk is full" in disk_refusal(SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert (
+        disk_refusal(FileNotFoundError(2, "No such file")) is None and disk_refusal(SafetensorError("header too large")) is None
+    )
