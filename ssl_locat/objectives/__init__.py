@@ -49,7 +49,7 @@ class Progress(NamedTuple):
     """Where the run stands; everything that is scheduled is a function of this."""
 
     step: int  # optimiser steps done
-    epoch: float  # samples seen over samples per epoch
+    epoch: float  # steps over steps per epoch; an epoch is as many whole batches as its samples fill, as in DINO
     total_epochs: float
 
 
