@@ -12,11 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ssl_locat.errors import ConfigError, did_you_mean
-from ssl_locat.yaml_files import LoadedYaml, load_yaml
+from ssl_locat.yaml_files import LoadedYaml, dump_yaml, load_yaml
 
 # name in YAML -> where the class lives; an objective of your own is given as 'package.module:Class'
 OBJECTIVES = {
@@ -288,7 +287,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def near_multiples(value: int, of: int) -> list[int]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from ssl_locat.config import keyword_names
@@ -23,7 +22,7 @@ from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.options import check_arguments
 from ssl_locat.log import console
 from ssl_locat.run_folder import write_atomically
-from ssl_locat.yaml_files import LoadedYaml, load_yaml
+from ssl_locat.yaml_files import LoadedYaml, dump_yaml, load_yaml
 
 CARD_START, CARD_END = "<!-- scores -->", "<!-- end of scores -->"
 
@@ -116,7 +115,7 @@ def check_inputs(model: str, protocol: str, options: dict[str, Any], model_may_c
 
 def dry_run(protocol: str, model: str, overrides: Sequence[str] = ()) -> None:
     """Check everything and print the resolved protocol, without running it."""
-    print(yaml.safe_dump(check(protocol, model, overrides)[1], sort_keys=False, allow_unicode=True), end="")
+    print(dump_yaml(check(protocol, model, overrides)[1]), end="")
 
 
 def function_of(protocol: str) -> Callable[..., dict[str, float]]:

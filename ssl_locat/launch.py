@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-import yaml
 from submitit.core.utils import FailedJobError
 
 from ssl_locat import jobs as registry
 from ssl_locat import task
 from ssl_locat.config import Config, load
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
-from ssl_locat.yaml_files import load_yaml, shipped
+from ssl_locat.yaml_files import dump_yaml, load_yaml, shipped
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +183,7 @@ def _submit_judging(
     snapshot = _snapshot(folder, dry_run)
     own = snapshot / f"{Path(name).stem}.yaml"
     if not dry_run:
-        own.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        own.write_text(dump_yaml(resolved), encoding="utf-8")
     _start([[command, str(own), *arguments]], profile, snapshot, [str(folder)], dry_run)
 
 

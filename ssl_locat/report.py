@@ -14,13 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 
 from ssl_locat.errors import UserError
 from ssl_locat.log import duration
 from ssl_locat.report_charts import Line, Mark, chart
 from ssl_locat.run_story import Run, explain, flatten, is_run, open_run
+from ssl_locat.yaml_files import dump_yaml
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def render(runs: list[Run], live: str = "") -> str:
         charts=_charts(runs),
         pictures=[{"name": run.name, **pictures(run)} for run in runs],
         differences=_differences(runs),
-        configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) for run in runs],
+        configs=[(run.name, dump_yaml(run.config)) for run in runs],
         environments=[(run.name, flatten(run.environment)) for run in runs],
         events=[(run.name, _event_rows(run)) for run in runs],
         quarantines=[(run.name, run.quarantine[:500], len(run.quarantine)) for run in runs if run.quarantine],

@@ -228,3 +228,13 @@ def read_value(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
     except yaml.YAMLError:
         return text  # a glob, or something whose quotes a shell already ate: it is a string
+
+
+def dump_yaml(values: Any) -> str:
+    """Plain values as YAML that `load_yaml` reads: no aliases, also where one list stands in two places."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

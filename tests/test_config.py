@@ -8,7 +8,7 @@ import yaml
 
 from ssl_locat.config import Config, load
 from ssl_locat.errors import ConfigError
-from ssl_locat.yaml_files import names
+from ssl_locat.yaml_files import dump_yaml, load_yaml, names
 
 MINIMAL = """\
 run_dir: runs/x
@@ -172,3 +172,10 @@ def test_every_key_is_described_or_plain():
 def test_a_run_may_lie_at_home(config_file, monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert load(config_file(MINIMAL), ["run_dir=~/runs/a"]).run_dir == "/somewhere/runs/a"
+
+
+def test_what_is_written_has_no_aliases_which_the_loader_refuses(tmp_path):
+    shared = [0.9, 0.999]
+    path = tmp_path / "a.yaml"
+    path.write_text(dump_yaml({"one": shared, "two": shared}))
+    assert load_yaml(str(path)).data == {"one": shared, "two": shared}
