@@ -78,7 +78,9 @@ REFUSALS = {
 def disk_refusal(error: Exception) -> str | None:
     """In words, what the operating system refused, if it is the machine's or the user's to mend; None for an error of ours."""
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
-    if number is None and (found := re.search(r"os error (\d+)|Os { code: (\d+)", str(error))):  # safetensors says it in its text alone
+    if number is None and (
+        found := re.search(r"os error (\d+)|Os { code: (\d+)", str(error))
+    ):  # safetensors says it in its text alone
         number = int(found[1] or found[2])
     if number not in REFUSALS:
         return None
