@@ -78,10 +78,9 @@ REFUSALS = {
 def disk_refusal(error: Exception) -> str | None:
     """In words, what the operating system refused, if it is the machine's or the user's to mend; None for an error of ours."""
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
-    if number is None and (
-        found := re.search(r"os error (\d+)|Os { code: (\d+)", str(error))
-    ):  # safetensors says it in its text alone
-        number = int(found[1] or found[2])
+    in_words = re.search(r"os error (\d+)|Os { code: (\d+)", str(error))  # all that safetensors gives
+    if number is None and in_words:
+        number = int(in_words[1] or in_words[2])
     if number not in REFUSALS:
         return None
     return f"{f'{name}: ' if name else ''}{REFUSALS[number]} and start the same command again; what was saved before is whole."
