@@ -66,18 +66,21 @@ def test_backend_equals_reference(backend, grid, prefix, clamp, pool):
 def test_tiles_of_any_size_make_the_whole(monkeypatch):
     inputs = make_inputs((6, 5), 3)
     expected, expected_grads = run("reference", inputs, (6, 5), 3)
-    for elements in (33, 2 * 33, 7 * 33, 2 * 33 * 33, 5 * 33 * 33):  # one query, some, two heads, more
+    for elements in (33, 17 * 33, 33 * 33, 2 * 33 * 33, 5 * 33 * 33):  # 16 queries, 32, one head, two, more
         monkeypatch.setattr(attention_tiled, "TILE", elements)
+        monkeypatch.setattr(attention_tiled, "QUERIES", 1)
         out, grads = run("tiled", inputs, (6, 5), 3)
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
         for grad, wanted in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(grad, wanted, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "tiled"])
+@pytest.mark.parametrize(("backend", "tile"), [("sdpa", None), ("tiled", attention_tiled.TILE), ("tiled", 20 * 50)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_stays_near_float32(backend, dtype):
+def test_low_precision_stays_near_float32(backend, tile, dtype, monkeypatch):
     """Bound: four roundings of the dtype, relative to the largest value; the formula itself in that dtype is no nearer."""
+    monkeypatch.setattr(attention_tiled, "TILE", tile)
+    monkeypatch.setattr(attention_tiled, "QUERIES", 1)
     inputs = make_inputs((7, 7), 1, dim=32, dtype=dtype)
     exact, exact_grads = run("reference", [t.float() for t in inputs], (7, 7), 1, clamp=36.0)
     out, grads = run(backend, inputs, (7, 7), 1, clamp=36.0)

@@ -136,7 +136,7 @@ BACKENDS = {"reference": reference, "sdpa": sdpa, "tiled": tiled, "triton": trit
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant: torch 2.11's compiler breaks the graph at the search
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHORT = 64  # tokens; up to here one unfused call on a CPU is faster than tiles
+SHORT = 32  # tokens; up to here one unfused call on a CPU is faster than tiles
 SMALL_BIAS = 1 << 24  # elements of the N x N bias below which inference on a CPU may as well write it out
 
 

@@ -1,8 +1,9 @@
 """Gaussian attention whose backward recomputes the bias: nothing N x N is kept between forward and backward.
 
-For training on CPUs. PyTorch's fused attention there has no gradient for a mask: a mask that needs one falls back to the
-unfused path, which keeps the weights. Here both passes work on tiles of logits that stay in the cache: about as fast as plain
-attention, with no more memory (docs/performance.md).
+For CPUs. PyTorch's fused attention there has no gradient for a mask: a mask that needs one falls back to the unfused path, which
+keeps the weights. Here both passes work on tiles of logits that stay in the cache. Tiles are [heads, keys, queries]: with the queries
+last, both the bias and the sums of its gradient along rows and columns of the grid run over contiguous memory, which takes a third of
+the time that they take in the other order (docs/performance.md). A call costs 5 to 10 us whatever it does, hence few, large ones.
 """
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from ssl_locat.models.grid import bounded_exp, squared_distances
 
 TILE = 1 << 18  # logits of one tile (fp32: 1 MB): smaller ones pay for calls, larger ones for cache misses
+QUERIES = 192  # of one head at least: narrower tiles waste more on matrix products than the cache gives back
+ALIGNED = 16  # queries: matrix products are a tenth faster where rows begin at multiples of a cache line
 
 
 def tiled(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) -> Tensor:
@@ -27,97 +30,120 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, ax, ay, alpha, clamp, pool, grid, num_prefix_tokens, scale):
-        ctx.save_for_backward(q, k, v, ax, ay, alpha)
-        ctx.options = clamp, pool, grid, num_prefix_tokens, scale
-        out = torch.empty_like(q)
-        head_step, query_step = tile_size(q)
-        buffer, low_buffer = make_buffers(q, 1)
-        for heads in slices(q.shape[0], head_step):
-            bump = Bump(ax[heads], ay[heads], clamp, pool, grid, num_prefix_tokens)
-            bump.factor_y *= F.pad(alpha[heads], (num_prefix_tokens, 0))[..., None]
-            keys = k[heads].float().transpose(1, 2)
-            for queries in slices(q.shape[1], query_step):
-                logits = bump.write(buffer, queries).baddbmm_(q[heads, queries].float(), keys, alpha=scale)
-                weights = copy_to(low_buffer, torch.softmax(logits, -1, out=logits))
-                out[heads, queries] = torch.bmm(weights, v[heads])
+        distances = squared_distances(grid, clamp, pool, q.device)
+        bump = Bump(ax, ay, distances, num_prefix_tokens)
+        heights = F.pad(alpha[:, None], (num_prefix_tokens, 0))
+        out, logsumexp = torch.empty_like(q), torch.empty_like(heights)
+        cut = Cut(q)
+        buffer, low_buffer = cut.buffers(1)
+        given = cut(q.float(), 1), cut(k.float()), cut(v), cut(bump.x, 2), cut(bump.y * heights, 2)
+        for q_tile, k_tile, v_tile, x, y, out_tile, logsumexp_tile in zip(*given, cut(out, 1), cut(logsumexp, 2), strict=True):
+            weights, _ = bump.write(buffer, x, y)
+            weights.baddbmm_(k_tile, q_tile.mT, alpha=scale)
+            highest = weights.amax(1, keepdim=True)
+            total = weights.sub_(highest).exp_().sum(1, keepdim=True)
+            torch.add(highest, total.log(), out=logsumexp_tile)
+            torch.bmm(copy_to(low_buffer, weights.div_(total)).mT, v_tile, out=out_tile)
+        ctx.save_for_backward(q, k, v, ax, ay, alpha, logsumexp)
+        ctx.options = distances, num_prefix_tokens, scale
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, ax, ay, alpha = saved = ctx.saved_tensors  # once: activation checkpointing recomputes on access
-        clamp, pool, grid, r, scale = ctx.options
-        dq, dk, dv, dax, day, dalpha = (torch.empty_like(t) for t in saved)
-        head_step, query_step = tile_size(q)
-        *buffers, low_buffer = make_buffers(q, 3)
-        for heads in slices(q.shape[0], head_step):
-            bump = Bump(ax[heads], ay[heads], clamp, pool, grid, r)
-            heights = F.pad(alpha[heads], (r, 0))[..., None]
-            keys = k[heads].float().transpose(1, 2)
-            dk_sum, dv_sum = (torch.zeros(t.shape, device=t.device) for t in (k[heads], v[heads]))
-            over_x, over_y = torch.empty_like(bump.factor_y), torch.empty_like(bump.factor_x)
-            for queries in slices(q.shape[1], query_step):
-                q_tile, dout_tile = q[heads, queries], dout[heads, queries]
-                gauss = bump.write(buffers[0], queries)
-                logits, weights = (view(buffer, gauss.shape) for buffer in buffers[1:])
-                torch.mul(gauss, heights[:, queries], out=logits).baddbmm_(q_tile.float(), keys, alpha=scale)
-                torch.softmax(logits, -1, out=weights)
-                dv_sum += torch.bmm(copy_to(low_buffer, weights).transpose(1, 2), dout_tile)
-                dweights = torch.bmm(dout_tile, v[heads].transpose(1, 2), out=view(low_buffer, gauss.shape))
-                dweights = copy_to(buffers[1], dweights)
-                dlogits = torch.ops.aten._softmax_backward_data.out(dweights, weights, -1, torch.float32, grad_input=logits)
-                dlogits_low = copy_to(low_buffer, dlogits)
-                dq[heads, queries] = torch.bmm(dlogits_low, k[heads]).mul_(scale)
-                dk_sum += torch.bmm(dlogits_low.transpose(1, 2), q_tile)
-                patches = torch.mul(dlogits, gauss, out=weights)[..., r:].unflatten(-1, grid)
-                over_x[:, queries], over_y[:, queries] = patches.sum(-1), patches.sum(-2)
-            dk[heads], dv[heads] = dk_sum.mul_(scale), dv_sum
-            dalpha[heads] = over_x[:, r:].sum(-1)
-            dax[heads] = (over_y[:, r:] * bump.dx2).sum(-1) * -alpha[heads]
-            day[heads] = (over_x[:, r:] * bump.dy2).sum(-1) * -alpha[heads]
-        return dq, dk, dv, dax, day, dalpha, None, None, None, None, None
+        q, k, v, ax, ay, alpha, logsumexp = ctx.saved_tensors  # once: activation checkpointing recomputes on access
+        distances, r, scale = ctx.options
+        bump, heights = Bump(ax, ay, distances, r), F.pad(alpha[:, None], (r, 0))
+        along_x, along_y = torch.empty_like(bump.y), torch.empty_like(bump.x)
+        dq, dk, dv = torch.empty_like(q), *(torch.zeros(t.shape, device=t.device) for t in (k, v))
+        cut = Cut(q)
+        *buffers, low_buffer = cut.buffers(3)
+        tiles_in = zip(cut(q, 1), cut(q.float(), 1), cut(k), cut(k.float()), cut(v), cut(dout, 1), strict=True)
+        tiles_bias = zip(cut(bump.x, 2), cut(bump.y, 2), cut(heights, 2), cut(-logsumexp, 2), strict=True)
+        tiles_out = zip(cut(dq, 1), cut(dk), cut(dv), cut(along_x, 2), cut(along_y, 2), strict=True)
+        for tile_in, (x, y, height, shift), tile_out in zip(tiles_in, tiles_bias, tiles_out, strict=True):
+            q_low, q_tile, k_low, k_tile, v_tile, dout_tile = tile_in
+            dq_tile, dk_tile, dv_tile, sum_x, sum_y = tile_out
+            gauss, patches = bump.write(buffers[0], x, y)
+            weights, dlogits = (view(buffer, gauss.shape) for buffer in buffers[1:])
+            torch.addcmul(shift, gauss, height, out=weights).baddbmm_(k_tile, q_tile.mT, alpha=scale).exp_()
+            add_product(dv_tile, copy_to(low_buffer, weights), dout_tile)
+            dweights = torch.bmm(v_tile, dout_tile.mT, out=view(low_buffer, gauss.shape))
+            torch.mul(weights, dweights, out=dlogits)
+            dlogits.addcmul_(weights, dlogits.sum(1, keepdim=True), value=-1)
+            dlogits_low = copy_to(low_buffer, dlogits)
+            torch.bmm(dlogits_low.mT, k_low, out=dq_tile)
+            add_product(dk_tile, dlogits_low, q_low)
+            gauss.mul_(dlogits)
+            torch.sum(patches, 2, out=sum_x)
+            torch.sum(patches, 1, out=sum_y)
+        along_x, along_y = along_x[..., r:], along_y[..., r:]
+        dx2, dy2 = distances
+        dax = (along_y * dx2.mT).sum(1) * -alpha
+        day = (along_x * dy2.mT).sum(1) * -alpha
+        return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype), dax, day, along_x.sum(1), None, None, None, None, None
 
 
 class Bump:
-    """exp(-ax dx^2 - ay dy^2) of some heads, kept as one factor per axis; `write` multiplies them out for some queries."""
+    """exp(-ax dx^2 - ay dy^2), kept as one factor per axis."""
 
-    def __init__(self, ax: Tensor, ay: Tensor, clamp: float, pool: int, grid: tuple[int, int], num_prefix_tokens: int):
-        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
-        self.dx2, self.dy2 = squared_distances(grid, clamp, pool, ax.device)
-        rows_above = (0, 0, num_prefix_tokens, 0)  # prefix tokens as queries: zeros
-        self.factor_x = F.pad(bounded_exp(self.dx2 * -ax[..., None]), rows_above)  # [heads, T, cols]
-        self.factor_y = F.pad(bounded_exp(self.dy2 * -ay[..., None]), rows_above)  # [heads, T, rows]
+    def __init__(self, ax: Tensor, ay: Tensor, distances: tuple[Tensor, Tensor], num_prefix_tokens: int):
+        """ax, ay [M, N]; distances as of `squared_distances`."""
+        left = (num_prefix_tokens, 0)  # prefix tokens as queries: zeros
+        self.num_prefix_tokens = num_prefix_tokens
+        self.x, self.y = (  # [M, cols, T] and [M, rows, T]
+            F.pad(bounded_exp(d2.mT.contiguous() * -a[:, None]), left) for a, d2 in zip((ax, ay), distances, strict=True)
+        )
 
-    def write(self, buffer: Tensor, queries: slice) -> Tensor:
-        """[heads, queries, T] in `buffer`, columns of prefix tokens zero."""
-        y, x = self.factor_y[:, queries, :, None], self.factor_x[:, queries, None, :]
-        tile = view(buffer, (*x.shape[:2], self.factor_x.shape[1]))
-        tile[..., : self.num_prefix_tokens] = 0
-        torch.mul(y, x, out=tile[..., self.num_prefix_tokens :].unflatten(-1, self.grid))
-        return tile
-
-
-def tile_size(q: Tensor) -> tuple[int, int]:
-    """How many heads and how many of their queries make one tile."""
-    heads, tokens = q.shape[:2]
-    queries = -(-tokens // -(-tokens * tokens // TILE))  # cut evenly: a last tile of five rows would cost as much as a full one
-    return min(heads, max(1, TILE // (tokens * queries))), queries
+    def write(self, buffer: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The product of x [heads, cols, queries] and y [heads, rows, queries] in `buffer`, [heads, T, queries], zero for prefix tokens as keys;
+        and its view without them, [heads, rows, cols, queries]."""
+        tile = view(buffer, (x.shape[0], self.x.shape[2], x.shape[2]))
+        patches = tile[:, self.num_prefix_tokens :].unflatten(1, (y.shape[1], x.shape[1]))
+        tile[:, : self.num_prefix_tokens] = 0
+        torch.mul(y[:, :, None], x[:, None], out=patches)
+        return tile, patches
 
 
-def make_buffers(q: Tensor, count: int) -> list[Tensor]:
-    """`count` float32 tiles and one in q's dtype, reused throughout: fresh ones would page-fault every time."""
-    heads, queries = tile_size(q)
-    size = heads * queries * q.shape[1]
-    return [torch.empty(size, device=q.device) for _ in range(count)] + [q.new_empty(size)]
+class Cut:
+    """Cuts tensors into what each tile needs of them."""
+
+    def __init__(self, q: Tensor):
+        heads, tokens = q.shape[:2]
+        # cut evenly: a last tile of five queries would cost as much as a full one
+        parts = min(-(-tokens * tokens // TILE), -(-tokens // QUERIES))
+        self.queries = tokens if parts == 1 else min(tokens, -(-tokens // (ALIGNED * parts)) * ALIGNED)
+        self.heads = min(heads, max(1, TILE // (tokens * self.queries)))
+        self.parts = -(-tokens // self.queries)
+        self.q = q
+
+    def __call__(self, tensor: Tensor, dim: int | None = None) -> list[Tensor]:
+        """Views of `tensor` [M, ...], one for each tile: its heads and, where `dim` counts queries, its queries."""
+        by_heads = tensor.split(self.heads)
+        if dim is None or self.parts == 1:
+            return [heads for heads in by_heads for _ in range(self.parts)]
+        return [piece for heads in by_heads for piece in heads.split(self.queries, dim)]
+
+    def buffers(self, count: int) -> list[Tensor]:
+        """`count` float32 tiles, reused throughout as fresh ones would page-fault every time; then one in q's dtype: for float32 the last again."""
+        shape = self.heads, self.q.shape[1], self.queries
+        buffers = [torch.empty(shape, device=self.q.device) for _ in range(count)]
+        low = buffers[-1] if self.q.dtype == torch.float32 else torch.empty_like(buffers[-1], dtype=self.q.dtype)
+        return [*buffers, low]
 
 
-def view(buffer: Tensor, shape) -> Tensor:
-    return buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, `total` in float32."""
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)
+
+
+def view(buffer: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The buffer, or its beginning for a smaller last tile."""
+    return buffer if buffer.shape == shape else buffer.flatten()[: shape[0] * shape[1] * shape[2]].view(shape)
 
 
 def copy_to(buffer: Tensor, tile: Tensor) -> Tensor:
     """The tile in the buffer's dtype: itself, or a copy in the buffer."""
     return tile if tile.dtype == buffer.dtype else view(buffer, tile.shape).copy_(tile)
-
-
-def slices(length: int, step: int):
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))

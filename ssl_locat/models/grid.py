@@ -6,7 +6,8 @@ from torch import Tensor
 
 def axis(length: int, device: torch.device | None, pool: int) -> Tensor:
     """Coordinates along one side of the grid, float32."""
-    return torch.div(torch.arange(length, device=device), pool, rounding_mode="floor").mul(pool).float()
+    steps = torch.arange(length, device=device, dtype=torch.float32)
+    return steps if pool == 1 else torch.div(steps, pool, rounding_mode="floor").mul(pool)
 
 
 def patch_distances(grid: tuple[int, int], device: torch.device | None = None, pool: int = 1) -> tuple[Tensor, Tensor]:
