@@ -88,7 +88,8 @@ def test_each_channel_is_cropped_as_if_alone(channels):
         assert [crop.shape for crop in whole] == [(24, 24, channels)] * 2 + [(12, 12, channels)] * 3
         for channel in range(channels):
             for crop, one in zip(whole, alone.cut(image[..., channel : channel + 1].copy(), seed).pixels, strict=True):
-                assert np.array_equal(crop[..., channel], one[..., 0])
+                # blur sums the same numbers in another order
+                np.testing.assert_allclose(crop[..., channel], one[..., 0].astype(float), rtol=0, atol=1)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7])
