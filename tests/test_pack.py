@@ -274,6 +274,15 @@ def test_a_link_to_nowhere_is_left_out(tmp_path, photos, caplog):
     assert (result["samples"], result["ignored"]) == (3, 1) and "1 images cannot be opened" in caplog.text
 
 
+def test_linked_folders_are_packed_like_others_and_once(tmp_path, photos):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.png").write_bytes(png(7))
+    (tmp_path / "in" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../in")  # a loop
+    pack(photos, tmp_path / "out", workers=1)
+    assert sorted(packed(tmp_path / "out")) == [0, 1, 2, 7]
+
+
 def test_names_that_are_no_utf8_are_packed_and_listed(tmp_path, photos):
     for name, data in ((b"b\xe9.png", png(9)), (b"c\xe9.png", png(9)[:20])):
         with open(photos.encode() + b"/" + name, "wb") as file:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssl_locat.data.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS, LABEL_KEYS
+from ssl_locat.data.store import Store
 from ssl_locat.data.tar import COMPRESSED, split_name
 from ssl_locat.errors import DataError
 
@@ -71,25 +72,23 @@ def _is_archive(path: Path) -> bool:
 
 def _list_folder(folder: str, extensions: tuple[str, ...]) -> Listing:
     files, samples, ignored, broken = [], [], 0, []
-    for directory, names, entries in os.walk(folder):
-        names.sort()
-        for entry in sorted(entries):
-            extension = entry.rpartition(".")[2].lower()
-            if extension not in extensions:
-                ignored += 1
-                continue
-            path = os.path.join(directory, entry)
-            try:
-                size = os.path.getsize(path)
-            except OSError:  # a link to nowhere: training passes over it too
-                broken.append(path)
-                continue
-            relative = os.path.relpath(path, folder).replace(os.sep, "/")
-            group = relative.partition("/")[0] if "/" in relative else ""
-            place = Place(extension, len(files), 0, size)
-            stem = relative.rpartition(".")[0]
-            samples.append(Source(_key(stem), (place,), group, stem.rpartition("/")[2].replace(".", "_")))
-            files.append(path)
+    # the files that training on this folder finds, folder by folder
+    for relative in sorted(Store().walk(folder), key=lambda name: (name.split("/")[:-1], name)):
+        extension = relative.rpartition(".")[2].lower()
+        if extension not in extensions:
+            ignored += 1
+            continue
+        path = os.path.join(folder, relative)
+        try:
+            size = os.path.getsize(path)
+        except OSError:  # a link to nowhere: training passes over it too
+            broken.append(path)
+            continue
+        group = relative.partition("/")[0] if "/" in relative else ""
+        place = Place(extension, len(files), 0, size)
+        stem = relative.rpartition(".")[0]
+        samples.append(Source(_key(stem), (place,), group, stem.rpartition("/")[2].replace(".", "_")))
+        files.append(path)
     if broken:
         log.warning("%d images cannot be opened and are left out, such as %s", len(broken), broken[0])
     return Listing(files, samples, ignored + len(broken))
