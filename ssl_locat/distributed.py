@@ -79,10 +79,15 @@ def setup(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
         torch.cuda.set_device(chosen)
     if world_size() == 1 or dist.is_initialized():
         return chosen
+    rendezvous = os.environ.get("SSL_LOCAT_RENDEZVOUS")
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ and not rendezvous]:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()}, but the environment lacks {', '.join(missing)}: start the command with torchrun, or by `--on`; "
+            "or unset WORLD_SIZE to run alone."
+        )
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a failed collective ends the process
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     options = {"device_id": chosen} if chosen.type == "cuda" else {}
-    rendezvous = os.environ.get("SSL_LOCAT_RENDEZVOUS")
     if rendezvous:
         options["store"] = _store_through_file(Path(rendezvous), timeout)
     dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timeout, **options)

@@ -5,11 +5,13 @@ import sys
 import time
 from datetime import timedelta
 
+import pytest
 import torch
 from processes import run_ranks, start_ranks
 
 from ssl_locat import distributed
 from ssl_locat.distributed import StopFlag
+from ssl_locat.errors import ConfigError
 
 
 def test_one_process_needs_no_group():
@@ -30,6 +32,14 @@ def _collectives():
         "gathered": distributed.all_gather_cat(torch.full((2, 1), rank)).flatten().tolist(),
         "object": distributed.broadcast_object({"text": "ä" * (1000 if rank == 0 else 3), "rank": rank}),
     }
+
+
+def test_a_left_over_world_size_is_explained(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "SSL_LOCAT_RENDEZVOUS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="lacks RANK, MASTER_ADDR, MASTER_PORT: start the command with torchrun"):
+        distributed.setup("cpu")
 
 
 def test_collectives_of_two_processes():
