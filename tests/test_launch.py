@@ -196,7 +196,6 @@ def test_torchrun_and_local_processes_train_alike(here):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would find a GPU")
 def test_failure_of_a_local_process_is_the_exit_code_and_the_message(here):
     (here / "two.yaml").write_text("base: local\ntasks_per_node: 2\n")
-    done = start(
-        here, "two.yaml", "failing", "device=cuda"
-    )  # what can be checked here is refused before; a GPU is sought by the processes
+    # what can be checked before is refused before; a GPU is sought by the processes
+    done = start(here, "two.yaml", "failing", "device=cuda")
     assert done.returncode == 2 and "PyTorch finds no GPU here" in done.stderr and "rank 0 on " in done.stderr
