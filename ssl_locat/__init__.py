@@ -7,11 +7,11 @@ __version__ = "0.1.0"
 # public name -> module that holds it; imported on first access (PEP 562)
 _PUBLIC = {
     "attach_locat": "ssl_locat.models.attach",
-    "create_backbone": "ssl_locat.backbone",
-    "load_backbone": "ssl_locat.backbone",
+    "create_backbone": "ssl_locat.models.backbone",
+    "load_backbone": "ssl_locat.models.backbone",
     "features": "ssl_locat.models.tokens",
-    "evaluate": "ssl_locat.evaluate",
-    "pretrain": "ssl_locat.train",
+    "evaluate": "ssl_locat.evaluation.evaluate",
+    "pretrain": "ssl_locat.pretraining.loop",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 import typer
 from safetensors import SafetensorError
 
-from ssl_locat import __version__, log
+from ssl_locat import __version__
 from ssl_locat.errors import EXPECTED, Outage, UserError, disk_refusal
+from ssl_locat.runs import log
 
 app = typer.Typer(
     name="ssl-locat",
@@ -54,7 +55,7 @@ def init(
     out: Annotated[str | None, typer.Option(help="the YAML to write; default: NAME.yaml here")] = None,
 ) -> None:
     """Look at your images and this machine, and write a commented YAML that `pretrain` runs."""
-    from ssl_locat.init import init
+    from ssl_locat.doctor.init import init
 
     init(source, out)
 
@@ -71,13 +72,13 @@ def pretrain(
     ] = None,
 ) -> None:
     """Pretrain a backbone; the same command again goes on where it stopped."""
-    from ssl_locat.config import load
+    from ssl_locat.config.schema import load
 
     loaded = load(config, overrides or [])
     if replay and (on or dry_run or loaded.sweep):
         raise UserError("--replay looks at one saved batch here and now: it goes with neither --on nor --dry-run nor a sweep.")
     if on and (on != "local" or loaded.sweep):
-        from ssl_locat.launch import submit_pretrain
+        from ssl_locat.cluster.launch import submit_pretrain
 
         submit_pretrain(loaded, on, resume=resume, dry_run=dry_run)
         return
@@ -86,19 +87,19 @@ def pretrain(
             "This config holds a sweep, one job for each combination: start it with --on slurm, or --on local for one after the other."
         )
     if dry_run:
-        from ssl_locat.train import dry_run as show
+        from ssl_locat.pretraining.summary import dry_run as show
 
         show(loaded)
         return
     if replay:
-        from ssl_locat.replay import replay as again
+        from ssl_locat.pretraining.replay import replay as again
 
         again(loaded, replay)
         return
-    from ssl_locat.train import last_words
-    from ssl_locat.train import pretrain as run
+    from ssl_locat.pretraining.loop import pretrain as run
+    from ssl_locat.pretraining.summary import print_summary
 
-    last_words(loaded, run(loaded, resume))
+    print_summary(loaded, run(loaded, resume))
 
 
 @app.command()
@@ -112,12 +113,12 @@ def evaluate(
 ) -> None:
     """Judge a frozen backbone by one protocol."""
     if on not in (None, "local"):
-        from ssl_locat.launch import submit_evaluate
+        from ssl_locat.cluster.launch import submit_evaluate
 
         submit_evaluate(protocol, model, overrides or [], on, as_json=as_json, dry_run=dry_run)
         return
-    from ssl_locat.evaluate import dry_run as show_plan
-    from ssl_locat.evaluate import run, show
+    from ssl_locat.evaluation.evaluate import dry_run as show_plan
+    from ssl_locat.evaluation.evaluate import run, show
 
     if dry_run:
         show_plan(protocol, model, overrides or [])
@@ -136,12 +137,12 @@ def table(
 ) -> None:
     """Models x protocols x data sets: our number beside the published one."""
     if on not in (None, "local"):
-        from ssl_locat.launch import submit_table
+        from ssl_locat.cluster.launch import submit_table
 
         submit_table(name, models or [], on, dry_run=dry_run)
         return
-    from ssl_locat.table import dry_run as show_plan
-    from ssl_locat.table import run
+    from ssl_locat.evaluation.table import dry_run as show_plan
+    from ssl_locat.evaluation.table import run
 
     show_plan(name, models or []) if dry_run else run(name, models or [])
 
@@ -159,7 +160,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a backbone that timm, Hugging Face or ONNX users load."""
-    from ssl_locat.export import export
+    from ssl_locat.export.export import export
 
     target = export(model, out, format=format, which=which, step=step, with_head=with_head, push_to_hub=push_to_hub)
     log.next_steps(
@@ -176,7 +177,7 @@ def features(
     overrides: Overrides = None,
 ) -> None:
     """Write class and patch tokens of images."""
-    from ssl_locat.evaluate import features
+    from ssl_locat.evaluation.evaluate import features
 
     features(model, data, out, overrides or [])
 
@@ -195,7 +196,7 @@ def shards_pack(
     ] = None,
 ) -> None:
     """Pack images into WebDataset shards; started again, it goes on."""
-    from ssl_locat.data.pack import pack_command
+    from ssl_locat.data.shards.pack import pack_command
 
     pack_command(source, out, options or [])
 
@@ -203,7 +204,7 @@ def shards_pack(
 @shards.command("index")
 def shards_index(data: Annotated[list[str], typer.Argument(metavar="DATA...")]) -> None:
     """Write the index beside the shards, so that opening them takes no scan."""
-    from ssl_locat.data.index import write_index
+    from ssl_locat.data.shards.index import write_index
 
     write_index(data if len(data) > 1 else data[0])
 
@@ -211,7 +212,7 @@ def shards_index(data: Annotated[list[str], typer.Argument(metavar="DATA...")]) 
 @shards.command("check")
 def shards_check(data: Annotated[list[str], typer.Argument(metavar="DATA...")], as_json: Json = False) -> None:
     """Read everything once and report damage by shard and key; exit 3 if there is any."""
-    from ssl_locat.data.check import check_command
+    from ssl_locat.data.shards.check import check_command
 
     raise typer.Exit(check_command(data if len(data) > 1 else data[0], as_json))
 
@@ -219,7 +220,7 @@ def shards_check(data: Annotated[list[str], typer.Argument(metavar="DATA...")], 
 @shards.command("show")
 def shards_show(data: Annotated[list[str], typer.Argument(metavar="DATA...")], as_json: Json = False) -> None:
     """Print counts, sizes and the first samples."""
-    from ssl_locat.data.check import show_command
+    from ssl_locat.data.shards.check import show_command
 
     show_command(data if len(data) > 1 else data[0], as_json)
 
@@ -232,7 +233,7 @@ def report(
     port: Annotated[int, typer.Option(help="for --watch; 0: any free one")] = 0,
 ) -> None:
     """One self-contained HTML page about one run, or several compared."""
-    from ssl_locat.report import report
+    from ssl_locat.report.page import report
 
     report(runs, out=out, watch=watch, port=port)
 
@@ -244,7 +245,7 @@ def doctor(
     on: On = None,
 ) -> None:
     """Look at this machine, a config before it runs, or a run that went wrong, and say what to do."""
-    from ssl_locat.doctor import doctor
+    from ssl_locat.doctor.doctor import doctor
 
     raise typer.Exit(doctor(target, overrides or [], on))
 
@@ -257,7 +258,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="a short look: fewer cases and repeats")] = False,
 ) -> None:
     """Measure side by side on this machine, as ratios."""
-    from ssl_locat.bench import run
+    from ssl_locat.benchmarks.bench import run
 
     result = run(what, as_json=as_json, compare=compare, quick=quick)
     if as_json:
@@ -272,7 +273,7 @@ def jobs(
     names: Annotated[list[str] | None, typer.Argument(metavar="[JOB|RUN ...]")] = None,
 ) -> None:
     """Jobs on the cluster: list, logs, stop, requeue."""
-    from ssl_locat.jobs import ACTIONS
+    from ssl_locat.cluster.jobs import ACTIONS
 
     ACTIONS[action](names or [])
 

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 def _entry(function, rank: int, world_size: int, rendezvous: str, results, args) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), SSL_LOCAT_RENDEZVOUS=rendezvous)
     torch.set_num_threads(1)
-    from ssl_locat import distributed
+    from ssl_locat.runs import distributed
 
     try:
         distributed.setup("cpu")

@@ -6,7 +6,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from ssl_locat.data.tar import RawSample
+from ssl_locat.data.shards.tar import RawSample
 
 
 def write_shard(path: Path, keys: list[str], size: int = 600, format: int = tarfile.USTAR_FORMAT) -> Path:

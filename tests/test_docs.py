@@ -9,15 +9,16 @@ import pytest
 import yaml
 from trained import write_config
 
-from ssl_locat import cli, config_reference
-from ssl_locat.config import Config, load
-from ssl_locat.data.decode import decode_image
-from ssl_locat.data.textures import make_textures
-from ssl_locat.diagnosis import KINDS
+from ssl_locat import cli
+from ssl_locat.cluster.launch import load_profile
+from ssl_locat.config.schema import Config, load
+from ssl_locat.config.schema import reference as config_reference
+from ssl_locat.config.yaml_files import names
+from ssl_locat.data.images.decode import decode_image
+from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.evaluation import PROTOCOLS
-from ssl_locat.launch import load_profile
-from ssl_locat.table import TableData, load_table
-from ssl_locat.yaml_files import names
+from ssl_locat.evaluation.table import TableData, load_table
+from ssl_locat.runs.diagnosis import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -99,7 +100,7 @@ def test_the_guide_to_channels_makes_an_image(workplace):
 
 def test_the_config_reference_is_current():
     assert (DOCS / "config.md").read_text() == config_reference.reference(), (
-        "python -m ssl_locat.config_reference > docs/config.md"
+        "python -m ssl_locat.config.reference > docs/config.md"
     )
 
 

@@ -8,37 +8,43 @@ from pathlib import Path
 
 import pytest
 
-from ssl_locat.yaml_files import names, shipped
+from ssl_locat.config.yaml_files import names, shipped
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ssl_locat"
 
-# lower layers first; a module may import its own layer and those above it in this list
-LAYERS = [
+# The floors of the house, the ground first. A room may import its own floor's... no: its own modules, and rooms on floors below it.
+FLOORS = [
     {"errors", "seeds"},
-    {"yaml_files", "config", "distributed", "log", "schedules", "optim"},
-    {"data", "models", "diagnosis", "run_folder"},
+    {"config", "optim"},
+    {"runs"},
+    {"data.stores", "data.images"},
+    {"data.shards"},
+    {"data.stream", "models"},
     {"objectives"},
-    {"student_teacher"},
-    {"backbone", "checkpoint"},
-    {"evaluation"},
-    {"probes", "run_parts"},
-    {"benchmarks"},
-]  # everything else is a program; cli is above them all
+    {"evaluation.shared", "export"},
+    {"evaluation.protocols"},
+    {"evaluation", "measure"},
+    {"pretraining"},
+    {"report", "benchmarks", "cluster"},
+    {"doctor"},
+    {"cli"},
+    {"worker", "__main__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def layer(part: str) -> int:
-    for level, parts in enumerate(LAYERS):
-        if part in parts:
-            return level
-    return len(LAYERS) + (part == "cli")
+def room_of(module: str) -> str:
+    """The room that holds a module, the innermost one: `ssl_locat.data.images.crops` is in `data.images`; '' for the package itself."""
+    inside = module.removeprefix("ssl_locat").lstrip(".")
+    while inside and inside not in FLOOR:
+        inside = inside.rpartition(".")[0]
+    return inside
 
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-# the one knot: the table of stores opens remote ones on demand, with extras that may not be installed, and they share its errors
-ALLOWED = {("ssl_locat.data.store", "ssl_locat.data.remote")}
 
 
 def imported(tree: ast.AST) -> dict[str, str]:
@@ -59,31 +65,37 @@ def imported_modules(path: Path) -> set[str]:
     return {name if name in MODULES else name.rpartition(".")[0] for name in names} & set(MODULES)
 
 
-def part_of(module: str) -> str:
-    """The file or folder directly under ssl_locat that holds the module; '' for the package itself."""
-    return module.removeprefix("ssl_locat").lstrip(".").partition(".")[0]
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own == "__init__":
-        return  # names only, loaded on access
-    upward = {module for module in imported_modules(path) if layer(part_of(module)) > layer(own)}
-    assert not upward, f"{own} imports {upward}, which lies above it"
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"ssl_locat"}))
+def test_imports_point_down(module):
+    """Imports inside functions count, too."""
+    own = room_of(module)
+    assert own or module == "ssl_locat.data", f"{module} lies in no room of FLOORS: say on which floor it stands"
+    upward = {
+        other
+        for other in imported_modules(MODULES[module])
+        if room_of(other) not in ("", own) and FLOOR[room_of(other)] >= FLOOR.get(own, 0)
+    }
+    assert not upward, f"{own} imports {upward}, which does not lie below it"
 
 
 def test_imports_have_no_cycle():
-    """Neither among files nor among the folders that hold them; imports inside functions count."""
-    files = {
-        module: {other for other in imported_modules(path) - {module} if (module, other) not in ALLOWED}
-        for module, path in MODULES.items()
-    }
-    parts: dict[str, set[str]] = {}
+    """Neither among files nor among the rooms that hold them."""
+    files = {module: imported_modules(path) - {module} for module, path in MODULES.items()}
+    rooms: dict[str, set[str]] = {}
     for module, others in files.items():
-        parts.setdefault(part_of(module), set()).update({part_of(other) for other in others} - {part_of(module)})
-    for graph in (files, parts):
+        rooms.setdefault(room_of(module), set()).update({room_of(other) for other in others} - {room_of(module), ""})
+    for graph in (files, rooms):
         TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+def test_every_room_says_what_it_is():
+    """A paragraph that a newcomer reads first; the front door holds nothing but rooms and what everything stands on."""
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "cli", "errors", "seeds"}
+    for path in PACKAGE.rglob("__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert path.parent == PACKAGE or ("Imported by" in text and "Begin with" in text), (
+            f"{path}: what it holds, who imports it, where to begin"
+        )
 
 
 def test_importing_the_package_is_cheap():

@@ -10,16 +10,16 @@ from safetensors import SafetensorError
 from servers import FaultProxy, nginx, program
 from trained import write_config
 
-from ssl_locat.config import load
-from ssl_locat.data.index import open_dataset
-from ssl_locat.data.textures import make_textures
-from ssl_locat.doctor import doctor
+from ssl_locat.config.schema import load
+from ssl_locat.data.shards.index import open_dataset
+from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.doctor.doctor import doctor
 from ssl_locat.errors import CheckpointError, DataError, Outage, UserError, disk_refusal
-from ssl_locat.evaluate import evaluate
-from ssl_locat.log import console, read_jsonl
-from ssl_locat.report import report
-from ssl_locat.run_story import open_run
-from ssl_locat.train import pretrain
+from ssl_locat.evaluation.evaluate import evaluate
+from ssl_locat.pretraining.loop import pretrain
+from ssl_locat.report.page import report
+from ssl_locat.runs.history import open_run
+from ssl_locat.runs.log import console, read_jsonl
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_mistake_leaves_no_run_behind_and_a_run_is_not_mixed_with_another(tmp_
 
 def test_a_full_disk_ends_in_one_message_and_leaves_nothing_half_written(tmp_path):
     model = "timm:vit_tiny_patch16_224?patch_size=8&img_size=32&depth=1&embed_dim=24&num_heads=2"
-    command = f"ulimit -f 8; exec {sys.executable} -m ssl_locat.cli export '{model}' out"  # a limit of 8 kB stands for the disk
+    command = f"ulimit -f 8; exec {sys.executable} -m ssl_locat export '{model}' out"  # a limit of 8 kB stands for the disk
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 4 and "ssl-locat: the file grew beyond" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ QUICK = ["data.make={folder: runs/textures, num_train: 60, num_test: 20}", "prob
 
 # how each README command is made small; what is not listed fails the test
 RUNS = {
-    "make quickstart": None,  # tests/test_quickstart.py
+    "make quickstart": None,  # tests/pretraining/test_quickstart.py
     "make test": None,
     "ssl-locat init path/to/images": [],
     "ssl-locat pretrain images.yaml": [*TINY, *SHORT],
@@ -42,8 +42,8 @@ RUNS = {
     ],
     "ssl-locat shards pack path/to/images shards/": [],
     "ssl-locat shards check 'shards/*.tar'": [],
-    "torchrun --nproc-per-node 8 --no-python ssl-locat pretrain images.yaml": None,  # tests/test_torchrun.py
-    "ssl-locat pretrain images.yaml --on slurm": None,  # tests/test_slurm.py
+    "torchrun --nproc-per-node 8 --no-python ssl-locat pretrain images.yaml": None,  # tests/pretraining/test_torchrun.py
+    "ssl-locat pretrain images.yaml --on slurm": None,  # tests/cluster/test_slurm.py
     "ssl-locat report runs/quickstart": [],
     "ssl-locat doctor runs/quickstart": [],
     "ssl-locat evaluate knn runs/quickstart data.train='runs/textures/textures-train-*.tar' data.test='runs/textures/textures-test-*.tar'": [

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ssl_locat.log import read_jsonl
+from ssl_locat.runs.log import read_jsonl
 
 
 def write_config(textures: Path, folder: Path) -> Path:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_locat.config import Config, load
-from ssl_locat.data.textures import make_textures
-from ssl_locat.train import pretrain
+from ssl_locat.config.schema import Config, load
+from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.pretraining.loop import pretrain
 
 
 def write_config(folder: Path, **changes) -> Path:

@@ -1,1 +1,4 @@
-"""What `ssl-locat bench` measures, one file per subject; each has `rows(quick) -> list of dicts`."""
+"""`ssl-locat bench`: side by side on one machine, as ratios; one module per subject.
+
+Imported by cli. Begin with bench.py, then step.py.
+"""

@@ -16,8 +16,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from ssl_locat.benchmarks.timing import make_rows, side_by_side, time_rows
-from ssl_locat.data.crops import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
-from ssl_locat.data.decode import decode_image
+from ssl_locat.data.images.crops import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
+from ssl_locat.data.images.decode import decode_image
 
 BASELINE = "dino (Pillow, torchvision)"
 MODES = ("cpu", "device-photometric", "device")

@@ -8,8 +8,8 @@ import ssl_locat.models  # noqa: F401  (registers the LocAt models with timm)
 from ssl_locat.benchmarks.timing import device
 from ssl_locat.objectives import Progress
 from ssl_locat.objectives.dino import DINO
-from ssl_locat.optim import build_optimizer, clip_gradients, set_hyperparameters
-from ssl_locat.student_teacher import StudentTeacher
+from ssl_locat.optim.optim import build_optimizer, clip_gradients, set_hyperparameters
+from ssl_locat.pretraining.student_teacher import StudentTeacher
 
 PAIRS = {
     "ViT-S": ("vit_small_patch16_224", "locatvit_small"),

@@ -14,8 +14,8 @@ from ssl_locat.objectives.distill import Distill
 from ssl_locat.objectives.gram import Gram
 from ssl_locat.objectives.ibot import IBOT, masked_loss
 from ssl_locat.objectives.koleo import KoLeo
-from ssl_locat.optim import build_optimizer, clip_gradients, set_hyperparameters
-from ssl_locat.student_teacher import StudentTeacher
+from ssl_locat.optim.optim import build_optimizer, clip_gradients, set_hyperparameters
+from ssl_locat.pretraining.student_teacher import StudentTeacher
 
 SIZE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}  # 2.7 M parameters, 64 patches
 PROTOTYPES = 4096

@@ -13,8 +13,8 @@ import torch
 
 from ssl_locat.benchmarks.networks import forward_backward, make_model, our_stepper, tiny_pair
 from ssl_locat.benchmarks.timing import device, make_rows, precisions, side_by_side, time_rows
-from ssl_locat.data.textures import make_textures
-from ssl_locat.log import read_jsonl
+from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.runs.log import read_jsonl
 
 SIZES = (224, 384, 512, 768, 1024)
 RUN_STEPS, RUN_WARMUP = 24, 8
@@ -100,7 +100,7 @@ def run_speed(folder: Path, ranks: int, batch: int) -> float:
         "log.tensorboard=false",
     ]
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    command = [sys.executable, "-m", *launcher, "ssl_locat.cli", "pretrain", "quickstart", *options, "--quiet"]
+    command = [sys.executable, "-m", *launcher, "ssl_locat", "pretrain", "quickstart", *options, "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     records = read_jsonl(run / "metrics.jsonl")
     return statistics.median(record["images_per_second"] for record in records if record["step"] > RUN_WARMUP)

@@ -12,11 +12,11 @@ from torch import nn
 from ssl_locat.benchmarks import crops, objectives, scaling, slow_step
 from ssl_locat.benchmarks.networks import PAIRS, PROGRESS, forward_backward, make_model, our_stepper, tiny_pair
 from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
-from ssl_locat.data.crops import MultiCrop
+from ssl_locat.data.images.crops import MultiCrop
 from ssl_locat.models.attention import forced_backend
 from ssl_locat.objectives.dino import DINO
-from ssl_locat.optim import build_optimizer, clip_gradients
-from ssl_locat.student_teacher import StudentTeacher
+from ssl_locat.optim.optim import build_optimizer, clip_gradients
+from ssl_locat.pretraining.student_teacher import StudentTeacher
 
 # dense bfloat16 peaks without sparsity, from the vendor's data sheets, FLOP/s
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}

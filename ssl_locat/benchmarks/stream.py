@@ -29,11 +29,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ssl_locat.benchmarks.timing import make_rows
-from ssl_locat.data.index import ShardDataset, open_dataset
-from ssl_locat.data.plan import choose_plan
-from ssl_locat.data.shard_index import _MAGIC, SIDECAR, read_index
-from ssl_locat.data.store import Store
-from ssl_locat.data.stream import TrainStream
+from ssl_locat.data.shards.index import ShardDataset, open_dataset
+from ssl_locat.data.shards.shard_index import _MAGIC, SIDECAR, read_index
+from ssl_locat.data.stores.store import Store
+from ssl_locat.data.stream.plan import choose_plan
+from ssl_locat.data.stream.stream import TrainStream
 
 BASELINE = "webdataset, shuffle(1000)"
 OURS = "ssl_locat"

@@ -1,15 +1,18 @@
-"""How a backbone is judged: one file per protocol, each with `evaluate(backbone, *, ...) -> dict[str, float]` whose keyword arguments are
-the protocol's YAML (eval/NAME.yaml). The same functions serve `ssl-locat evaluate`, tables, and the probes during pretraining."""
+"""How a frozen backbone is evaluated: the commands at this door (evaluate, table, and online for probes during pretraining),
+protocols/ with one file each, shared/ with what they have in common.
+
+Imported by pretraining (probes), report, cluster, cli. Begin with evaluate.py, then protocols/knn.py.
+"""
 
 # name -> where its evaluate() lives; looked up as text, so that a misspelt key is answered before torch is imported
 PROTOCOLS = {
-    "knn": "ssl_locat.evaluation.knn:evaluate",
-    "linear": "ssl_locat.evaluation.linear:evaluate",
-    "linear_sweep": "ssl_locat.evaluation.linear:sweep",
-    "supervised": "ssl_locat.evaluation.supervised:evaluate",
-    "segmentation": "ssl_locat.evaluation.segmentation:evaluate",
-    "hummingbird": "ssl_locat.evaluation.hummingbird:evaluate",
-    "locality": "ssl_locat.evaluation.locality:evaluate",
-    "attention": "ssl_locat.evaluation.attention:evaluate",
-    "efficiency": "ssl_locat.evaluation.efficiency:evaluate",
+    "knn": "ssl_locat.evaluation.protocols.knn:evaluate",
+    "linear": "ssl_locat.evaluation.protocols.linear:evaluate",
+    "linear_sweep": "ssl_locat.evaluation.protocols.linear:sweep",
+    "supervised": "ssl_locat.evaluation.protocols.supervised:evaluate",
+    "segmentation": "ssl_locat.evaluation.protocols.segmentation:evaluate",
+    "hummingbird": "ssl_locat.evaluation.protocols.hummingbird:evaluate",
+    "locality": "ssl_locat.evaluation.protocols.locality:evaluate",
+    "attention": "ssl_locat.evaluation.protocols.attention:evaluate",
+    "efficiency": "ssl_locat.evaluation.protocols.efficiency:evaluate",
 }

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ssl_locat.config.yaml_files import LoadedYaml
 from ssl_locat.errors import ConfigError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
-from ssl_locat.evaluation.options import check_arguments
-from ssl_locat.yaml_files import LoadedYaml
+from ssl_locat.evaluation.shared.options import check_arguments
 
 ONLINE = [
     name for name in PROTOCOLS if name not in ("supervised", "attention", "efficiency")

@@ -1,4 +1,9 @@
-"""Backbones: timm's models with LocAt attached. Importing this package adds the named models to timm's registry."""
+"""Backbones: timm's models with LocAt (GAug, PRR) attached, the attention kernels behind one function, tokens as everything
+above reads them, weights in and out.
+
+Imported by objectives, evaluation, export, pretraining, report. Begin with attach.py, then gaug.py; `create_backbone` and
+`load_backbone` are in backbone.py.
+"""
 
 from ssl_locat.models import registry as registry
 from ssl_locat.models.attach import attach_locat as attach_locat

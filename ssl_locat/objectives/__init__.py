@@ -8,7 +8,7 @@ An objective is an nn.Module (its buffers, such as a centre, are saved with the 
     finish_step() -> {name: value []}               once per optimiser step, after all micro-batches: centres and the like; more to log
     frozen(head, progress) -> iterable of parameters               of the student's head that must not move at this point
 
-so that the training loop knows no loss by name. One that wants more than student and teacher says so by
+so that the training loop knows no loss by name. Imported by pretraining and benchmarks. Begin with dino.py. One that wants more than student and teacher says so by
 
     min_images: int                                 fewest images in a micro-batch over all ranks: for losses that compare images
     make_masks(seeds, views, grid) -> bool [views * B, N]          with needs.masks: which patches the student does not see
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ssl_locat.config import OBJECTIVES, Objective, objective_target
+from ssl_locat.config.schema import OBJECTIVES, Objective, objective_target
 from ssl_locat.errors import ConfigError
 from ssl_locat.objectives.masking import Masks
 

@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_locat.diagnosis import center_drift
-from ssl_locat.distributed import all_reduce_mean_
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.heads import DINOHead
 from ssl_locat.objectives.targets import centered, check_targets, pair_loss, sinkhorn
-from ssl_locat.schedules import stepwise
+from ssl_locat.optim.schedules import stepwise
+from ssl_locat.runs.diagnosis import center_drift
+from ssl_locat.runs.distributed import all_reduce_mean_
 
 
 class ClassHead(DINOHead):

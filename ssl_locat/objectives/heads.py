@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_locat.distributed import SyncBatchNorm
+from ssl_locat.runs.distributed import SyncBatchNorm
 
 
 class Prototypes(nn.Module):

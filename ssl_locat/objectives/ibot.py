@@ -16,7 +16,7 @@ from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.heads import DINOHead
 from ssl_locat.objectives.masking import draw_masks
 from ssl_locat.objectives.targets import Center, centered, check_targets, sinkhorn
-from ssl_locat.schedules import stepwise
+from ssl_locat.optim.schedules import stepwise
 
 
 class PatchScores(nn.Module):

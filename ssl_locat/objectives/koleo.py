@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_locat.distributed import all_gather_cat, all_reduce_sum_, rank, world_size
 from ssl_locat.objectives import Needs, Progress, Views
+from ssl_locat.runs.distributed import all_gather_cat, all_reduce_sum_, rank, world_size
 
 EPS = 1e-8
 

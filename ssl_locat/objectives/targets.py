@@ -7,8 +7,8 @@ the scores as they are, which leaves float32 beyond scores of about 88 * tempera
 import torch
 from torch import Tensor, nn
 
-from ssl_locat.distributed import all_gather_cat, all_reduce_sum_
 from ssl_locat.errors import UserError, did_you_mean
+from ssl_locat.runs.distributed import all_gather_cat, all_reduce_sum_
 
 TARGETS = ("centering", "sinkhorn")
 

@@ -1,0 +1,138 @@
+"""docs/config.md, made from the schema: every key with its type, default and meaning. A test fails when the file is not current.
+
+python -m ssl_locat.config.reference > docs/config.md
+"""
+
+import ast
+import importlib.util
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from ssl_locat.config.schema import OBJECTIVES, Config
+
+HEADER = """# Config reference
+
+A run is one YAML. Every key below may stand in it, or on the command line as `key.sub=value`, which wins. A YAML may name another
+one as `base:` and say only what differs. Unknown keys, wrong types and values out of range are refused, with the file, the line and the
+nearest key that exists.
+
+The resolved config lies in the run folder (`config.yaml`) and alone rebuilds the run. Shipped recipes are in `configs/pretrain/`.
+
+This page is made from the schema (`ssl_locat/config/schema.py`) by `python -m ssl_locat.config.reference > docs/config.md`.
+"""
+
+OPTIONS_HEADER = """## Options of the parts
+
+`backbone`, `objective` and `probes` are names with options of their own:
+
+- **backbone**: the constructor's arguments of the timm model (`img_size`, `patch_size`, `embed_dim`, `depth`, `num_heads`, ...) and of
+  LocAt: `gaug` and `prr`, each `true`, `false` or a mapping of options, and `pos_resize`.
+- **probes**: each further key is a protocol of `eval/` with its options, such as `knn: {k: [20]}`; `data` is the run's own.
+- **objective**: the arguments below. An objective of your own is named `package.module:Class`.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEADER, *_section(Config, ""), OPTIONS_HEADER]
+    for name, target in OBJECTIVES.items():
+        parts.append(_objective(name, target))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _section(schema: type[BaseModel], prefix: str) -> list[str]:
+    """A table of the section's own keys, then its sub-sections, depth first."""
+    rows, inner = [], []
+    for name, field in schema.model_fields.items():
+        section = _subsection(field.annotation)
+        if section is None:
+            rows.append(
+                f"| `{prefix}{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field.description or '')} |"
+            )
+        else:
+            rows.append(f"| `{prefix}{name}` | section | {_default(field)} | {_cell(field.description or 'see below')} |")
+            inner += _section(section, f"{prefix}{name}.")
+    title = f"## {prefix.rstrip('.')}" if prefix else "## The top level"
+    about = (schema.__doc__ or "").strip().split("\n")[0]
+    table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
+    return [title, "", *([about, ""] if about and prefix else []), *table, *inner]
+
+
+def _subsection(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for part in get_args(annotation) if (found := _subsection(part))), None)
+    return None
+
+
+def _type(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(part) for part in arguments if part is not type(None))
+    if origin is Annotated:  # a number with bounds
+        return _type(arguments[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (list, tuple):
+        inner = [_type(part) for part in arguments if part is not Ellipsis]
+        return f"list of {inner[0]}" if origin is list else f"[{', '.join(inner)}]"
+    if origin is dict:
+        return "mapping"
+    names = {"str": "text", "int": "integer", "float": "number", "bool": "true or false", "Any": "anything"}
+    name = getattr(annotation, "__name__", str(annotation))
+    return names.get(name, "mapping" if isinstance(annotation, type) and issubclass(annotation, BaseModel) else name)
+
+
+def _default(field) -> str:
+    if field.default is PydanticUndefined:
+        return "**required**" if field.is_required() else "empty"
+    if field.default is None:
+        return "none"
+    if isinstance(field.default, BaseModel):
+        return "as below"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _objective(name: str, target: str) -> str:
+    """Arguments of an objective, from its source: importing it would import torch."""
+    module, _, attribute = target.partition(":")
+    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
+    node = next(item for item in tree.body if isinstance(item, ast.ClassDef) and item.name == attribute)
+    start = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
+    plain = start.args.args[1:]
+    pairs = list(zip(plain[len(plain) - len(start.args.defaults) :], start.args.defaults, strict=True))
+    pairs += [
+        (argument, default) for argument, default in zip(start.args.kwonlyargs, start.args.kw_defaults, strict=True) if default
+    ]
+    required = [argument for argument in [*plain, *start.args.kwonlyargs] if argument not in [pair[0] for pair in pairs]]
+    rows = [f"| `{argument.arg}` | **required** |" for argument in required]
+    rows += [f"| `{argument.arg}` | `{_plain(ast.unparse(default))}` |" for argument, default in pairs]
+    about = ast.get_docstring(node) or ""
+    lines = about.split("\n")
+    meanings = "\n".join(line.strip() for line in lines[lines.index("Args:") + 1 :]) if "Args:" in lines else ""
+    bullets = "\n".join(
+        f"- {line}" if re.match(r"[a-z_]+(, [a-z_]+)*: ", line) else f"  {line}" for line in meanings.split("\n") if line
+    )
+    return f"### objective: {name}\n\n{lines[0]}\n\n| key | default |\n|---|---|\n" + "\n".join(rows) + f"\n\n{bullets}\n"
+
+
+def _plain(value: str) -> str:
+    """A Python literal as YAML writes it."""
+    return {"True": "true", "False": "false", "None": "null"}.get(
+        value, value.replace("(", "[").replace(")", "]").replace("'", "")
+    )
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

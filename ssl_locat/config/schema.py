@@ -1,0 +1,435 @@
+"""The schema of a pretraining run: frozen sections, every key with its type, default and unit.
+
+`load(name, overrides)` reads a YAML (yaml_files.py), checks it against the schema and returns a `Config`; nothing here imports
+torch, so that a wrong key costs a second. The resolved config, written into the run folder, alone rebuilds the run.
+"""
+
+import ast
+import importlib.util
+import os
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
+from ssl_locat.errors import ConfigError, did_you_mean
+
+# name in YAML -> where the class lives; an objective of your own is given as 'package.module:Class'
+OBJECTIVES = {
+    "dino": "ssl_locat.objectives.dino:DINO",
+    "ibot": "ssl_locat.objectives.ibot:IBOT",
+    "koleo": "ssl_locat.objectives.koleo:KoLeo",
+    "gram": "ssl_locat.objectives.gram:Gram",
+    "distill": "ssl_locat.objectives.distill:Distill",
+}
+
+T = TypeVar("T", bound=BaseModel)
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+AtLeast0 = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the config: no unknown keys, no changes after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_for_number(cls, values: Any) -> Any:
+        # pydantic reads `lr: true` as 1.0
+        for name, value in values.items() if isinstance(values, dict) else ():
+            known = cls.model_fields.get(name)
+            if isinstance(value, bool) and known and known.annotation in (int, float, int | None, float | None):
+                raise ValueError(f"{name} is {value}; expected a number")
+        return values
+
+
+class Options(Section):
+    """A part with variants: a name, and options that the named thing's own signature checks."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class WeightedShards(Section):
+    shards: str | list[str] = Field(description="brace or glob pattern, list of shards, or a folder")
+    weight: float = Field(default=1.0, gt=0, description="share of the samples, relative to the other entries")
+
+
+DataSpec = str | list[str] | list[WeightedShards]
+
+
+class Cache(Section):
+    folder: str = Field(description="folder on a local disk, shared by the ranks of a node")
+    max_gb: float = Field(default=50, gt=0, description="size limit, GB; least recently used pages go first")
+
+
+class Textures(Section):
+    """A small image set that is made on first use (data/textures.py)."""
+
+    folder: str = Field(description="where the shards are written")
+    num_train: int = Field(default=4000, gt=0)
+    num_test: int = Field(default=1000, gt=0)
+    image_size: int = Field(default=48, ge=16, description="pixels")
+    seed: int = 0
+
+
+class Data(Section):
+    train: DataSpec = Field(
+        description="unlabelled images: shards (brace or glob, any fsspec URL), a folder, or a list of {shards, weight}"
+    )
+    test: DataSpec | None = Field(default=None, description="labelled images that online probes are measured on")
+    num_classes: int | None = Field(default=None, gt=0, description="classes of train and test, where probes need labels")
+    make: Textures | None = Field(default=None, description="make this image set before the run, if it is not there")
+    image_key: str | None = Field(
+        default=None, description="member of a sample that holds the image; default: the first of jpg, jpeg, png, webp, ..."
+    )
+    label_key: str | None = Field(default=None, description="member that holds the label; default: cls, or the class folder")
+    workers: int = Field(default=2, ge=0, description="loader processes per rank")
+    max_bad: float = Field(default=0.001, ge=0, le=1, description="share of damaged samples above which the run stops")
+    max_pixels: int = Field(default=100_000_000, gt=0, description="an image with more pixels is refused before it is decoded")
+    epoch_samples: int | None = Field(
+        default=None, gt=0, description="samples that count as one epoch; default: all; a mix must give it"
+    )
+    retry_minutes: float = Field(
+        default=5, gt=0, description="how long an unreachable store is tried before the run stops, resumable"
+    )
+    cache: Cache | None = None
+
+
+class Backbone(Options):
+    """A timm model or one of ours, by name; further keys are its constructor's arguments (patch_size, depth, img_size, ...)."""
+
+    name: str
+    drop_path_rate: float = Field(default=0.1, ge=0, lt=1, description="stochastic depth of the student; the teacher has none")
+    init: str | None = Field(default=None, description="start from these weights: PATH, timm:NAME or hf-hub:NAME")
+    frozen_epochs: float = Field(default=0, ge=0, description="epochs in which only the heads train; for `init`")
+
+
+class Objective(Options):
+    """A loss, by name; further keys are its constructor's arguments."""
+
+    name: str
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Crops(Section):
+    global_size: int = Field(default=224, gt=0, description="pixels")
+    local_size: int = Field(default=96, gt=0, description="pixels")
+    num_local: int = Field(default=8, ge=0)
+    global_scale: tuple[float, float] = Field(default=(0.4, 1.0), description="fraction of the image's area")
+    local_scale: tuple[float, float] = Field(default=(0.05, 0.4), description="fraction of the image's area")
+    mode: Literal["auto", "cpu", "device-photometric", "device"] = Field(
+        default="auto", description="what the CPU does and what the device does"
+    )
+    flip_prob: float = Field(default=0.5, ge=0, le=1, description="horizontal flip")
+    jitter: tuple[AtLeast0, AtLeast0, AtLeast0, Annotated[float, Field(ge=0, le=0.5)]] = Field(
+        default=(0.4, 0.4, 0.2, 0.1), description="brightness, contrast, saturation, hue"
+    )
+    jitter_prob: float = Field(default=0.8, ge=0, le=1)
+    gray_prob: float = Field(default=0.2, ge=0, le=1)
+    blur_prob: tuple[Share, Share, Share] = Field(
+        default=(1.0, 0.1, 0.5), description="global crop 1, global crop 2, local crops"
+    )
+    blur_sigma: tuple[Positive, Positive] = Field(default=(0.1, 2.0), description="pixels of the crop")
+    solarize_prob: tuple[Share, Share, Share] = Field(
+        default=(0.0, 0.2, 0.0), description="global crop 1, global crop 2, local crops"
+    )
+    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="of the channels in 0..1, one for each")
+    std: tuple[Positive, ...] = Field(default=(0.229, 0.224, 0.225), description="likewise")
+
+    @field_validator("global_scale", "local_scale")
+    @classmethod
+    def _a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError(f"is {list(value)}; expected [smallest, largest] with 0 < smallest <= largest <= 1")
+        return value
+
+    @model_validator(mode="after")
+    def _colours_need_rgb(self) -> "Crops":
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} numbers and std {len(self.std)}; give one of each for every channel")
+        if len(self.mean) != 3 and (self.gray_prob or self.jitter[2] or self.jitter[3]):
+            raise ValueError(
+                f"grey, saturation and hue are made of RGB, the images have {len(self.mean)} channels: set gray_prob: 0.0 and the last two "
+                f"of jitter to 0, as in [{self.jitter[0]}, {self.jitter[1]}, 0.0, 0.0]"
+            )
+        return self
+
+
+class Optim(Section):
+    """AdamW. Progress is counted in samples; epochs and steps are derived."""
+
+    epochs: float | None = Field(default=None, gt=0, description="length of the run; or give total_steps")
+    total_steps: int | None = Field(default=None, gt=0, description="length of the run in optimiser steps; or give epochs")
+    global_batch_size: int = Field(gt=0, description="images per optimiser step, over all ranks and accumulation steps")
+    accumulate_steps: int = Field(default=1, gt=0, description="micro-batches per optimiser step")
+    lr: float = Field(default=5e-4, gt=0, description="at a global batch of 256; scaled linearly")
+    min_lr: float = Field(default=1e-6, ge=0, description="at the end of the cosine; not scaled")
+    warmup_epochs: float = Field(default=10, ge=0)
+    weight_decay: tuple[AtLeast0, AtLeast0] = Field(
+        default=(0.04, 0.4), description="start and end of a cosine; none on biases and norms"
+    )
+    layer_decay: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="factor on the lr from each block to the one before it; below 1 early blocks move less",
+    )
+    patch_embed_lr: float = Field(default=1.0, ge=0, description="factor on the lr of the patch embedding, besides")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    clip_grad: float = Field(default=3.0, ge=0, description="largest gradient norm; 0: no clipping")
+    clip: Literal["per_parameter", "global"] = Field(default="per_parameter", description="DINO clips each tensor by itself")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Optim":
+        if (self.epochs is None) == (self.total_steps is None):
+            raise ValueError("give exactly one of epochs and total_steps: the length of the run")
+        if self.global_batch_size % self.accumulate_steps:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not divisible by accumulate_steps {self.accumulate_steps}; "
+                f"the nearest that are: {', '.join(map(str, near_multiples(self.global_batch_size, self.accumulate_steps)))}"
+            )
+        return self
+
+
+class Teacher(Section):
+    momentum: tuple[Share, Share] = Field(default=(0.996, 1.0), description="start and end of a cosine")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None, description="of its forward pass; default: the student's"
+    )
+
+
+class Checkpoint(Section):
+    every_steps: int = Field(default=1000, gt=0)
+    keep_last: int = Field(default=3, gt=0)
+    milestone_every_steps: int | None = Field(default=None, gt=0, description="these are never deleted")
+    asynchronous: bool = Field(default=True, description="write while training goes on")
+
+
+class Log(Section):
+    every_steps: int = Field(default=10, gt=0, description="how often numbers are fetched from the device and written")
+    tensorboard: bool = Field(default=True, description="write event files to RUN/tensorboard")
+    trackers: list[Literal["wandb", "mlflow"]] = Field(default=[], description="offline unless their own variables say otherwise")
+
+
+class Probes(Options):
+    """Protocols that run during training on the teacher; each further key is a protocol and its options."""
+
+    every_epochs: float | None = Field(default=None, gt=0)
+    every_steps: int | None = Field(default=None, gt=0)
+
+
+class Config(Section):
+    """One pretraining run."""
+
+    run_dir: str = Field(description="folder of the run: config, metrics, checkpoints; the same folder again resumes")
+    seed: int = Field(default=0, ge=0, description="of weights, sample order, crops and stochastic depth")
+    data: Data
+    backbone: Backbone
+    objective: Objective | list[Objective] = Field(description="a loss, or several that are summed with their weights")
+    crops: Crops = Crops()
+    optim: Optim
+    teacher: Teacher = Teacher()
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="of the networks; losses and weights stay fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
+    compile: bool | Literal["cuda-graphs"] = Field(
+        default=False, description="torch.compile student and teacher; cuda-graphs: and launch each pass as one graph"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(default="ddp", description="how several processes share the model")
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute blocks in the backward pass: less memory, more time"
+    )
+    checkpoint: Checkpoint = Checkpoint()
+    probes: Probes = Probes()
+    log: Log = Log()
+    stop_on: list[Literal["uniform", "collapse"]] = Field(
+        default=[], description="signs of collapse that end the run instead of warning"
+    )
+    export: bool = Field(default=False, description="export the teacher to RUN/export when the run ends")
+    sweep: dict[str, list[Any]] = Field(default={}, description="key -> values: on a cluster, one job for each combination")
+
+    @field_validator("run_dir")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return os.path.expanduser(value)
+
+    @field_validator("objective")
+    @classmethod
+    def _names_differ(cls, value: Objective | list[Objective]) -> Objective | list[Objective]:
+        names = [objective.name for objective in value] if isinstance(value, list) else [value.name]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"lists {', '.join(names) or 'nothing'}; expected at least one objective, each once")
+        return value
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> "Config":
+        channels = self.backbone.options.get("in_chans", 3)
+        if channels != len(self.crops.mean):
+            raise ValueError(
+                f"backbone.in_chans is {channels}, but crops.mean has {len(self.crops.mean)} numbers: give crops.mean and crops.std one for "
+                "each channel (`ssl-locat init` measures them)"
+            )
+        return self
+
+    @property
+    def objectives(self) -> list[Objective]:
+        return self.objective if isinstance(self.objective, list) else [self.objective]
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML that `load` reads back to an equal one."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def near_multiples(value: int, of: int) -> list[int]:
+    """The positive multiples of `of` just below and above `value`."""
+    below = value // of * of
+    return [multiple for multiple in (below, below + of) if multiple > 0]
+
+
+def load(name: str, overrides: Iterable[str] = ()) -> Config:
+    """The config that a shipped name or a path means, with `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: with file, line, full key, the value, what was expected and the nearest valid key.
+    """
+    loaded = load_yaml(name, "configs/pretrain", overrides)
+    config = parse(Config, loaded)
+    for index, objective in enumerate(config.objectives):
+        key = ("objective", index) if isinstance(config.objective, list) else ("objective",)
+        target = objective_target(objective.name, loaded.place((*key, "name")))
+        check_options(target, objective.options, loaded, key)
+    return config
+
+
+def objective_target(name: str, place: str) -> str:
+    """'package.module:Class' of an objective."""
+    if ":" in name:
+        return name
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"{place}: objective.name is {name!r}; known: {', '.join(OBJECTIVES)}.{did_you_mean(name, OBJECTIVES)} "
+            "An objective of your own is given as 'package.module:Class'."
+        )
+    return OBJECTIVES[name]
+
+
+def parse(schema: type[T], loaded: LoadedYaml) -> T:
+    """Check a YAML against a schema."""
+    try:
+        return schema.model_validate(loaded.data)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(schema, item, loaded) for item in error.errors())
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explain(schema: type[BaseModel], item: dict, loaded: LoadedYaml) -> str:
+    """One pydantic error as: place: key is value; expected ...; nearest."""
+    key = _yaml_key(item["loc"], loaded.data)
+    name = ".".join(map(str, key)) or loaded.name
+    place = loaded.place(key)
+    kind, message = item["type"], item["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        known = _known_keys(schema, item["loc"][:-1])
+        return f"{place}: unknown key {name!r}.{did_you_mean(str(key[-1]), known)} Known here: {', '.join(known)}."
+    if kind == "missing":
+        return f"{loaded.place(key[:-1]) if key[:-1] else loaded.name}: the key {name!r} is missing. It must be given: {_description(schema, item['loc'])}."
+    if kind == "value_error":
+        return f"{place}: {name}: {message}."
+    expected = message[0].lower() + message[1:]
+    return f"{place}: {name} is {item['input']!r}; {expected.replace('input should', 'it should')}."
+
+
+def _yaml_key(loc: tuple, data: Any) -> tuple:
+    """pydantic's location without the names of union members, which no user wrote."""
+    key = []
+    for position, part in enumerate(loc):
+        inside = isinstance(data, dict) and part in data
+        listed = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if inside or listed:
+            data = data[part]
+            key.append(part)
+        elif position == len(loc) - 1 and isinstance(data, dict):
+            key.append(part)  # a missing key
+    return tuple(key)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]
+
+
+def _known_keys(schema: type[BaseModel], loc: tuple) -> list[str]:
+    for part in loc:
+        if part in schema.model_fields:
+            schema = next(iter(_sections(schema.model_fields[part].annotation)), schema)
+    return list(schema.model_fields)
+
+
+def _description(schema: type[BaseModel], loc: tuple) -> str:
+    known = schema
+    for part in loc[:-1]:
+        if part in known.model_fields:
+            known = next(iter(_sections(known.model_fields[part].annotation)), known)
+    found = known.model_fields.get(loc[-1])
+    return (found.description or str(found.annotation)) if found else "see docs/config.md"
+
+
+# Options are checked against the signature of what they go to. The signature is read from the source, not by importing it:
+# a misspelt key is answered in a second, before torch is loaded.
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module; one of ours is found without importing its package, which may import torch."""
+    parts = module.split(".")
+    if parts[0] == "ssl_locat":
+        path = Path(__file__).parents[1].joinpath(*parts[1:]).with_suffix(".py")
+        return path if path.is_file() else None
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+@cache
+def keyword_names(target: str) -> list[str] | None:
+    """Keyword arguments of 'package.module:name' (a function, or a class by its __init__); None if it takes any."""
+    module, _, name = target.partition(":")
+    source = _source(module)
+    if source is None:
+        raise ConfigError(f"{target!r}: there is no module {module!r}. Expected 'package.module:name' of something installed.")
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            node = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
+            if node is None:
+                return []
+        elif not (isinstance(node, ast.FunctionDef) and node.name == name):
+            continue
+        if node.args.kwarg:
+            return None
+        positional = [argument.arg for argument in node.args.args]
+        return [argument for argument in positional if argument != "self"] + [argument.arg for argument in node.args.kwonlyargs]
+    raise ConfigError(f"{target!r}: {module} holds no {name!r}.")
+
+
+def check_options(target: str, options: dict[str, Any], loaded: LoadedYaml, key: tuple = ()) -> None:
+    """Refuse an option that `target` does not take, naming the place and the nearest one it does."""
+    known = keyword_names(target)
+    for name in options if known is not None else ():
+        if name not in known:
+            full = ".".join(map(str, (*key, name)))
+            raise ConfigError(
+                f"{loaded.place((*key, name))}: unknown key {full!r}.{did_you_mean(name, known)} "
+                f"{target.rpartition(':')[2]} takes: {', '.join(known)}."
+            )

@@ -1,0 +1,279 @@
+"""Datasets: samples by number, out of tar shards or plain folders of images.
+
+dataset = open_dataset("data/train-{000..099}.tar")      # or "s3://bucket/train-*.tar", a list of them, or a folder
+dataset.read(0, 32)                                      # 32 x RawSample, or Damage where a sample cannot be used
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import logging
+import lzma
+import os
+import shutil
+import tempfile
+import threading
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS
+from ssl_locat.data.shards.shard_index import Shard, load_block, open_shards, scan_shard, write_sidecars
+from ssl_locat.data.shards.tar import COMPRESSED, Damage, RawSample, parse
+from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, redact, scheme_of
+from ssl_locat.data.stores.store import Store
+from ssl_locat.errors import BadSample, ConfigError, DataError, Outage
+
+log = logging.getLogger(__name__)
+
+_OPENERS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".tbz2": bz2.open, ".xz": lzma.open, ".txz": lzma.open}
+_BLOCKS = 256  # shards whose offsets one process keeps
+
+
+class Dataset(Protocol):
+    """Numbered samples. Copies into worker processes."""
+
+    name: str
+    manifest_hash: str  # of the samples' names, order and places: tells another data set, not where it lies
+    mean_bytes: float  # per sample
+    by_range: bool  # neighbours share one read
+    remote: bool
+    store: Store
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, start: int, stop: int) -> list:
+        """Bytes of the samples start..stop, one entry each for `parse`. Raises Outage; never fewer entries."""
+
+    def parse(self, entry) -> RawSample | Damage: ...
+
+    def read(self, start: int, stop: int) -> list[RawSample | Damage]:
+        """Samples start..stop: fetched and parsed."""
+
+
+class ShardDataset:
+    """Tar shards."""
+
+    by_range = True
+
+    def __init__(self, name: str, store: Store, shards: list[Shard]):
+        self.name, self.store, self.shards = name, store, shards
+        self.ends = list(accumulate(shard.count for shard in shards))
+        self.manifest_hash = hashlib.blake2b("".join(shard.digest for shard in shards).encode(), digest_size=8).hexdigest()
+        self.mean_bytes = sum(shard.stat.size for shard in shards) / max(1, len(self))
+        self.remote = any(scheme_of(shard.url) != "file" for shard in shards[:1])
+        self._blocks: OrderedDict[int, tuple[array, array]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self):
+        return self.__dict__ | {"_blocks": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state | {"_lock": threading.Lock()}
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, start: int, stop: int) -> list[RawSample | Damage]:
+        return [self.parse(entry) for entry in self.fetch(start, stop)]
+
+    def parse(self, entry: tuple | Damage) -> RawSample | Damage:
+        return entry if isinstance(entry, Damage) else parse(*entry)
+
+    def fetch(self, start: int, stop: int) -> list[tuple | Damage]:
+        found: list[tuple | Damage] = []
+        while start < stop:
+            number = bisect_right(self.ends, start)
+            first = self.ends[number] - self.shards[number].count
+            end = min(stop, self.ends[number])
+            found += self._fetch_shard(number, start - first, end - first)
+            start = end
+        return found
+
+    def _fetch_shard(self, number: int, first: int, last: int) -> list[tuple | Damage]:
+        shard = self.shards[number]
+        name = redact(shard.url)
+        starts, crcs = self._block(number)
+        base = starts[first]
+        try:
+            data = self.store.read(shard.url, base, starts[last], shard.stat)
+        except Gone as error:
+            whole = first if error.size is None else max(first, bisect_right(starts, error.size) - 1)
+            before = self._fetch_shard(number, first, whole) if whole > first else []
+            return before + [Damage("", name, str(error))] * (last - whole)
+        return [(data, starts[i] - base, starts[i + 1] - base, crcs[i], name) for i in range(first, last)]
+
+    def _block(self, number: int) -> tuple[array, array]:
+        with self._lock:
+            if number in self._blocks:
+                self._blocks.move_to_end(number)
+                return self._blocks[number]
+        block = load_block(self.store, self.shards[number])
+        with self._lock:
+            self._blocks[number] = block
+            if len(self._blocks) > _BLOCKS:
+                self._blocks.popitem(last=False)
+        return block
+
+
+class FolderDataset:
+    """Image files under a folder. If all of them lie in sub-folders, the first level names the class: member 'cls' is its number."""
+
+    by_range = False
+
+    def __init__(self, name: str, store: Store, folder: str, paths: list[str]):
+        self.name, self.store, self.folder = name, store, folder
+        self.remote = scheme_of(folder) != "file"
+        self.classes = sorted({path.partition("/")[0] for path in paths}) if all("/" in path for path in paths) else []
+        # millions of small strings would be copied into every worker: one string and its offsets are shared
+        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._paths = b"".join(encoded)
+        self.manifest_hash = hashlib.blake2b(b"\0".join(encoded), digest_size=8).hexdigest()
+        sizes = [store.stat(join(folder, path)).size for path in paths[:: max(1, len(paths) // 32)]]
+        self.mean_bytes = sum(sizes) / len(sizes)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def read(self, start: int, stop: int) -> list[RawSample | Damage]:
+        return self.fetch(start, stop)
+
+    def parse(self, entry: RawSample | Damage) -> RawSample | Damage:
+        return entry
+
+    def fetch(self, start: int, stop: int) -> list[RawSample | Damage]:
+        return [self._read_one(self._paths[self._ends[i] : self._ends[i + 1]]) for i in range(start, stop)]
+
+    def _read_one(self, path: bytes) -> RawSample | Damage:
+        path = path.decode("utf-8", "surrogateescape")
+        key, _, extension = path.rpartition(".")
+        try:
+            members = {extension.lower(): self.store.read_all(join(self.folder, path))}
+        except Gone as error:
+            return Damage(key, redact(self.folder), str(error))
+        if self.classes:
+            members["cls"] = str(self.classes.index(path.partition("/")[0])).encode()
+        return RawSample(members, key, redact(self.folder))
+
+
+def open_dataset(
+    spec: str | list[str], *, store: Store | None = None, cache_dir: Path | None = None
+) -> ShardDataset | FolderDataset:
+    """Open shards (paths, URLs, braces, globs; or a list of these) or a folder of images. Builds and caches the index if need be.
+
+    Raises DataError for what is missing, empty, compressed, or of an unknown scheme; Outage if a store does not answer.
+    """
+    store = store or Store()
+    name = (
+        redact(spec)
+        if isinstance(spec, str)
+        else f"{redact(spec[0])} and {len(spec) - 1} more"
+        if len(spec) > 1
+        else redact(spec[0])
+    )
+    if isinstance(spec, str) and (folder := _as_folder(spec)):
+        tars, images = _list_folder(store, folder)
+        if not tars:
+            return FolderDataset(name, store, folder, images)
+        found: dict[str, Stat | None] = tars
+    else:
+        found = store.expand(spec)
+    if packed := next((url for url in found if is_compressed(url)), None):
+        raise DataError(
+            f"{redact(packed)} is compressed: samples inside cannot be reached by offset, as training does. Repack it once: "
+            f"ssl-locat shards pack {redact(packed)} OUT_FOLDER (or unpack it to a plain .tar). Evaluation reads it as it is."
+        )
+    dataset = ShardDataset(name, store, open_shards(store, found, cache_dir))
+    if not len(dataset):
+        raise DataError(f"{name} holds no samples: {len(found)} shard(s), all empty. Members must be named KEY.EXTENSION.")
+    return dataset
+
+
+def open_mix(spec, *, store: Store | None = None) -> tuple[list, list[float]]:
+    """(datasets, weights) of a `data.train` value: one source, or a list of {shards: ..., weight: ...}."""
+    parts = spec if isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec) else [{"shards": spec}]
+    for part in parts:
+        if not isinstance(part, Mapping) or not {"shards"} <= set(part) <= {"shards", "weight"}:
+            raise ConfigError(
+                f"data.train: {part!r} is not of the form {{shards: PATTERN, weight: NUMBER}}; a mix lists only such entries"
+            )
+    datasets = [open_dataset(part["shards"], store=store) for part in parts]
+    return datasets, [float(part.get("weight", 1.0)) for part in parts]
+
+
+def write_index(spec: str | list[str]) -> list[str]:
+    """Index shards and write `shards.index` into their folders, so that nobody need scan them again; returns the files written."""
+    dataset = open_dataset(spec)
+    if isinstance(dataset, FolderDataset):
+        raise DataError(
+            f"{dataset.name} is a folder of images: only tar shards have an index. Pack it first: ssl-locat shards pack FOLDER OUT"
+        )
+    written = write_sidecars(dataset.store, dataset.shards)
+    log.info("indexed %d samples in %d shards: %s", len(dataset), len(dataset.shards), ", ".join(map(redact, written)))
+    return written
+
+
+def is_compressed(url: str) -> bool:
+    return redact(url).lower().endswith(COMPRESSED)
+
+
+def read_compressed(url: str, store: Store | None = None) -> Iterator[RawSample | Damage]:
+    """Samples of one .tar.gz, .tar.bz2 or .tar.xz in order, for evaluation: unpacked to a temporary file, then read as any shard.
+
+    A file cut short gives what could be unpacked, and a Damage for the rest. Raises DataError for what is missing or no such archive.
+    """
+    store, name = store or Store(), redact(url)
+    opener = next((opener for ending, opener in _OPENERS.items() if name.lower().endswith(ending)), None)
+    if opener is None:
+        raise DataError(f"{name}: this compression cannot be read; known are {', '.join(_OPENERS)}. Unpack it to a plain .tar.")
+    with tempfile.NamedTemporaryFile(suffix=".tar") as plain:
+        try:
+            with opener(io.BytesIO(store.read_all(normalise(url)))) as packed:
+                shutil.copyfileobj(packed, plain, 1 << 20)
+        except Gone:
+            raise DataError(f"shard {name} does not exist. Check the data pattern.") from None
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            if isinstance(error, Outage):
+                raise
+            log.warning("%s cannot be unpacked to its end (%s): the rest counts as damaged", name, error)
+        plain.flush()
+        local = Store()
+        stat = local.stat(plain.name)
+        try:
+            starts, crcs = scan_shard(local, plain.name, stat)
+        except BadSample as error:
+            raise DataError(f"{name} is {error.reason}") from None
+        for start, end, crc in zip(starts, starts[1:], crcs, strict=False):
+            yield parse(local.read(plain.name, start, end), 0, end - start, crc, name)
+
+
+def _as_folder(spec: str) -> str | None:
+    """The folder that a spec names, or None if it names shards."""
+    if any(letter in spec for letter in "{*[") and not os.path.isdir(spec):
+        return None
+    url = normalise(spec)
+    if scheme_of(url) == "file":
+        return url if os.path.isdir(url) else None
+    return None if ".tar" in redact(url).rpartition("/")[2] else url.rstrip("/")
+
+
+def _list_folder(store: Store, folder: str) -> tuple[dict[str, Stat | None], list[str]]:
+    """({URL of a shard at the top: Stat}, relative paths of images at any depth)"""
+    files = store.walk(folder)
+    tars = {join(folder, name): stat for name, stat in files.items() if "/" not in name and name.endswith(".tar")}
+    images = [name for name in files if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+    images = images or [name for name in files if name.lower().endswith(f".{ARRAY_EXTENSION}")]
+    if not tars and not images:
+        raise DataError(
+            f"{redact(folder)} holds neither .tar shards nor images ({len(files)} files; images end in {', '.join(IMAGE_EXTENSIONS)})"
+        )
+    return tars, images

@@ -1,0 +1,271 @@
+"""What lies where: the index of tar shards, built once, kept beside them or in the user's cache, and read piece by piece.
+
+Of each sample the index holds where it starts and a crc of its key, 12 bytes in all. It comes from the file `shards.index` beside the
+shards (`ssl-locat shards index` writes it), or else from one scan, kept in the cache. Only one line per shard is held in memory: the
+offsets of a shard are read when its samples are, so that a hundred thousand shards open in seconds.
+
+An index file: a first line; one block per shard (uint64 starts [n + 1], then uint32 crcs [n]); a JSON list of shards; its length.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+from ssl_locat.data.shards.tar import DAMAGED, Scan, scan
+from ssl_locat.data.stores.objects import Denied, Gone, Stat, join, redact, scheme_of
+from ssl_locat.data.stores.store import Store
+from ssl_locat.errors import BadSample, DataError, did_you_mean
+from ssl_locat.runs.log import progress
+
+log = logging.getLogger(__name__)
+
+SIDECAR = "shards.index"
+_MAGIC = b"ssl_locat shard index 1\n"
+_TAIL = 8  # bytes of the length of the JSON at the end
+_THREADS = 16
+_LOCAL_BLOCK, _REMOTE_BLOCK = 1 << 16, 8 << 20  # bytes per read while scanning: hops over payloads, or streams
+
+
+class Shard(NamedTuple):
+    """One shard of an index, without its offsets."""
+
+    url: str
+    stat: Stat
+    count: int  # slots, the damaged ones included
+    damaged: int
+    digest: str  # of name, offsets and key crcs: the same wherever the shard lies
+    source: str  # the index file with its block
+    at: int  # of the block
+
+    @property
+    def block_size(self) -> int:
+        return 12 * self.count + 8
+
+
+class IndexFile:
+    """Writes an index, block by block; nothing is at `path` before `close`."""
+
+    def __init__(self, path: Path):
+        self.path, self.lines = path, []
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.file = open(self.temporary, "wb")  # noqa: SIM115
+        self.file.write(_MAGIC)
+
+    def add(self, name: str, shard: Shard, block: bytes) -> Shard:
+        self.lines.append([name, shard.stat.size, shard.stat.version, shard.count, shard.damaged, shard.digest, self.file.tell()])
+        moved = shard._replace(source=str(self.path), at=self.file.tell())
+        self.file.write(block)
+        return moved
+
+    def close(self) -> None:
+        text = json.dumps(self.lines, separators=(",", ":")).encode()
+        self.file.write(text + len(text).to_bytes(_TAIL, "little"))
+        self.file.close()
+        self.temporary.replace(self.path)
+
+
+def read_index(store: Store, url: str) -> dict[str, Shard]:
+    """Lines of an index file by the name they were written under; {} if there is no such file."""
+    try:
+        stat = store.stat(url)
+    except (Gone, Denied):  # stores that may not be listed answer 403 for what is missing
+        return {}
+    if stat.size < len(_MAGIC) + _TAIL or store.read(url, 0, len(_MAGIC), stat) != _MAGIC:
+        raise DataError(f"{redact(url)} is no index of this release: delete it, and write it again with 'ssl-locat shards index'")
+    end = stat.size - _TAIL
+    length = int.from_bytes(store.read(url, end, stat.size, stat), "little")
+    if length > end:
+        raise DataError(f"{redact(url)} is damaged: delete it, and write it again with 'ssl-locat shards index'")
+    lines = json.loads(store.read(url, end - length, end, stat))
+    return {name: Shard(name, Stat(size, version), *rest[:3], url, rest[3]) for name, size, version, *rest in lines}
+
+
+def load_block(store: Store, shard: Shard) -> tuple[array, array]:
+    """(starts uint64 [n + 1], crcs uint32 [n])"""
+    block = store.read(shard.source, shard.at, shard.at + shard.block_size)
+    starts, crcs = array("Q"), array("I")
+    starts.frombytes(block[: 8 * (shard.count + 1)])
+    crcs.frombytes(block[8 * (shard.count + 1) :])
+    return starts, crcs
+
+
+def open_shards(store: Store, found: dict[str, Stat | None], cache_dir: Path | None = None) -> list[Shard]:
+    """Index lines of all shards, in order: from beside them, from the cache, or scanned now (and then cached).
+
+    Raises DataError for shards that are missing or no tars at all.
+    """
+    cache_dir = cache_dir or default_cache_dir()
+    beside = _read_sidecars(store, found, cache_dir)
+    known: dict[str, Shard] = {}
+    # a listing or a local stat tells whether a shard is still the indexed one; asking a remote store for each would cost a request
+    ask = [url for url, stat in found.items() if stat is None and (scheme_of(url) == "file" or url not in beside)]
+    found = found | _stat_all(store, ask)
+    for url, shard in beside.items():
+        size = found[url].size if found[url] else shard.stat.size
+        if size <= shard.stat.size:  # a shorter shard was cut after indexing: what it lost is damage, and shows when read
+            known[url] = shard._replace(
+                stat=Stat(shard.stat.size, found[url].version if found[url] and size == shard.stat.size else "")
+            )
+        else:
+            log.warning(
+                "%s does not match %s beside it, and is indexed anew: run 'ssl-locat shards index' again", redact(url), SIDECAR
+            )
+    rest = [url for url in found if url not in known]
+    if rest:
+        name = hashlib.blake2b("\n".join(found).encode(), digest_size=12).hexdigest()
+        with _locked(cache_dir, name) as path:
+            cached = read_index(Store(), str(path))
+            known |= {url: cached[url] for url in rest if url in cached and cached[url].stat == found[url]}
+            if missing := {url: found[url] for url in rest if url not in known}:
+                known |= _scan_all(store, missing, [known[url] for url in rest if url in known], path)
+    for url, shard in known.items():
+        if shard.damaged:
+            log.warning(
+                "%s: %d of %d samples are damaged; 'ssl-locat shards check' lists them", redact(url), shard.damaged, shard.count
+            )
+    return [known[url] for url in found]
+
+
+def write_sidecars(store: Store, shards: list[Shard]) -> list[str]:
+    """Write `shards.index` into every folder that holds one of the shards; lines of other shards in it are kept. Returns the files."""
+    folders: dict[str, list[Shard]] = {}
+    for shard in shards:
+        folders.setdefault(shard.url.rpartition("/")[0], []).append(shard)
+    written = []
+    for folder, members in folders.items():
+        url = join(folder, SIDECAR)
+        lines = read_index(store, url) | {shard.url.rpartition("/")[2]: shard for shard in members}
+        with tempfile.TemporaryDirectory() as temporary:
+            index = IndexFile(Path(temporary) / SIDECAR)
+            for name, shard in sorted(lines.items()):
+                index.add(name, shard, store.read(shard.source, shard.at, shard.at + shard.block_size))
+            index.close()
+            store.write(url, index.path.read_bytes())
+        written.append(url)
+    return written
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ssl_locat" / "indexes"
+
+
+def scan_shard(store: Store, url: str, stat: Stat) -> Scan:
+    """Read one shard's headers. Raises BadSample if it is no tar, Gone or Outage as the store does."""
+    size = _LOCAL_BLOCK if scheme_of(url) == "file" else _REMOTE_BLOCK
+    buffer, low = b"", 0
+
+    def fetch(at: int, length: int) -> bytes:
+        nonlocal buffer, low
+        if not low <= at <= at + length <= low + len(buffer):
+            end = min(stat.size, at + max(size, length))
+            buffer, low = (store.read(url, at, end, stat), at) if at < end else (b"", at)
+        return buffer[at - low : at - low + length]
+
+    return scan(fetch, stat.size)
+
+
+def _scan_one(store: Store, url: str, stat: Stat) -> tuple[Shard, bytes]:
+    result = scan_shard(store, url, stat)
+    block = result.starts.tobytes() + result.crcs.tobytes()
+    digest = hashlib.blake2b(url.rpartition("/")[2].encode() + b"\0" + block, digest_size=8).hexdigest()
+    return Shard(url, stat, len(result.crcs), result.crcs.count(DAMAGED), digest, "", 0), block
+
+
+def _scan_all(store: Store, missing: dict[str, Stat], cached: list[Shard], path: Path) -> dict[str, Shard]:
+    """Scan in parallel, with progress. What was scanned is kept even if this is interrupted."""
+    index, local = IndexFile(path), Store()
+    known = {
+        shard.url: index.add(shard.url, shard, local.read(shard.source, shard.at, shard.at + shard.block_size))
+        for shard in cached
+    }
+    try:
+        with _scan_pool(missing) as pool, progress("Indexing shards", len(missing), "shards") as bar:
+            jobs = {pool.submit(_scan_one, store, url, stat): url for url, stat in missing.items()}
+            try:
+                for job in as_completed(jobs):
+                    shard, block = job.result()
+                    known[shard.url] = index.add(shard.url, shard, block)
+                    bar.update(1)
+            except BadSample as error:
+                raise DataError(
+                    f"{redact(jobs[job])} is {error.reason}. Remove it from the data pattern, or fetch it again "
+                    "('ssl-locat shards check' lists all damage)."
+                ) from None
+            except Gone as error:
+                raise DataError(f"{error}. Check the data pattern.") from None
+            finally:
+                for job in jobs:
+                    job.cancel()
+    finally:
+        index.close()
+    return known
+
+
+def _scan_pool(urls: Iterable[str]) -> Executor:
+    """Parsing headers keeps a core busy: processes for many local shards (they only read files, so a fork is safe), else threads."""
+    urls = list(urls)
+    if len(urls) >= 32 and all(scheme_of(url) == "file" for url in urls) and hasattr(os, "fork"):
+        return ProcessPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0))), mp_context=get_context("fork"))
+    return ThreadPoolExecutor(_THREADS)
+
+
+KINDS = "a folder of images, tar shards, or a quoted pattern of them"
+
+
+def _hint(url: str) -> str:
+    """Why something may not be there: a local path with nearly its name, or a hub that does not tell what one may not see."""
+    if scheme_of(url) == "hf":
+        return " Without a token that may read it, a private data set looks like none: `hf auth login`, or set HF_TOKEN."
+    folder, _, name = url.removeprefix("file://").rstrip("/").rpartition("/")
+    return did_you_mean(name, os.listdir(folder or "/")) if scheme_of(url) == "file" and os.path.isdir(folder or "/") else ""
+
+
+def _stat_all(store: Store, urls: list[str]) -> dict[str, Stat]:
+    def stat(url: str) -> Stat:
+        try:
+            return store.stat(url)
+        except Gone:
+            raise DataError(f"{redact(url)} does not exist.{_hint(url)} Expected {KINDS}.") from None
+        except Denied as error:
+            raise DataError(str(error)) from None
+
+    with ThreadPoolExecutor(64) as pool:
+        return dict(zip(urls, pool.map(stat, urls), strict=True))
+
+
+def _read_sidecars(store: Store, urls: Iterable[str], cache_dir: Path) -> dict[str, Shard]:
+    """Index lines found beside the shards."""
+    found: dict[str, Shard] = {}
+    folders: dict[str, dict[str, Shard]] = {}
+    for url in urls:
+        folder, _, name = url.rpartition("/")
+        if folder not in folders:
+            folders[folder] = read_index(store, join(folder, SIDECAR))
+        if name in folders[folder]:
+            found[url] = folders[folder][name]._replace(url=url)
+    return found
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[Path]:
+    """Path of an index file in the cache that only one process of this machine builds; the others wait, then find it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / f"{name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(
+            f"cannot write the index cache {folder} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder / f"{name}.index"

@@ -1,0 +1,280 @@
+"""`ssl-locat doctor [CONFIG|RUN] [--on PROFILE]`: looks, measures, and says what to do.
+
+Without a target: this machine. With a config: the machine, the data, the run that it would be, and advice in order of worth.
+With a run folder: what became of that run.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+from ssl_locat.config.schema import Config, load
+from ssl_locat.errors import UserError
+from ssl_locat.runs.history import explain, is_run, open_run
+from ssl_locat.runs.log import console, duration, progress
+
+
+class Advice(NamedTuple):
+    """`worth`: how much of the run's time or chance of success it concerns, to sort by."""
+
+    worth: float
+    text: str
+
+
+def doctor(target: str | None = None, overrides: list[str] | None = None, on: str | None = None) -> int:
+    """Print the sections that apply; 0 if nothing stands in the way, 2 if the run would fail as it is.
+
+    Raises UserError for a config or data that cannot be used at all, with the same message as `pretrain`.
+    """
+    if target and is_run(target):
+        if overrides or on:
+            raise UserError(f"{target} is a run folder, which doctor explains as it is; overrides and --on belong to a config.")
+        _section("Run", *_run_lines(target))
+        return 0
+    _section("Environment", environment_lines())
+    if target is None:
+        _section("Advice", ["Next: ssl-locat doctor CONFIG, or ssl-locat init FOLDER_OF_IMAGES."])
+        return 0
+    return _examine(load(target, overrides or []), on)
+
+
+def _section(title: str, *groups: list[str]) -> None:
+    out = console()
+    out.print(f"\n[bold]{title}[/bold]")
+    for group in groups:
+        for line in group:
+            out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------------
+
+
+def _run_lines(path: str) -> tuple[list[str], list[str]]:
+    run = open_run(path)
+    facts, advice = explain(run)
+    told = {"save", "probe"}
+    last = [event for event in run.events if event["kind"] not in told][-5:]
+    shown = [f"{event['time'][:19].replace('T', ' ')}  {event['kind']}  step {event.get('step', '?')}" for event in last]
+    return [*facts, *(["Last events:", *(f"  {line}" for line in shown)] if shown else [])], ["What to do:", *advice]
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------------
+
+
+def environment_lines() -> list[str]:
+    """Versions, devices, and which optional parts work or why not."""
+    import torch
+
+    lines = [
+        f"Python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}, {_count(os.cpu_count(), 'core')}"
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            lines.append(f"GPU {index}: {found.name}, {found.total_memory / 1e9:.0f} GB, compute {found.major}.{found.minor}")
+    else:
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "no driver or no visible device"
+        lines.append(f"No GPU ({why}): the CPU serves, for small models")
+    return [*lines, *_attention_lines(), *_optional_lines(), f"Free on this disk: {shutil.disk_usage('.').free / 1e9:.0f} GB"]
+
+
+def _attention_lines() -> list[str]:
+    """Each attention backend is tried on this device, in the precisions that training uses."""
+    import torch
+
+    from ssl_locat.models.attention import BACKENDS, Gaussian, gaussian_attention
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    works, refused = [], []
+    for backend in BACKENDS:
+        q = torch.randn(1, 2, 17, 32, device=device)
+        coefficients = Gaussian(*(torch.rand(1, 2, 16, device=device) for _ in range(3)))
+        try:
+            gaussian_attention(q, q, q, coefficients, (4, 4), 1, backend=backend)
+            works.append(backend)
+        except (UserError, RuntimeError, ImportError) as error:
+            refused.append(f"  {backend} does not: {str(error).splitlines()[0][:160]}")
+    return [f"Attention on {device}: {', '.join(works)} work", *refused]
+
+
+def _optional_lines() -> list[str]:
+    """Stores, trackers and exports that need an extra."""
+    parts = {
+        "s3fs": "s3",
+        "gcsfs": "gcs",
+        "aiohttp": "http",
+        "wandb": "wandb",
+        "mlflow": "mlflow",
+        "onnxruntime": "onnx",
+        "pyarrow": "parquet",
+    }
+    there = [extra for module, extra in parts.items() if importlib.util.find_spec(module)]
+    missing = [extra for extra in parts.values() if extra not in there]
+    lines = [f"Extras installed: {', '.join(there) or 'none'}"]
+    if missing:
+        lines.append(f"  not installed: {', '.join(missing)} (pip install 'ssl_locat[{','.join(missing)}]' for what you need)")
+    try:
+        lines.append(f"JPEG: simplejpeg {version('simplejpeg')}")
+    except PackageNotFoundError:
+        lines.append("JPEG: simplejpeg is missing, Pillow serves several times slower")
+    lines.append(
+        "Slurm: found" if shutil.which("sbatch") else "Slurm: no sbatch here; --on slurm will not work from this machine"
+    )
+    return lines
+
+
+# --- a config -------------------------------------------------------------------------------------------------------------
+
+
+def _examine(config: Config, on: str | None) -> int:
+    from ssl_locat.measure.images import sample_data
+    from ssl_locat.measure.step import step_device
+    from ssl_locat.pretraining.parts import check
+    from ssl_locat.pretraining.step_times import step_times
+
+    ranks = 1
+    if on not in (None, "local"):
+        from ssl_locat.cluster.launch import load_profile
+
+        ranks = load_profile(on).ranks
+    with progress("opening the data"):
+        datasets, _, length = check(config, ranks)
+    with progress("reading a sample"):
+        sample = sample_data(datasets, config, step_device(config.device))
+    advice = _data_advice(config, sample, datasets)
+    _section("Data", _data_lines(config, datasets, sample, ranks))
+    if sample.payload is None:
+        _section("Advice", ["None of the samples looked at could be read: see data.image_key, and `ssl-locat shards show`."])
+        return 2
+    micro_batch = config.optim.global_batch_size // (ranks * config.optim.accumulate_steps)
+    with progress("measuring a few steps"):
+        times = step_times(config, sample.payload, micro_batch)
+    lines, more = _run_section(config, length, ranks, micro_batch, sample, times)
+    _section("Run", lines)
+    advice = sorted([*advice, *more], key=lambda item: -item.worth)
+    _section("Advice", [f"{number}. {item.text}" for number, item in enumerate(advice, 1)] or ["Nothing: start it."])
+    return 2 if any(item.worth >= STOPPER for item in advice) else 0
+
+
+STOPPER = 100.0  # worth of an advice without which the run fails
+
+
+def _data_lines(config: Config, datasets, sample, ranks: int) -> list[str]:
+    lines = []
+    for dataset in datasets:
+        size = dataset.mean_bytes * len(dataset)
+        kind = "shards" if dataset.by_range else "folder"
+        where = "remote" if dataset.remote else "local"
+        lines.append(f"{dataset.name}: {_count(len(dataset), 'image')}, {size / 1e9:.2f} GB, {kind}, {where}")
+    formats = ", ".join(
+        f"{100 * count / sum(sample.formats.values()):.0f} % {name}" for name, count in sample.formats.most_common()
+    )
+    if sample.sizes:
+        heights, widths = zip(*sample.sizes, strict=True)
+        lines.append(f"Formats: {formats}; {min(widths)}..{max(widths)} x {min(heights)}..{max(heights)} px (width x height)")
+    share = len(sample.damaged) / sample.looked_at
+    lines.append(
+        f"Unreadable: {len(sample.damaged)} of {sample.looked_at} looked at ({100 * share:.1f} %; data.max_bad allows {100 * config.data.max_bad:g} %)"
+    )
+    lines += [f"  {line}" for line in sample.damaged[:5]]
+    lines.append(
+        f"Read by {ranks} x {config.data.workers} workers; samples are addressed one by one, so any number of shards serves any number of them"
+    )
+    return lines
+
+
+def _data_advice(config: Config, sample, datasets) -> list[Advice]:
+    advice = []
+    share = len(sample.damaged) / sample.looked_at
+    if share > config.data.max_bad:
+        text = f"{100 * share:.1f} % of the samples are unreadable, more than data.max_bad: the run would stop with exit code 3. "
+        advice.append(Advice(STOPPER + share, text + "Mend or repack them (`ssl-locat shards check`), or raise data.max_bad."))
+    total = sum(map(len, datasets))
+    for objective in config.objectives:
+        prototypes = objective.options.get("num_prototypes", 65536)
+        if objective.name == "dino" and prototypes > total:
+            few = max(64, 2 ** max(0, (total // 8).bit_length() - 1))
+            advice.append(
+                Advice(
+                    20,
+                    f"{prototypes} prototypes for {total} images: most would never be used. Try objective.num_prototypes={few}.",
+                )
+            )
+    if config.optim.global_batch_size < 64:
+        advice.append(
+            Advice(
+                10,
+                f"A global batch of {config.optim.global_batch_size} makes a noisy centre; 256 or more, with optim.accumulate_steps, is usual.",
+            )
+        )
+    return advice
+
+
+def _run_section(config: Config, length, ranks: int, micro_batch: int, sample, times) -> tuple[list[str], list[Advice]]:
+    import torch
+
+    advice = []
+    workers = max(1, min(config.data.workers, (os.cpu_count() or 1) // ranks if ranks <= (os.cpu_count() or 1) else 1))
+    loader = sample.read_seconds + sample.decode_seconds + sample.crop_seconds
+    feed, model = loader / workers, times.transfer + times.step
+    alone = config.data.workers == 0 or times.device.type == "cpu"  # a CPU shares its cores between loading and training
+    per_image = feed + model if alone else max(feed, model)
+    speed = ranks / per_image
+    total = length.total_steps * config.optim.global_batch_size
+    seconds = total / speed
+    parts = {
+        "reading": sample.read_seconds / workers,
+        "decode": sample.decode_seconds / workers,
+        "crops": sample.crop_seconds / workers,
+        "host to device": times.transfer,
+        "attention": times.attention,
+        "head": times.head,
+        "the rest of the backbone": max(0.0, times.step - times.attention - times.head),
+    }
+    candidates = (
+        parts
+        if alone
+        else {name: value for name, value in parts.items() if (name in ("reading", "decode", "crops")) == (feed > model)}
+    )
+    bottleneck = max(candidates, key=candidates.__getitem__)
+    memory = (times.memory_fixed + times.memory_per_image * micro_batch) / 1e9
+    lines = [
+        f"{length.total_steps:,} steps of {config.optim.global_batch_size} images = {_count(ranks, 'rank')} x {config.optim.accumulate_steps} accumulated x {micro_batch}; "
+        f"{length.steps_per_epoch:,} steps an epoch",
+        f"{config.backbone.name}: {times.backbone_params / 1e6:.2f} M parameters, heads {times.head_params / 1e6:.2f} M; {config.precision} on {times.device}",
+        f"Memory per rank: about {memory:.1f} GB ({times.memory_per_image / 1e6:.0f} MB an image)",
+        f"Measured on this machine: model {1 / model:.0f} images/s per rank, loader {workers / loader:.0f} images/s with {_count(workers, 'worker')}",
+        f"Expected: {speed:.0f} images/s, {duration(seconds)} in all, without probes",
+        f"First bottleneck: {bottleneck}. Milliseconds an image: "
+        + ", ".join(f"{name} {1000 * value:.2f}" for name, value in parts.items()),
+    ]
+    if times.device.type == "cuda":
+        available = torch.cuda.get_device_properties(times.device).total_memory / 1e9
+        if memory > 0.9 * available:
+            factor = 2 ** (memory / (0.85 * available)).__ceil__().bit_length()
+            text = f"About {memory:.0f} GB of {available:.0f} GB: too much. optim.accumulate_steps={config.optim.accumulate_steps * factor}"
+            advice.append(Advice(STOPPER, f"{text}, or precision=bf16, or activation_checkpointing=true."))
+        if config.precision == "fp32":
+            advice.append(
+                Advice(15, "precision=bf16: on this GPU about twice as fast, with the same results in all published recipes.")
+            )
+    if feed > model and not alone:
+        more = min((os.cpu_count() or 1) // ranks, round(config.data.workers * feed / model + 0.5))
+        if more > config.data.workers:
+            advice.append(Advice(12 * feed / model, f"The loader is slower than the model: data.workers={more}."))
+    large = [min(size) for size in sample.sizes if min(size) > 2.5 * config.crops.global_size]
+    if len(large) > len(sample.sizes) / 2 and bottleneck in ("reading", "decode"):
+        text = f"Images are far larger than the crops ({sorted(large)[len(large) // 2]} px for {config.crops.global_size} px): store them smaller"
+        advice.append(Advice(8, f"{text}, `ssl-locat shards pack` with resize=."))
+    if times.device.type == "cpu" and seconds > 86400:
+        advice.append(
+            Advice(30, f"{duration(seconds)} on this CPU: a GPU, a smaller model (locatvit_tiny, fewer blocks) or fewer epochs.")
+        )
+    return lines, advice
+
+
+def _count(number: int | None, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,319 @@
+"""`ssl-locat init FOLDER_OR_URL`: look at images and machine, and write a commented YAML that `pretrain` runs.
+
+A starting point, chosen by rules that fit in one's head; every choice is written beside its reason, and every line may be changed.
+"""
+
+import os
+import re
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ssl_locat.config.schema import load
+from ssl_locat.data.images.decode import decode_image, find_image
+from ssl_locat.data.shards.index import open_dataset
+from ssl_locat.data.shards.tar import Damage
+from ssl_locat.errors import BadSample, UserError
+from ssl_locat.measure.images import kind_of, sample_data
+from ssl_locat.measure.step import step_device
+from ssl_locat.pretraining.step_times import step_times
+from ssl_locat.runs.log import console, duration, next_steps, progress
+
+NUM_LOOKED_AT = 64
+TEST_NAMES = ("val", "valid", "validation", "test")
+CPU_HOURS = 1.0  # what a first run on a CPU may take
+
+
+class Look(NamedTuple):
+    """What the images are like, by a sample spread over all of them."""
+
+    count: int
+    short_sides: list[int]  # pixels
+    ratios: list[float]  # longer side over shorter
+    formats: list[str]
+    gray: float  # share of images without colour
+    damaged: float  # share
+    damage: str  # of the first: what it is
+    mean: tuple[float, ...]  # one for each channel
+    std: tuple[float, ...]
+    num_classes: int | None  # class folders, or labels seen
+    mean_bytes: float
+
+
+class Sizes(NamedTuple):
+    """Choices that follow from the images' size. All are multiples of the patch, pixels."""
+
+    global_size: int
+    local_size: int
+    patch_size: int
+
+
+def init(source: str, out: str | None = None) -> Path:
+    """Write the YAML (`out`, or NAME.yaml here) for the images at `source` and return its path.
+
+    Raises UserError if the file exists or its folder cannot hold it, DataError if there are no images.
+    """
+    name = re.sub(r"[^\w-]+", "_", source.rstrip("/").rpartition("/")[2].partition(".")[0]).strip("_") or "images"
+    target = Path(out or f"{name}.yaml")
+    if target.exists():
+        raise UserError(f"{target} exists; give another file with --out, or remove it.")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise UserError(
+            f"{target} cannot be written: its folder is missing or read-only. Give the path of a file with --out, or make the folder."
+        )
+    train, test = split(source)
+    with progress("looking at the images"):
+        seen = look(train)
+    try:
+        target.write_text(compose(name, train, test, seen), encoding="utf-8")
+        with progress("trying a few steps"):
+            seconds = expected_seconds(str(target))
+        fit_time(target, seconds)
+        config = load(str(target))
+    except BaseException:
+        target.unlink(missing_ok=True)  # a YAML that was never tried is worse than none
+        raise
+    say = console().print
+    say(
+        f"{seen.count:,} images of {_channels(len(seen.mean))}, {min(seen.short_sides)} to {max(seen.short_sides)} px (shorter side), {' and '.join(sorted(set(seen.formats)))}"
+    )
+    if test:
+        say(f"Found labelled images to measure on: {test}", markup=False)
+    if seen.damage:
+        say(f"{100 * seen.damaged:.0f} % of those looked at cannot be read, such as {seen.damage}", markup=False)
+    say(f"Wrote {target}.", markup=False)
+    next_steps(f"ssl-locat doctor {target}", f"ssl-locat pretrain {target}", f"ssl-locat report {config.run_dir} --watch")
+    return target
+
+
+def split(source: str) -> tuple[str, str | None]:
+    """Training and test images, where a folder holds both: FOLDER/train and FOLDER/val, or shards named *train* and *val*."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source, None
+    inside = {path.name.lower(): path for path in folder.iterdir()}
+    if "train" in inside and inside["train"].is_dir():
+        return str(inside["train"]), next((str(inside[name]) for name in TEST_NAMES if name in inside), None)
+    tars = [name for name in inside if name.endswith(".tar")]
+    tests = [word for word in TEST_NAMES if any(word in name for name in tars)]
+    if tests and any("train" in name for name in tars):
+        return f"{source.rstrip('/')}/*train*.tar", f"{source.rstrip('/')}/*{tests[0]}*.tar"
+    return source, None
+
+
+def look(source: str) -> Look:
+    """Open the data and read a sample of it."""
+    dataset = open_dataset(source)
+    pixels, sides, ratios, formats, labels, damaged, gray = [], [], [], [], [], [], 0
+    places = np.linspace(0, len(dataset) - 1, min(NUM_LOOKED_AT, len(dataset))).round().astype(int).tolist()
+    for place in places:
+        sample = dataset.read(place, place + 1)[0]
+        try:
+            if isinstance(sample, Damage):
+                raise BadSample(sample.reason)
+            data = find_image(sample.members)
+            image = decode_image(data, channels=None)
+        except BadSample as error:
+            damaged.append(f"{sample.key}: {error.reason}")
+            continue
+        height, width = image.shape[:2]
+        sides.append(min(height, width))
+        ratios.append(max(height, width) / min(height, width))
+        formats.append(kind_of(data))
+        small = image[:: max(1, height // 64), :: max(1, width // 64)].reshape(-1, image.shape[2]) / 255
+        if pixels and small.shape[1] != pixels[0].shape[1]:
+            raise UserError(
+                f"{source}: images of {pixels[0].shape[1]} and of {small.shape[1]} channels ({sample.key}); a run takes one kind. Sort them apart."
+            )
+        gray += bool(np.abs(small - small.mean(1, keepdims=True)).max() < 0.02)
+        pixels.append(small)
+        if "cls" in sample.members:
+            labels.append(sample.members["cls"])
+    if not pixels:
+        raise UserError(
+            f"{source}: none of {len(places)} samples could be read as an image, such as {damaged[0]}. Look at them: ssl-locat shards show {source}"
+        )
+    joined = np.concatenate(pixels)
+    classes = len(getattr(dataset, "classes", None) or []) or None
+    mean, std = (tuple(round(float(value), 3) for value in values) for values in (joined.mean(0), joined.std(0)))
+    found = len(places)
+    return Look(
+        len(dataset),
+        sides,
+        ratios,
+        formats,
+        gray / found,
+        len(damaged) / found,
+        damaged[0] if damaged else "",
+        mean,
+        std,
+        classes if labels else None,
+        dataset.mean_bytes,
+    )
+
+
+# --- choices --------------------------------------------------------------------------------------------------------------
+
+
+def choose_sizes(short_sides: list[int], gpu: bool) -> Sizes:
+    """Crops near the images' own size, up to 224; on a CPU up to 96, since cost grows with the square."""
+    side = statistics.median(short_sides)
+    for at_most, sizes in ((40, Sizes(32, 16, 4)), (80, Sizes(64, 32, 8)), (160 if gpu else 1e9, Sizes(96, 48, 8))):
+        if side <= at_most:
+            return sizes
+    return Sizes(224, 96, 16)
+
+
+def choose_backbone(gpu_gb: float) -> tuple[str, str]:
+    """(options of `backbone` in YAML, reason)."""
+    if gpu_gb >= 16:
+        return "name: locatvit_small", "21 M parameters: the size of the published DINO recipes"
+    if gpu_gb > 0:
+        return "name: locatvit_tiny", "6 M parameters, for a GPU of less than 16 GB"
+    return "name: locatvit_tiny, embed_dim: 96, depth: 4, num_heads: 3", "0.5 M parameters: what a CPU trains in an hour"
+
+
+def choose_prototypes(count: int) -> int:
+    """A power of two, about one for eight images, from 64 to 65536."""
+    return min(65536, max(64, 2 ** round(np.log2(max(count / 8, 1)))))
+
+
+def choose_epochs(count: int, gpu: bool) -> int:
+    """The fewer images, the more passes."""
+    if not gpu:
+        return 100
+    return next(
+        epochs for limit, epochs in ((10_000, 800), (100_000, 400), (1_000_000, 100), (float("inf"), 50)) if count <= limit
+    )
+
+
+def compose_objective(prototypes: int, gpu: bool, quick: bool, epochs: int) -> list[str]:
+    """Lines below `objective:`. A short run on a CPU drifts to the uniform teacher unless that is quick and sharp (docs/results.md)."""
+    dino = ["name: dino", f"num_prototypes: {prototypes}   # about one for eight images"]
+    if gpu:
+        dino += ["teacher_temp: [0.04, 0.07]", f"teacher_temp_warmup_epochs: {min(30, epochs // 10)}"]
+        return [f"  {line}" for line in dino]
+    dino += ["hidden_dim: 256", "bottleneck_dim: 64"]
+    if not quick:
+        return [f"  {line}" for line in dino]
+    dino += [
+        "batch_norm: true",
+        "targets: sinkhorn   # holds so quick and sharp a teacher in place",
+        "teacher_temp: [0.02, 0.02]",
+    ]
+    dino += ["frozen_last_layer_epochs: 9999   # prototypes stay as drawn"]
+    koleo = "  - {name: koleo, weight: 0.03}   # keeps images apart in the first steps"
+    return [f"  - {dino[0]}", *(f"    {line}" for line in dino[1:]), koleo]
+
+
+def compose(name: str, train: str, test: str | None, seen: Look) -> str:
+    """The YAML, with the reason beside each choice."""
+    gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
+    gpu, cores = gpu_gb > 0, os.cpu_count() or 1
+    sizes, (backbone, why) = choose_sizes(seen.short_sides, gpu), choose_backbone(gpu_gb)
+    batch = min(256 if gpu else 128, max(16, 2 ** int(np.log2(seen.count / 4)) if seen.count >= 64 else 16))
+    per_image = (
+        (sizes.global_size / 224) ** 2 * (16 / sizes.patch_size) ** 2 * (0.35 if gpu_gb >= 16 else 0.2)
+    )  # GB, roughly, in bf16
+    accumulate = 1
+    while gpu and batch // accumulate * per_image > 0.7 * gpu_gb and accumulate < batch // 8:
+        accumulate *= 2
+    epochs = choose_epochs(seen.count, gpu)
+    channels, labelled = len(seen.mean), test is not None
+    in_chans = "" if channels == 3 else f", in_chans: {channels}"
+    gray = f"{_channels(channels)}, no colours" if channels != 3 else "the images are grey" if seen.gray > 0.9 else ""
+    quick = not gpu and batch >= 64  # Sinkhorn targets and KoLeo compare the images of a batch
+    objective = compose_objective(choose_prototypes(seen.count), gpu, quick, epochs)
+    lines = [
+        f"# Written by `ssl-locat init` for {seen.count:,} images in {train}: {min(seen.short_sides)} to {max(seen.short_sides)} px",
+        f"# on the shorter side, {max(seen.ratios):.1f} the longest ratio of sides, about {seen.mean_bytes / 1000:.0f} kB each.",
+        "# Expected: a loss that leaves ln(num_prototypes) and a k-NN above the untrained network's; no published number fits your images.",
+        f"# Command: ssl-locat pretrain {name}.yaml      (look first: ssl-locat doctor {name}.yaml)",
+        "# Read by: ssl_locat/pretraining/loop.py (keys: docs/config.md)",
+        "",
+        f"run_dir: runs/{name}   # the same command with the same folder goes on where it stopped",
+        "data:",
+        f"  train: {_quoted(train)}",
+        *([f"  test: {_quoted(test)}   # labelled: k-NN is measured on it during training"] if test else []),
+        *([f"  num_classes: {seen.num_classes}"] if seen.num_classes and labelled else []),
+        f"  workers: {max(1, min(8, cores - 1))}   # this machine has {cores} cores",
+        f"  max_bad: {max(0.01, round(2 * seen.damaged, 3))}   # share of unreadable images above which the run stops; {100 * seen.damaged:.0f} % of those looked at",
+        f"backbone: {{{backbone}, img_size: {sizes.global_size}, patch_size: {sizes.patch_size}{in_chans}}}   # {why}",
+        "objective:",
+        *objective,
+        "crops:",
+        f"  global_size: {sizes.global_size}   # images: {statistics.median(seen.short_sides):.0f} px in the median",
+        f"  local_size: {sizes.local_size}",
+        f"  num_local: {8 if gpu_gb >= 16 else 4 if gpu else 2}   # each costs time; 8 in the published recipes",
+        *(
+            ["  blur_prob: [0.5, 0.1, 0.0]   # small images lose everything to strong blur", "  blur_sigma: [0.1, 0.5]"]
+            if sizes.global_size <= 64
+            else []
+        ),
+        *([f"  gray_prob: 0.0   # {gray}", "  jitter: [0.4, 0.4, 0.0, 0.0]"] if gray else []),
+        *([f"  mean: {list(seen.mean)}   # of these images", f"  std: {list(seen.std)}"] if gray or _unusual(seen) else []),
+        "optim:",
+        f"  epochs: {epochs}",
+        f"  global_batch_size: {batch}",
+        f"  accumulate_steps: {accumulate}" + ("   # raise it if the GPU runs out of memory" if gpu else ""),
+        f"  lr: {'5.0e-4' if gpu else '6.0e-3' if quick else '1.0e-3'}   # at a batch of 256; scaled linearly",
+        f"  warmup_epochs: {max(1, epochs // 20)}",
+        f"teacher: {{momentum: [{0.996 if seen.count * epochs / batch > 50_000 else 0.99 if gpu else 0.9 if quick else 0.98}, 1.0]}}   # nearer to 1 for longer runs",
+        f"precision: {'bf16' if gpu else 'fp32'}",
+        *(
+            ["probes:", f"  every_epochs: {max(1, epochs // 20)}", f"  knn: {{k: [20], image_size: {sizes.global_size}}}"]
+            if labelled
+            else []
+        ),
+        "export: true   # the backbone for timm, in RUN/export",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _unusual(seen: Look) -> bool:
+    """Far from ImageNet's mean and deviation."""
+    return (
+        len(seen.mean) != 3
+        or max(abs(a - b) for a, b in zip((*seen.mean, *seen.std), (0.485, 0.456, 0.406, 0.229, 0.224, 0.225), strict=True))
+        > 0.12
+    )
+
+
+def _channels(number: int) -> str:
+    return "1 channel" if number == 1 else f"{number} channels"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+# --- time -----------------------------------------------------------------------------------------------------------------
+
+
+def expected_seconds(path: str) -> float:
+    """Seconds of one epoch of this config on this machine, by a few steps."""
+    from ssl_locat.pretraining.parts import check
+
+    config = load(path)
+    datasets, _, length = check(config)
+    sample = sample_data(datasets, config, step_device(config.device), 32)
+    times = step_times(config, sample.payload, config.optim.global_batch_size // config.optim.accumulate_steps)
+    loader = (sample.read_seconds + sample.decode_seconds + sample.crop_seconds) / max(1, config.data.workers)
+    model = times.transfer + times.step
+    per_image = loader + model if times.device.type == "cpu" else max(loader, model)
+    return per_image * length.steps_per_epoch * config.optim.global_batch_size
+
+
+def fit_time(path: Path, epoch_seconds: float) -> None:
+    """Write the expected time beside `epochs`; on a CPU choose as many as fit into CPU_HOURS (10 to 400)."""
+    text = path.read_text(encoding="utf-8")
+    epochs = int(re.search(r"^  epochs: (\d+)$", text, re.M)[1])
+    if not torch.cuda.is_available():
+        epochs = int(min(400, max(10, CPU_HOURS * 3600 // max(epoch_seconds, 1e-3))))
+        for key in ("warmup_epochs", "every_epochs"):
+            text = re.sub(rf"^  {key}: \d+$", f"  {key}: {max(1, epochs // 20)}", text, flags=re.M)
+    note = f"  epochs: {epochs}   # about {duration(epochs * epoch_seconds)} on this machine, by a few measured steps"
+    path.write_text(re.sub(r"^  epochs: \d+$", note, text, flags=re.M), encoding="utf-8")

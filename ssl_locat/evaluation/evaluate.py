@@ -1,0 +1,250 @@
+"""`ssl-locat evaluate PROTOCOL MODEL [key=value ...]`: load the protocol's YAML and a frozen backbone, judge, say what came out.
+
+PROTOCOL is the name of a YAML in eval/, or the path of one; its `protocol:` key names the function in evaluation/ whose keyword
+arguments the other keys are. Several processes (torchrun, Slurm) share the work and print one result.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ssl_locat.config.schema import keyword_names
+from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
+from ssl_locat.errors import ConfigError, UserError, did_you_mean
+from ssl_locat.evaluation import PROTOCOLS
+from ssl_locat.evaluation.shared.options import check_arguments
+from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.log import console
+
+CARD_START, CARD_END = "<!-- scores -->", "<!-- end of scores -->"
+
+
+def load_protocol(name: str, overrides: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """(protocol, its keyword arguments), checked against the function's signature before torch is imported.
+
+    Raises ConfigError for an unknown protocol or key, with the place and the nearest known one.
+    """
+    loaded = load_yaml(name, "eval", overrides)
+    protocol = take_protocol(loaded)
+    check_arguments(PROTOCOLS[protocol], loaded.data, loaded)
+    _check_data(protocol, loaded)
+    return protocol, loaded.data
+
+
+def take_protocol(loaded: LoadedYaml) -> str:
+    """The protocol that a YAML names, taken out of it: what remains are the protocol's options."""
+    protocol = loaded.data.pop("protocol", None)
+    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+        raise ConfigError(
+            f"{loaded.place(('protocol',))}: protocol is {protocol!r}; known: {', '.join(PROTOCOLS)}.{did_you_mean(protocol, PROTOCOLS)}"
+        )
+    return protocol
+
+
+def _check_data(protocol: str, loaded: LoadedYaml) -> None:
+    """Answer a forgotten data set at once, not after the model was loaded."""
+    known = keyword_names(PROTOCOLS[protocol]) or []
+    if "data" not in known:
+        return
+    data = loaded.data.get("data")
+    if data is None:
+        raise ConfigError(
+            f"{loaded.place(('data',))}: {protocol} needs data. Give it on the command line: data.test=SHARDS_OR_FOLDER."
+        )
+    needed = ["train"] if loaded.data.get("folds") else ["train", "test"]
+    missing = [name for name in needed if name in data and not data[name]]
+    if missing:
+        raise ConfigError(
+            f"{loaded.name}: {protocol} needs {' and '.join('data.' + name for name in missing)}. Give them on the command line: "
+            f"{' '.join(f'data.{name}=SHARDS_OR_FOLDER' for name in missing)}."
+        )
+
+
+def _divide(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those that choose a network of a run folder, and the protocol's."""
+    own = [item for item in overrides if item.partition("=")[0] in ("which", "step")]
+    for item in own:
+        name, _, value = item.partition("=")
+        if not (value in ("teacher", "student") if name == "which" else value.isdecimal()):
+            raise ConfigError(f"{item!r}: expected which=teacher, which=student, or step=N, a number of a run's checkpoint.")
+    return own, [item for item in overrides if item not in own]
+
+
+def check(
+    protocol: str, model: str, overrides: Sequence[str] = (), model_may_come: bool = False
+) -> tuple[list[str], dict[str, Any]]:
+    """All that can be found wrong before the model is loaded: keys, the model's path, the data sets.
+
+    Returns the overrides that choose a network of a run folder, and the rest resolved, as a protocol's YAML that says the same.
+    `model_may_come`: a job that runs before this one may yet write the model.
+    """
+    own, overrides = _divide(overrides)
+    name, options = load_protocol(protocol, overrides)
+    check_inputs(model, name, options, model_may_come)
+    return own, {"protocol": name, **options}
+
+
+def check_inputs(model: str, protocol: str, options: dict[str, Any], model_may_come: bool = False) -> None:
+    """UserError if the model or a data set is not there; data is opened as the protocol will open it, and not read."""
+    import timm
+
+    from ssl_locat.evaluation.shared.samples import Members
+    from ssl_locat.evaluation.shared.seg_datasets import open_scenes
+    from ssl_locat.models.backbone import check_exists, split_options
+
+    if not model_may_come:
+        check_exists(model)
+    if model.startswith("timm:"):
+        name, _ = split_options(model.removeprefix("timm:"))
+        if not timm.is_model(name):
+            raise UserError(f"timm has no model {name!r}.{did_you_mean(name, timm.list_models())}")
+    data = options.get("data") or {}
+    for name in ("train", "test"):
+        if data.get(name):
+            given = {key: value for key, value in data.items() if value is not None}
+            open_scenes(given, name) if protocol in ("segmentation", "hummingbird") else Members(data[name])
+
+
+def dry_run(protocol: str, model: str, overrides: Sequence[str] = ()) -> None:
+    """Check everything and print the resolved protocol, without running it."""
+    print(dump_yaml(check(protocol, model, overrides)[1]), end="")
+
+
+def function_of(protocol: str) -> Callable[..., dict[str, float]]:
+    """The `evaluate(backbone, *, ...)` of a protocol."""
+    module, _, name = PROTOCOLS[protocol].partition(":")
+    return getattr(import_module(module), name)
+
+
+def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Judge MODEL; {"protocol", "model", "data", "metrics", "seconds"} on every process.
+
+    Keys beside the protocol's own: `which` (teacher or student) and `step`, of a run folder. If MODEL is an export folder, its model card
+    gets a row.
+    """
+    own, overrides = _divide(overrides)
+    name, options = load_protocol(protocol, overrides)
+    chosen = dict(item.split("=", 1) for item in own)
+    if "step" in chosen:
+        chosen["step"] = int(chosen["step"])
+
+    import torch
+
+    from ssl_locat.models.backbone import load_backbone
+    from ssl_locat.runs.distributed import is_main, setup, shutdown
+
+    device = setup()
+    torch.manual_seed(options.get("seed", 0))  # `timm:NAME` without weights is the same network each time, on every process
+    try:
+        backbone = load_backbone(model, **chosen).to(device)
+        result = judge(backbone, name, options, model)
+    finally:
+        shutdown()
+    if is_main() and Path(model, "config.json").is_file():
+        add_to_card(Path(model), {**result, "name": Path(protocol).stem, "tokens": tokens_read(name, options)})
+    return result
+
+
+def judge(backbone, protocol: str, options: dict[str, Any], model: str) -> dict[str, Any]:
+    """One protocol on a loaded backbone, as the dict that `run` returns."""
+    began = time.monotonic()
+    metrics = function_of(protocol)(backbone, **options)
+    data = {name: value for name, value in (options.get("data") or {}).items() if value is not None}
+    return {
+        "protocol": protocol,
+        "model": model,
+        "data": data,
+        "metrics": {name: round(float(value), 6) for name, value in metrics.items()},
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+def evaluate(model, protocol: str = "knn", **options) -> dict[str, float]:
+    """Judge a backbone from Python: `evaluate(backbone, "knn", data={"train": ..., "test": ...}, k=[20])` -> metrics.
+
+    `model` is a timm-like module, or anything that `load_backbone` opens. Options are the protocol's YAML keys; what is not given comes from
+    its shipped YAML.
+    """
+    from ssl_locat.models.backbone import load_backbone
+
+    loaded = load_yaml(protocol, "eval")
+    name = take_protocol(loaded)
+    data = {**(loaded.data.get("data") or {}), **options.pop("data", {})}
+    given = LoadedYaml(f"evaluate({protocol!r})", {**loaded.data, **options})
+    if data:
+        given.data["data"] = data
+    check_arguments(PROTOCOLS[name], given.data, given)
+    _check_data(name, given)
+    backbone = load_backbone(model) if isinstance(model, str | os.PathLike) else model
+    return function_of(name)(backbone, **given.data)
+
+
+def tokens_read(protocol: str, options: dict[str, Any]) -> str:
+    """In words, which tokens a protocol's score was measured on."""
+    if protocol in ("segmentation", "hummingbird"):
+        return "patches after norm and PRR" if options.get("norm") else "raw patches"
+    return "class token after norm and PRR" if protocol in ("knn", "linear", "linear_sweep") else "whole network"
+
+
+def show(result: dict[str, Any]) -> None:
+    """The result as a small table for people, once."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    table = Table()
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in result["metrics"].items():
+        table.add_row(name, f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.2f}")
+    console().print(f"{result['protocol']} of {result['model']}  ({result['seconds']:.1f} s)", markup=False, soft_wrap=True)
+    console().print(table)
+
+
+def add_to_card(folder: Path, result: dict[str, Any]) -> None:
+    """Write a result into an export: one entry of scores.json, one row of the table in README.md. The same protocol and data replace theirs."""
+    path, card = folder / "scores.json", folder / "README.md"
+    entry = {name: result[name] for name in ("name", "protocol", "tokens", "data", "metrics")}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    known = [old for old in known if (old["name"], old["data"]) != (entry["name"], entry["data"])] + [entry]
+    write_atomically(path, json.dumps(known, indent=1) + "\n")
+    rows = ["| protocol | read from | data | scores |", "|---|---|---|---|"]
+    for item in known:
+        data = "; ".join(f"{name}: {value}" for name, value in item["data"].items() if name in ("train", "test"))
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in list(item["metrics"].items())[:8])
+        rows.append(f"| {item['name']} | {item['tokens']} | {data} | {shown} |")
+    block = "\n".join([CARD_START, *rows, CARD_END])
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    if CARD_START in text and CARD_END in text:
+        before, rest = text.split(CARD_START, 1)
+        text = before + block + rest.split(CARD_END, 1)[1]
+    else:
+        text = text.rstrip() + f"\n\n## Scores\n\n{block}\n"
+    write_atomically(card, text)
+
+
+def features(model: str, data: str, out: str, overrides: Sequence[str] = ()) -> None:
+    """`ssl-locat features MODEL DATA OUT`: class and patch tokens of every image, in shards; keys as in eval/features.yaml."""
+    loaded = load_yaml("features", "eval", overrides)
+    check_arguments("ssl_locat.evaluation.protocols.dump:dump", loaded.data, loaded)
+    for name in ("data", "out"):
+        if name in loaded.data:
+            raise ConfigError(
+                f"{loaded.place((name,))}: {name} is given twice. Its place is before the keys: features MODEL DATA OUT."
+            )
+
+    from ssl_locat.evaluation.protocols.dump import check_out, dump
+    from ssl_locat.models.backbone import check_exists, load_backbone
+    from ssl_locat.runs.distributed import setup, shutdown
+
+    check_exists(model)
+    check_out(out)
+    device = setup()
+    try:
+        dump(load_backbone(model).to(device), data=data, out=out, **loaded.data)
+    finally:
+        shutdown()

@@ -1,0 +1,157 @@
+"""Class and patch tokens of a set of images, written as files: `ssl-locat features MODEL DATA OUT`.
+
+OUT holds features-RANK-NUMBER files, each of `rows` images in the data's order, and features.json that says what is in them. Labels
+are written where samples have them. Each process writes the files of its own share.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ssl_locat.data.images.decode import decode_image, find_image, find_label
+from ssl_locat.errors import BadSample, ConfigError, DataError, UserError, did_you_mean
+from ssl_locat.evaluation.shared.features import check_image_size, default_resize
+from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
+from ssl_locat.evaluation.shared.options import Count, Flag, Shards, Text, Whole
+from ssl_locat.evaluation.shared.samples import NO_LABEL, Members, load_in_order, share
+from ssl_locat.models.tokens import class_token, forward_tokens, refine
+from ssl_locat.runs.distributed import barrier, is_main, rank, world_size
+from ssl_locat.runs.log import progress
+
+FORMATS = ("safetensors", "npy", "parquet")
+
+
+class _Images(Dataset):
+    """(tensor, key, label or -1) of each sample; a damaged image is an error that names it."""
+
+    def __init__(self, members: Members, view, image_key: str | None, label_key: str | None, channels: int):
+        self.members, self.view, self.image_key, self.label_key = members, view, image_key, label_key
+        self.channels = channels
+
+    def fetch(self, indices: list[int]) -> list[tuple[Tensor, str, int]]:
+        found = []
+        for sample in self.members.fetch(indices):
+            try:
+                image = self.view(decode_image(find_image(sample.members, self.image_key), channels=self.channels), 0)
+            except BadSample as error:
+                raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
+            try:
+                label = find_label(sample.members, self.label_key)
+            except BadSample:
+                label = NO_LABEL
+            found.append((image, sample.key, label))
+        return found
+
+
+def check_out(out: str) -> Path:
+    """The folder to write into. UserError if it cannot be one, or holds features already."""
+    folder = Path(out)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"OUT is {out}, but {existing} is a file. Give a new or an empty folder.")
+    if any(folder.glob("features*")):
+        raise UserError(f"{folder} already holds features. Give an empty folder, or delete them.")
+    return folder
+
+
+@torch.no_grad()
+def dump(
+    backbone: nn.Module,
+    *,
+    data: Shards,
+    out: Text,
+    format: Literal["safetensors", "npy", "parquet"] = "safetensors",
+    patches: Flag = True,
+    norm: Flag = True,
+    rows: Count = 10_000,
+    image_size: Count | None = None,
+    resize_size: Count | None = None,
+    image_key: Text | None = None,
+    label_key: Text | None = None,
+    batch_size: Count = 64,
+    workers: Whole = 4,
+) -> None:
+    """Write `class` [n, C], `patches` [n, N, D] (float16), `key` and `label` of every image of a DATA spec into the folder `out`.
+
+    Args:
+        format: safetensors and npy keep arrays, with keys and labels in a .json beside; parquet (extra `parquet`) has a row for each image.
+        patches: patch tokens too. norm: tokens after final norm and PRR; false: the last block's raw patches.
+        rows: images in one file.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; known: {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
+    folder = check_out(out)
+    size = check_image_size(backbone, image_size)
+    mean, std = normalisation(backbone)
+    view = partial(centre_view, size=size, resize=resize_size or default_resize(size), mean=mean, std=std)
+    members = Members(data)
+    barrier()  # every process has looked before one writes
+    folder.mkdir(parents=True, exist_ok=True)
+    device = next(backbone.eval().parameters()).device
+    indices, valid = share(len(members), rank(), world_size())
+    indices = [index for index, counts in zip(indices, valid, strict=True) if counts]
+    table: dict[str, list] = {"class": [], "patches": [], "key": [], "label": []}
+    number, width, grid = 0, 0, (0, 0)
+
+    def flush() -> None:
+        nonlocal number
+        if table["key"]:
+            arrays = {"class": torch.cat(table["class"])} | ({"patches": torch.cat(table["patches"])} if patches else {})
+            write_part(folder / f"features-{rank():03d}-{number:05d}", arrays, table["key"], table["label"], format)
+            number += 1
+            for column in table.values():
+                column.clear()
+
+    keys = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    with progress("features", total=len(members), unit="images") as bar:
+        for batch in load_in_order(_Images(members, view, image_key, label_key, len(mean)), keys, workers):
+            images, names, labels = batch
+            raw = forward_tokens(backbone, images.to(device))
+            refined = refine(backbone, raw)
+            table["class"].append(class_token(backbone, refined).float().cpu())
+            table["patches"].append((refined if norm else raw).patches.half().cpu() if patches else torch.empty(0))
+            table["key"] += names
+            table["label"] += labels
+            width, grid = raw.patches.shape[2], tuple(raw.grid)
+            bar.update(len(names) * world_size())
+            if len(table["key"]) >= rows:
+                flush()
+    flush()
+    if is_main():
+        about = {
+            "images": len(members),
+            "image_size": size,
+            "grid": grid,
+            "width": width,
+            "patches": patches,
+            "norm": norm,
+            "format": format,
+        }
+        (folder / "features.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    barrier()
+
+
+def write_part(stem: Path, arrays: dict[str, Tensor], keys: list[str], labels: list[int], format: str) -> None:
+    """One file of each kind that the format has, in the order of the images."""
+    if format == "parquet":
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError:
+            raise UserError("format parquet needs pyarrow: pip install 'ssl_locat[parquet]'.") from None
+        columns = {"key": keys, "label": labels} | {name: list(array.flatten(1).numpy()) for name, array in arrays.items()}
+        pq.write_table(pa.table(columns), f"{stem}.parquet")
+        return
+    if format == "npy":
+        for name, array in arrays.items():
+            np.save(f"{stem}.{name}.npy", array.numpy())
+    else:
+        save_file(arrays, f"{stem}.safetensors")
+    Path(f"{stem}.json").write_text(json.dumps({"key": keys, "label": labels}) + "\n", encoding="utf-8")

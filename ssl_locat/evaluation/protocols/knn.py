@@ -1,0 +1,190 @@
+"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, as DINO's eval_knn.py).
+
+ssl-locat evaluate knn MODEL data.train=... data.test=...
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_locat.errors import ConfigError
+from ssl_locat.evaluation.shared.features import (
+    Features,
+    check_classes,
+    check_image_size,
+    extract,
+    label_subset,
+    labelled_images,
+    split,
+)
+from ssl_locat.evaluation.shared.metrics import top_hits
+from ssl_locat.evaluation.shared.options import Count, Counts, Folds, LabelledData, Positive, Positives, Share, Whole
+from ssl_locat.evaluation.shared.samples import same_classes
+from ssl_locat.runs.distributed import all_reduce_sum_, rank, world_size
+
+QUERIES, BANK = 1024, 65536  # rows compared at a time: 256 MiB of similarities
+
+
+def nearest(bank: Tensor, queries: Tensor, k: int, bank_rows: int = BANK, query_rows: int = QUERIES) -> tuple[Tensor, Tensor]:
+    """(similarity, index) of the k bank rows with the largest inner product, best first, each [Q, k]. bank [N, D], queries [Q, D].
+
+    The bank passes through the queries' device in pieces, against a block of queries at a time; the result does not depend on either.
+    """
+    blocks = [_nearest(bank, block, k, bank_rows) for block in queries.split(query_rows)]
+    return torch.cat([similarity for similarity, _ in blocks]), torch.cat([where for _, where in blocks])
+
+
+def _nearest(bank: Tensor, queries: Tensor, k: int, bank_rows: int) -> tuple[Tensor, Tensor]:
+    best = queries.new_empty(len(queries), 0)
+    where = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), bank_rows):
+        similarity = queries @ bank[start : start + bank_rows].to(queries.device, non_blocking=True).T
+        values, indices = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        best, order = torch.cat([best, values], dim=1).topk(min(k, best.shape[1] + values.shape[1]), dim=1)
+        where = torch.cat([where, indices + start], dim=1).gather(1, order)
+    return best, where
+
+
+def knn_scores(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    k: Sequence[int],
+    temperature: float,
+    num_classes: int,
+) -> dict[int, Tensor]:
+    """k -> scores [Q, C]: exp(similarity / temperature) summed over the k nearest neighbours of each class.
+
+    bank [N, D] and queries [Q, D] are L2-normalised. Scores are relative to the nearest neighbour's weight, exp(-best / temperature) times
+    the reference's, so that a small temperature does not overflow; a class with no neighbour has 0.
+    """
+    similarity, where = nearest(bank, queries, max(k))
+    votes = bank_labels.to(where.device)[where]
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    empty = queries.new_zeros(len(queries), num_classes)
+    return {count: empty.scatter_add(1, votes[:, :count], weights[:, :count]) for count in k}
+
+
+def score(
+    bank: Features,
+    queries: Features,
+    k: Sequence[int],
+    temperatures: Sequence[float],
+    num_classes: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """top1_k20, top5_k20, ... in percent (top1_k20_t0.1 where several temperatures are asked for); each process takes its share of the queries."""
+    too_many = [count for count in k if count > len(bank.labels)]
+    if too_many:
+        raise ConfigError(
+            f"k = {too_many[0]} is more than the {len(bank.labels)} images of the bank (data.train). Give a smaller k."
+        )
+    bank_values = F.normalize(bank.values, dim=1)
+    hits: dict[str, Tensor] = {}
+    for start in range(rank() * QUERIES, len(queries.labels), world_size() * QUERIES):
+        part = F.normalize(queries.values[start : start + QUERIES].to(device), dim=1)
+        labels = queries.labels[start : start + QUERIES].to(device)
+        for temperature in temperatures:
+            suffix = f"_t{temperature:g}" if len(temperatures) > 1 else ""
+            for count, scores in knn_scores(bank_values, bank.labels, part, k, temperature, num_classes).items():
+                for top in (1, 5):
+                    name = f"top{top}_k{count}{suffix}"
+                    hits[name] = hits.get(name, 0) + top_hits(scores, labels, top).sum()
+    names = [
+        f"top{top}_k{count}" + (f"_t{t:g}" if len(temperatures) > 1 else "")
+        for t in temperatures
+        for count in k
+        for top in (1, 5)
+    ]
+    local = torch.stack([torch.as_tensor(hits.get(name, 0), device=device) for name in names])
+    total = all_reduce_sum_(local)
+    return {name: 100 * count.item() / len(queries.labels) for name, count in zip(names, total, strict=True)}
+
+
+def evaluate(
+    backbone: nn.Module,
+    *,
+    data: LabelledData,
+    k: Count | Counts = (10, 20, 100, 200),
+    temperature: Positive | Positives = 0.07,
+    image_size: Count | None = None,
+    resize_size: Count | None = None,
+    train_fraction: Share = 1.0,
+    folds: Folds | None = None,
+    batch_size: Count = 256,
+    workers: Whole = 4,
+    seed: Whole = 0,
+) -> dict[str, float]:
+    """top1_kK and top5_kK in percent for each k: the test images classified by their neighbours among the training images.
+
+    Args:
+        data: train, test (labelled; DATA specs), optionally num_classes, image_key, label_key. With `folds`, only train.
+        k: neighbours that vote. temperature: of the vote's weights exp(cosine / T); with several, names end in _tT.
+        image_size: pixels; None: the backbone's own. resize_size: shorter side before the centre crop; None: DINO's 256 / 224.
+        train_fraction: share of each class that keeps its labels (0.01, 0.1: few-shot).
+        folds: cross-validation within data.train instead of a test set; the mean over folds.
+    """
+    ks, temperatures = _listed(k), _listed(temperature)
+    image_size = check_image_size(backbone, image_size)
+    device = next(backbone.parameters()).device
+
+    settings = {"image_size": image_size, "resize_size": resize_size, "batch_size": batch_size, "workers": workers}
+    train = labelled_images(backbone, split(data, "train"), data, **settings)
+    if folds:
+        return _cross_validate(extract(backbone, train), folds, ks, temperatures, seed, device)
+    test = labelled_images(backbone, split(data, "test"), data, **settings)
+    same_classes(train.samples.members, test.samples.members)
+    bank, queries = extract(backbone, train), extract(backbone, test)
+    num_classes = check_classes(bank.labels, queries.labels, data.get("num_classes"))
+    if train_fraction < 1:
+        kept = label_subset(bank.labels, train_fraction, seed)
+        bank = Features(bank.values[kept], bank.labels[kept])
+    return score(bank, queries, ks, temperatures, num_classes, device)
+
+
+def raw_pixel_knn(*, data: dict, k: int | Sequence[int] = 20, channels: int = 3) -> dict[str, float]:
+    """The same vote on pixels: images resized to 32 x 32, standardised per channel, flattened. What learned features must beat."""
+    pixels = _Pixels(channels)
+    tables = [
+        extract(
+            pixels,
+            labelled_images(pixels, split(data, name), data, image_size=32, resize_size=32, batch_size=512, workers=0),
+            read=lambda model, images: images.flatten(1),
+        )
+        for name in ("train", "test")
+    ]
+    colours = tables[0].values.unflatten(1, (channels, -1))
+    mean, std = colours.mean((0, 2))[:, None], colours.std((0, 2))[:, None]
+    bank, queries = (Features(((t.values.unflatten(1, (channels, -1)) - mean) / std).flatten(1), t.labels) for t in tables)
+    return score(bank, queries, _listed(k), [0.07], check_classes(bank.labels, queries.labels, data.get("num_classes")))
+
+
+class _Pixels(nn.Module):
+    """Stands where a backbone would: pixels in 0..1, on the CPU."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.pretrained_cfg = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+        self.device_of = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+
+def _listed(value: float | Sequence) -> list:
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def _cross_validate(
+    table: Features, folds: int, ks: list[int], temperatures: list[float], seed: int, device: torch.device
+) -> dict[str, float]:
+    """Mean over folds; each fold is classified by the others."""
+    order = torch.randperm(len(table.labels), generator=torch.Generator().manual_seed(seed))
+    fold_of = torch.empty_like(order)
+    fold_of[order] = torch.arange(len(order)) % folds
+    num_classes = int(table.labels.max()) + 1
+    results = []
+    for fold in range(folds):
+        inside = fold_of == fold
+        bank, queries = (Features(table.values[rows], table.labels[rows]) for rows in (~inside, inside))
+        results.append(score(bank, queries, ks, temperatures, num_classes, device))
+    return {name: sum(result[name] for result in results) / folds for name in results[0]}

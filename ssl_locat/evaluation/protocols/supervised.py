@@ -1,0 +1,296 @@
+"""Supervised classification as the LocAt paper trains it: from scratch, or fine-tuning a pretrained backbone with layer-wise decay.
+
+    ssl-locat evaluate supervised timm:locatvit_tiny data.train=... data.test=... data.num_classes=1000
+    ssl-locat evaluate finetune RUN data.train=... data.test=... data.num_classes=100
+
+timm supplies the parts: RandAugment, Mixup/CutMix, random erasing, drop path, layer decay. Every step is a function of the seed and its
+number, so that a stopped run goes on with the same crops and the same mixing.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
+from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.layers import DropPath
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+
+from ssl_locat.errors import ConfigError
+from ssl_locat.evaluation.shared.features import check_classes, check_colours, check_image_size, label_subset, split
+from ssl_locat.evaluation.shared.heads import load_progress, purpose_of, save_progress
+from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
+from ssl_locat.evaluation.shared.metrics import top_hits
+from ssl_locat.evaluation.shared.options import (
+    BelowOne,
+    Count,
+    Distill,
+    LabelledData,
+    NotNegative,
+    Positive,
+    Probability,
+    Share,
+    Text,
+    Whole,
+)
+from ssl_locat.evaluation.shared.samples import (
+    LabelledSamples,
+    Members,
+    Pass,
+    load_in_order,
+    read_labels,
+    same_classes,
+    training_keys,
+)
+from ssl_locat.models.backbone import load_backbone
+from ssl_locat.runs.distributed import all_reduce_sum_, is_main, rank, world_size
+from ssl_locat.runs.log import progress
+from ssl_locat.seeds import mix64
+
+DROP_PATH = {192: 0.1, 384: 0.2, 768: 0.4, 1024: 0.4, 96: 0.1, 128: 0.4}  # by width: ViT tiny to large; Swin tiny, base
+LOW = 1e-7  # lr at both ends of the schedule
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def triangle(update: int, total: int, warmup: int, peak: float) -> float:
+    """The paper's "one-cycle": LOW to `peak` over `warmup` updates, then in a straight line to LOW at `total`, and there it stays."""
+    if update < warmup:
+        return LOW + (peak - LOW) * update / warmup
+    return LOW + (peak - LOW) * max(total - update, 0) / max(total - warmup, 1)
+
+
+def set_drop_path(backbone: nn.Module, rate: float) -> None:
+    """Stochastic depth growing linearly from 0 in the first block to `rate` in the last, whatever the model was built with."""
+    blocks = [module for module in backbone.modules() if any(name.startswith("drop_path") for name, _ in module.named_children())]
+    for index, block in enumerate(blocks):
+        probability = rate * index / max(len(blocks) - 1, 1)
+        for name, _ in list(block.named_children()):
+            if name.startswith("drop_path"):
+                setattr(block, name, DropPath(probability) if probability else nn.Identity())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, numpy's and torch's CPU generators at `seed` inside, as they were outside: timm's augmentation draws from all three."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.random.default_generator.manual_seed(seed >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def posterize(picture: Image.Image, bits: int, **_) -> Image.Image:
+    """timm's operation, with 0 bits too (black), which its RandAugment draws now and then and Pillow 12 refuses."""
+    if bits >= 8:
+        return picture
+    return ImageOps.posterize(picture, bits) if bits >= 1 else Image.new(picture.mode, picture.size)
+
+
+def training_transform(
+    size: int, mean: tuple, std: tuple, *, scale: tuple[float, float], auto_augment: str | None
+) -> Callable[[Image.Image], Tensor]:
+    """timm's augmentation of one picture -> [3, size, size], normalised. Random erasing comes later, after mixing."""
+    try:
+        transform = create_transform(
+            size, is_training=True, scale=tuple(scale), auto_augment=auto_augment, color_jitter=0.4, interpolation="random",
+            mean=mean, std=std,
+        )  # fmt: skip
+    except AssertionError:
+        raise ConfigError(
+            f"auto_augment is {auto_augment!r}, which timm does not know; expected its notation, such as rand-m9-mstd0.5-inc1, or null."
+        ) from None
+    for part in transform.transforms:
+        for operation in getattr(part, "ops", []):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
+    return transform
+
+
+class Distillation:
+    """The agreement with a trained classifier (Hinton et al., arXiv:1503.02531): (1 - weight) CE + weight T^2 KL(teacher || student).
+
+    The paper's Jumbo rows are trained on the agreement alone, at T = 1: the defaults.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, model: str, weight: float = 1.0, temperature: float = 1.0):
+        device = next(backbone.parameters()).device
+        self.teacher, self.weight, self.temperature = (
+            load_backbone(model).to(device).eval().requires_grad_(False),
+            weight,
+            temperature,
+        )
+        if self.teacher.num_classes != num_classes:
+            raise ConfigError(
+                f"distill.model {model} has {self.teacher.num_classes} classes, the data {num_classes}. It must be a classifier of the same."
+            )
+        (mean, std), (theirs, spread) = (
+            [torch.tensor(part, device=device)[:, None, None] for part in normalisation(one)] for one in (backbone, self.teacher)
+        )
+        self.gain, self.offset = std / spread, (mean - theirs) / spread
+
+    def __call__(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            targets = (self.teacher(images * self.gain + self.offset).float() / self.temperature).softmax(1)
+        agreement = F.kl_div((logits / self.temperature).log_softmax(1), targets, reduction="batchmean")
+        return (1 - self.weight) * loss + self.weight * self.temperature**2 * agreement
+
+
+def evaluate(
+    backbone: nn.Module,
+    *,
+    data: LabelledData,
+    epochs: Count = 300,
+    warmup_epochs: NotNegative = 20,
+    lr: Positive | None = None,
+    batch_size: Count = 1024,
+    weight_decay: NotNegative = 0.05,
+    layer_decay: Share | None = None,
+    clip_grad: NotNegative = 5.0,
+    drop_path: BelowOne | None = None,
+    label_smoothing: BelowOne = 0.1,
+    mixup: NotNegative = 0.8,
+    cutmix: NotNegative = 1.0,
+    auto_augment: Text | None = "rand-m9-mstd0.5-inc1",
+    random_erasing: Probability = 0.25,
+    crop_scale: tuple[Share, Share] = (0.08, 1.0),
+    crop_fraction: Share = 0.9,
+    distill: Distill | None = None,
+    image_size: Count | None = None,
+    train_fraction: Share = 1.0,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp16",
+    workers: Whole = 8,
+    seed: Whole = 42,
+    resume_file: Text | None = None,
+    weights_file: Text | None = None,
+) -> dict[str, float]:
+    """top1 and top5 in percent on data.test of the whole network, trained on data.train. The backbone given is changed.
+
+    Args:
+        data: train, test (labelled; DATA specs), optionally num_classes, image_key, label_key.
+        lr: AdamW's peak; None: 5e-4 * batch_size / 512. warmup_epochs: linear from 1e-7; then linear to 1e-7 at the end.
+        batch_size: images over all processes.
+        layer_decay: each block's lr is this times the next one's; None for training from scratch.
+        clip_grad: global norm; 0: none. drop_path: of the last block; None: 0.1, 0.2, 0.4 for tiny, small, base and larger.
+        mixup, cutmix: alphas; both 0: none. auto_augment: timm's notation. random_erasing: probability, after mixing.
+        crop_scale: of the training crop's area. crop_fraction: of a test image's side that the centre crop keeps (timm: size 224 of 248).
+        distill: {model: MODEL with a classifier, weight: 1.0, temperature: 1.0}, weight 1: no labels at all; None: labels alone.
+        precision: fp32, bf16 or fp16 (with loss scaling) autocast.
+        resume_file: progress is kept there after every epoch, and the same command goes on from it.
+        weights_file: a .safetensors for the trained weights; as a MODEL it is judged by the other protocols.
+    """
+    purpose = purpose_of("supervised", locals())
+    size = check_image_size(backbone, image_size)
+    check_colours(backbone, "supervised")
+    if precision not in DTYPES:
+        raise ConfigError(f"precision is {precision!r}; known: {', '.join(DTYPES)}.")
+    if batch_size % (2 * world_size()):
+        raise ConfigError(
+            f"batch_size is {batch_size}, over all processes; mixing pairs images, so it must be a multiple of {2 * world_size()}."
+        )
+    device = next(backbone.parameters()).device
+    mean, std = normalisation(backbone)
+    augment = training_transform(size, mean, std, scale=crop_scale, auto_augment=auto_augment)
+
+    def train_view(image: np.ndarray, key: int) -> Tensor:
+        with seeded(key):
+            return augment(Image.fromarray(image))
+
+    def test_view(image: np.ndarray, key: int) -> Tensor:
+        return centre_view(image, key, size=size, resize=math.floor(size / crop_fraction), mean=mean, std=std)
+
+    keys = data.get("image_key"), data.get("label_key")
+    train, test = Members(split(data, "train")), Members(split(data, "test"))
+    same_classes(train, test)
+    labels, test_labels = (read_labels(part, keys[1], workers) for part in (train, test))
+    num_classes = check_classes(labels, test_labels, data.get("num_classes"))
+    chosen = label_subset(labels, train_fraction, seed).tolist()
+    batch_size = min(batch_size, len(chosen) // (2 * world_size()) * 2 * world_size())
+    per_epoch = len(chosen) // batch_size
+    total, warmup = epochs * per_epoch, round(warmup_epochs * per_epoch)
+
+    torch.manual_seed(seed)
+    backbone.reset_classifier(num_classes)
+    backbone.to(device)
+    set_drop_path(backbone, DROP_PATH.get(backbone.embed_dim, 0.1) if drop_path is None else drop_path)
+    exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+    if layer_decay:
+        groups = param_groups_layer_decay(backbone, weight_decay, exempt, layer_decay=layer_decay)
+    else:
+        groups = param_groups_weight_decay(backbone, weight_decay, exempt)
+    optimizer = torch.optim.AdamW(groups, lr=LOW)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
+    mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes) if mixup or cutmix else None
+    # on the mixed batch, as timm's training does it: an erased part is noise at full strength
+    erase = RandomErasing(random_erasing, mode="pixel", device=device) if random_erasing else None
+    distillation = Distillation(backbone, num_classes, **distill) if distill else None
+    peak = lr or 5e-4 * batch_size / 512
+    step = load_progress(resume_file, backbone, optimizer, purpose)
+    network = nn.parallel.DistributedDataParallel(backbone) if world_size() > 1 else backbone
+
+    views = LabelledSamples(train, train_view, *keys)
+    order = (
+        [(chosen[index], key) for index, key in batch] for batch in training_keys(len(chosen), batch_size, step, total, seed)
+    )
+    network.train()
+    with progress("supervised", total=total, unit="steps", start=step) as bar:
+        for images, labels in load_in_order(views, order, workers):
+            for group in optimizer.param_groups:
+                group["lr"] = triangle(step, total, warmup, peak) * group.get("lr_scale", 1.0)
+            torch.manual_seed(mix64(seed, step, rank()) >> 1)  # drop path, noise of erasing
+            np.random.seed(mix64(seed, step, rank()) % 2**32)  # mixing
+            random.seed(mix64(seed, step, rank()))  # erasing
+            images, targets = images.to(device), torch.tensor(labels, device=device)
+            if mix:
+                images, targets = mix(images, targets)
+            if erase:
+                images = erase(images)
+            with torch.autocast(device.type, dtype=DTYPES[precision]) if DTYPES[precision] else nullcontext():
+                logits = network(images)
+            logits = logits.float()
+            loss = F.cross_entropy(logits, targets, label_smoothing=0.0 if mix else label_smoothing)
+            if distillation:
+                loss = distillation(loss, logits, images)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if clip_grad:
+                nn.utils.clip_grad_norm_(backbone.parameters(), clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+            bar.update(**({"loss": loss.item()} if step % 50 == 0 else {}))  # .item() waits for the device
+            if step % per_epoch == 0:
+                save_progress(resume_file, step, backbone, optimizer, purpose)
+    if weights_file and is_main():
+        save_file({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, weights_file)
+    return test_accuracy(backbone, LabelledSamples(test, test_view, *keys), batch_size // world_size(), workers, device)
+
+
+@torch.no_grad()
+def test_accuracy(
+    classifier: nn.Module, samples: LabelledSamples, batch_size: int, workers: int, device: torch.device
+) -> dict[str, float]:
+    """top1 and top5 in percent over all processes."""
+    classifier.eval()
+    counts = torch.zeros(3, device=device)
+    total = len(samples.members)
+    with progress("testing", total=total, unit="images") as bar:
+        for batch in Pass(samples, torch.arange(total), batch_size=batch_size, workers=workers):
+            logits, labels, valid = classifier(batch.images.to(device)).float(), batch.labels.to(device), batch.valid.to(device)
+            counts += torch.stack([*(top_hits(logits, labels, k)[valid].sum() for k in (1, 5)), valid.sum()])
+            bar.update(int(batch.valid.sum()) * world_size())
+    one, five, seen = all_reduce_sum_(counts).tolist()
+    return {"top1": 100 * one / seen, "top5": 100 * five / seen}

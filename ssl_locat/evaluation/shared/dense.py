@@ -1,0 +1,128 @@
+"""What dense protocols share: the patches they read, and finite passes over scenes, resized and normalised for a backbone."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
+
+from ssl_locat.evaluation.shared.image_views import random_box, to_tensor
+from ssl_locat.evaluation.shared.samples import load_in_order, share
+from ssl_locat.evaluation.shared.seg_datasets import Scenes, open_scenes
+from ssl_locat.models.tokens import Tokens, last_blocks, refine
+from ssl_locat.runs.distributed import rank, world_size
+from ssl_locat.seeds import mix64
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HUMMINGBIRD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.255))  # a slip in the reference's code that its numbers contain
+
+
+class DenseBatch(NamedTuple):
+    images: Tensor  # [B, 3, H, W] float32, normalised
+    masks: Tensor  # [B, H, W] int64, class ids or 255
+    index: Tensor  # [B] position in the set
+    valid: Tensor  # [B] bool; False on the repeats that make all processes' shares equally long
+
+
+def last_patches(backbone: nn.Module, images: Tensor, *, norm: bool = False, block: int = -1) -> Tokens:
+    """Tokens of a block (a stage, for Swin), counted from the end: raw, as the paper's code reads them, or after final norm and PRR.
+
+    Raises UserError for a backbone that has no patch tokens.
+    """
+    tokens = last_blocks(backbone, images, -block)[0]
+    return refine(backbone, tokens) if norm else tokens
+
+
+def squash(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image (bilinear, antialiased) and mask (nearest) at size x size, whatever their aspect."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)), resize_mask(mask, size, size)
+
+
+def keep_aspect(image: np.ndarray, long_side: float, short_side: float) -> np.ndarray:
+    """The image at the largest size whose sides stay within the two given (mmseg's Resize with keep_ratio)."""
+    height, width = image.shape[:2]
+    factor = min(long_side / max(height, width), short_side / min(height, width))
+    size = max(1, int(width * factor + 0.5)), max(1, int(height * factor + 0.5))
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+
+
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """int64 [height, width]: nearest neighbour, so that no class is invented."""
+    return cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(np.int64)
+
+
+def random_view(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hummingbird's augmentation of the memory: colours by up to 0.1, each half the time, and a random crop of 0.5..2 of the area."""
+    rng = np.random.default_rng(seed)
+    left, top, right, bottom = random_box(*image.shape[:2], (0.5, 2.0), rng)
+    picture = Image.fromarray(image[top:bottom, left:right])
+    for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
+        if rng.random() < 0.5:
+            picture = adjust(picture, rng.uniform(0.9, 1.1))
+    if rng.random() < 0.5:
+        picture = adjust_hue(picture, rng.uniform(-0.1, 0.1))
+    return np.asarray(picture), mask[top:bottom, left:right]
+
+
+class PreparedScenes(torch.utils.data.Dataset):
+    """Scenes after `prepare(image, mask, seed)`; indexed by (index, seed) so that a worker needs no state."""
+
+    def __init__(self, scenes: Scenes, prepare: Callable[[np.ndarray, np.ndarray, int], tuple[Tensor, Tensor]]):
+        self.scenes, self.prepare = scenes, prepare
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        index, seed = key
+        image, mask = self.prepare(*self.scenes[index], seed)
+        return image, mask, index
+
+
+class DenseImages:
+    """A finite pass over a labelled set: this process's share, every image at one size. Iterates DenseBatch; len() is the whole set."""
+
+    def __init__(self, scenes: Scenes, prepare: Callable, *, batch_size: int, workers: int):
+        self.scenes, self.prepare = scenes, prepare
+        self.batch_size, self.workers = batch_size, workers
+        self.num_classes = scenes.num_classes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __iter__(self) -> Iterator[DenseBatch]:
+        indices, valid = share(len(self.scenes), rank(), world_size())
+        dataset = PreparedScenes(self.scenes, self.prepare)
+        keys = [[(index, index) for index in indices[i : i + self.batch_size]] for i in range(0, len(indices), self.batch_size)]
+        for number, (images, masks, index) in enumerate(load_in_order(dataset, keys, self.workers)):
+            start = number * self.batch_size
+            yield DenseBatch(images, masks, torch.tensor(index), torch.tensor(valid[start : start + len(index)]))
+
+
+def dense_images(
+    data: dict,
+    name: str,
+    *,
+    image_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
+    workers: int,
+    augment_seed: int | None = None,
+    other_is_a_class: bool = False,
+) -> DenseImages:
+    """`data.train` or `data.test`, images and masks squashed to image_size x image_size; with `augment_seed`, one random view of each.
+
+    other_is_a_class: see open_scenes.
+    """
+
+    def prepare(image: np.ndarray, mask: np.ndarray, index: int) -> tuple[Tensor, Tensor]:
+        if augment_seed is not None:
+            image, mask = random_view(image, mask, mix64(augment_seed, index))
+        image, mask = squash(image, mask, image_size)
+        return to_tensor(image, mean, std), torch.from_numpy(mask)
+
+    return DenseImages(
+        open_scenes(data, name, other_is_a_class=other_is_a_class), prepare, batch_size=batch_size, workers=workers
+    )

@@ -1,0 +1,172 @@
+"""Frozen features of labelled images: the part that every protocol on global features shares.
+
+`extract` runs a backbone over a finite set once, on all processes together, and gives every process the same table in the data's order.
+What is read is what the head saw in pretraining: final norm, PRR where attached, then the class token (models/tokens.py).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssl_locat.errors import ConfigError, DataError, UserError, did_you_mean
+from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
+from ssl_locat.evaluation.shared.options import LabelledData
+from ssl_locat.evaluation.shared.samples import LabelledSamples, Members, Pass
+from ssl_locat.models.tokens import features as class_features
+from ssl_locat.runs.distributed import all_gather_cat
+from ssl_locat.runs.log import progress
+from ssl_locat.seeds import mix64
+
+DATA_KEYS = tuple(LabelledData.__annotations__)
+
+
+class Features(NamedTuple):
+    values: Tensor  # [N, D] float32, on the CPU
+    labels: Tensor  # [N] int64
+
+
+def split(data: dict, name: str, known: tuple[str, ...] = DATA_KEYS) -> str | list:
+    """The DATA spec of `data.train` or `data.test`, after a check of the section's keys."""
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"unknown key 'data.{key}'.{did_you_mean(key, known)} Known here: {', '.join(known)}.")
+    if not data.get(name):
+        raise ConfigError(
+            f"data.{name} is missing: labelled images, as shards, a folder of class folders or a list of {{shards, weight}}."
+        )
+    return data[name]
+
+
+def patch_size(backbone: nn.Module) -> tuple[int, int]:
+    """(height, width) in pixels of what one patch of the *first* layer covers."""
+    size = backbone.patch_embed.patch_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def stride(backbone: nn.Module) -> int:
+    """Pixels from one of the last block's tokens to the next: a ViT's patch size, 32 for Swin."""
+    try:
+        return int(backbone.feature_info[-1]["reduction"])
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise UserError(
+            f"{type(backbone).__name__} does not say how its tokens lie in the image (timm's feature_info); choose a timm model that has patch tokens."
+        ) from None
+
+
+def model_image_size(backbone: nn.Module) -> int:
+    """The size, in pixels, that the backbone was built for."""
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or backbone.pretrained_cfg["input_size"][1:]
+    return int(size[-1])
+
+
+def check_image_size(backbone: nn.Module, image_size: int | None) -> int:
+    """`image_size`, or the backbone's own where None. Raises UserError unless it is a whole number of tokens."""
+    image_size = image_size or model_image_size(backbone)
+    patch = stride(backbone)
+    if image_size % patch:
+        below = image_size // patch * patch
+        nearest = " or ".join(str(size) for size in (below, below + patch) if size)
+        raise UserError(f"image_size {image_size} is not a multiple of the backbone's patch size {patch}. Nearest: {nearest}.")
+    return image_size
+
+
+def check_depth(backbone: nn.Module, name: str, value: int) -> None:
+    """Raises ConfigError if the option `name` reaches farther back than the backbone has blocks (stages, for Swin)."""
+    depth = len(backbone.feature_info)
+    if abs(value) > depth:
+        raise ConfigError(f"{name} is {value}, but {type(backbone).__name__} has {depth} blocks or stages to read from.")
+
+
+def check_colours(backbone: nn.Module, protocol: str) -> None:
+    """Raises UserError unless the backbone takes RGB, for protocols whose augmentation or data sets are made of colours."""
+    channels = len(normalisation(backbone)[0])
+    if channels != 3:
+        raise UserError(
+            f"{protocol} works on RGB images; this backbone takes {channels} channels. knn, linear and features serve it."
+        )
+
+
+def default_resize(image_size: int) -> int:
+    """Shorter side before the centre crop: DINO's 256 for 224, in proportion; images of under 96 px are shown whole."""
+    return image_size if image_size < 96 else round(image_size * 256 / 224)
+
+
+def labelled_images(
+    backbone: nn.Module,
+    source: str | list,
+    data: dict,
+    *,
+    image_size: int,
+    resize_size: int | None,
+    batch_size: int,
+    workers: int,
+) -> Pass:
+    """This process's share of a labelled set, resized and centre-cropped, normalised as the backbone was trained."""
+    mean, std = normalisation(backbone)
+    view = partial(centre_view, size=image_size, resize=resize_size or default_resize(image_size), mean=mean, std=std)
+    members = Members(source)
+    samples = LabelledSamples(members, view, data.get("image_key"), data.get("label_key"), len(mean), data.get("max_bad") or 0.0)
+    return Pass(samples, torch.arange(len(members)), batch_size=batch_size, workers=workers)
+
+
+@torch.no_grad()
+def extract(backbone: nn.Module, images: Pass, read: Callable[[nn.Module, Tensor], Tensor] = class_features) -> Features:
+    """All features of a labelled set, in its order, the same on every process.
+
+    `read(backbone, images [B, 3, H, W]) -> [B, D]`. The backbone is put into eval mode. Rows of damaged images are left out where
+    data.max_bad allows it.
+    """
+    backbone.eval()
+    device = next(backbone.parameters()).device
+    values, labels = None, torch.full((len(images),), -1)
+    with progress("features", total=len(images), unit="images") as bar:
+        for batch in images:
+            rows = read(backbone, batch.images.to(device, non_blocking=True)).float()
+            # gathered batch by batch: one process never holds more than the table and a batch
+            index = all_gather_cat(batch.index.to(device)).cpu()
+            valid = all_gather_cat(batch.valid.to(device)).cpu()
+            rows, truth = all_gather_cat(rows).cpu(), all_gather_cat(batch.labels.to(device)).cpu()
+            if values is None:
+                values = torch.zeros(len(images), rows.shape[1])
+            values[index[valid]], labels[index[valid]] = rows[valid], truth[valid]
+            bar.update(int(valid.sum()))
+    seen = labels >= 0
+    if values is None or not seen.any():
+        raise DataError("no image of the set could be read. Check it with `ssl-locat shards check`.")
+    left_out = int((~seen).sum())
+    if left_out > images.samples.max_bad * len(images):
+        raise DataError(
+            f"{left_out} of {len(images)} images could not be read, more than data.max_bad = {images.samples.max_bad:g} allows. "
+            "Their names are in the log; check the set with `ssl-locat shards check`, or remove them."
+        )
+    return Features(values[seen], labels[seen])
+
+
+def check_classes(train_labels: Tensor, test_labels: Tensor, num_classes: int | None = None) -> int:
+    """Number of classes. Raises DataError when the test set has a class that training does not, or an id is out of range."""
+    highest = int(max(train_labels.max(), test_labels.max())) + 1
+    if num_classes is not None and highest > num_classes:
+        raise DataError(f"a label is {highest - 1}, but data.num_classes is {num_classes}: labels must be 0..{num_classes - 1}.")
+    unknown = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
+    if unknown:
+        shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+        raise DataError(
+            f"{len(unknown)} classes of data.test are not in data.train: {shown}. Both must number their classes alike "
+            "(class folders are numbered in sorted order: do both splits have all of them?)."
+        )
+    return num_classes or highest
+
+
+def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """int64 indices, ascending, of `fraction` of each class (at least one image each): the 1 % and 10 % of few-shot protocols."""
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"train_fraction is {fraction}; expected a share of the labels in (0, 1], such as 0.01.")
+    chosen = []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(mix64(seed, label) >> 1)
+        chosen.append(members[torch.randperm(len(members), generator=generator)[: max(1, round(fraction * len(members)))]])
+    return torch.cat(chosen).sort().values

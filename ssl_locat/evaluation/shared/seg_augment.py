@@ -1,0 +1,74 @@
+"""The published augmentation of segmentation probes (mmseg's ADE20K pipeline): scale, crop, flip, photometric distortion. numpy in, numpy out."""
+
+import cv2
+import numpy as np
+
+from ssl_locat.evaluation.shared.dense import keep_aspect, resize_mask
+from ssl_locat.evaluation.shared.metrics import VOID
+
+CATEGORY_SHARE = 0.75  # a crop that one class fills beyond this is drawn again, up to CROP_TRIES times
+CROP_TRIES = 10
+
+
+def augment(
+    image: np.ndarray, mask: np.ndarray, seed: int, *, crop: int, scale: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A training view: uint8 [crop, crop, 3] and int64 [crop, crop]; what the image does not cover is the image's mean colour, void.
+
+    scale: (long, short) side limits in pixels, times U(0.5, 2), that the image is resized into before the crop.
+    """
+    rng = np.random.default_rng(seed)
+    factor = rng.uniform(0.5, 2.0)
+    image = keep_aspect(image, factor * scale[0], factor * scale[1])
+    mask = resize_mask(mask, *image.shape[:2])
+    image, mask = _crop(image, mask, crop, rng)
+    if rng.random() < 0.5:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    return distort(image, rng), np.ascontiguousarray(mask)
+
+
+def pad(image: np.ndarray, mask: np.ndarray, size: int, colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At least size x size, filled at the right and the bottom with `colour` and void."""
+    height, width = max(0, size - image.shape[0]), max(0, size - image.shape[1])
+    if not height and not width:
+        return image, mask
+    padded = np.empty((image.shape[0] + height, image.shape[1] + width, 3), np.uint8)
+    padded[:] = colour
+    padded[: image.shape[0], : image.shape[1]] = image
+    return padded, np.pad(mask, ((0, height), (0, width)), constant_values=VOID)
+
+
+def _crop(image: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    height, width = image.shape[:2]
+    for _ in range(CROP_TRIES):
+        top, left = rng.integers(0, max(height - size, 0) + 1), rng.integers(0, max(width - size, 0) + 1)
+        inside = mask[top : top + size, left : left + size]
+        counts = np.bincount(inside[inside != VOID])
+        if (counts > 0).sum() > 1 and counts.max() / counts.sum() < CATEGORY_SHARE:
+            break
+    return image[top : top + size, left : left + size], inside
+
+
+def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness +-32, contrast and saturation 0.5..1.5, hue +-18 of 180, each with probability 0.5; contrast before or after the colours."""
+
+    def shift(pixels: np.ndarray, gain: float = 1, offset: float = 0) -> np.ndarray:
+        return np.clip(pixels.astype(np.float32) * gain + offset, 0, 255).astype(np.uint8)
+
+    coin = lambda: rng.random() < 0.5  # noqa: E731
+    if coin():
+        image = shift(image, offset=rng.uniform(-32, 32))
+    contrast_first = coin()
+    if contrast_first and coin():
+        image = shift(image, gain=rng.uniform(0.5, 1.5))
+    if coin():
+        hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
+        hsv[..., 1] = shift(hsv[..., 1], gain=rng.uniform(0.5, 1.5))
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    if coin():
+        hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
+        hsv[..., 0] = (hsv[..., 0].astype(int) + rng.integers(-18, 18)) % 180
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    if not contrast_first and coin():
+        image = shift(image, gain=rng.uniform(0.5, 1.5))
+    return np.ascontiguousarray(image)

@@ -1,0 +1,130 @@
+"""A table of ours and published numbers as Markdown, CSV and LaTeX."""
+
+import csv
+import io
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from ssl_locat.runs.folder import write_atomically
+
+
+class Cell(NamedTuple):
+    """One number of a table, or what there is of it."""
+
+    mean: float | None  # ours
+    std: float | None  # over seeds; None for a single run
+    runs: int
+    published: float | None
+
+    @classmethod
+    def of(cls, values: list[float], published: float | None) -> "Cell":
+        """Summary of our runs beside the published number."""
+        if not values:
+            return cls(None, None, 0, published)
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), spread, len(values), published)
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus published."""
+        return None if self.mean is None or self.published is None else self.mean - self.published
+
+    @property
+    def is_tie(self) -> bool:
+        """Inside two standard deviations of ours: no difference to speak of."""
+        return self.std is not None and self.difference is not None and abs(self.difference) <= 2 * self.std
+
+    def ours(self, plus_minus: str = "±") -> str:
+        if self.mean is None:
+            return ""
+        return f"{self.mean:.2f}" + (f" {plus_minus} {self.std:.2f}" if self.std is not None else "")
+
+    def difference_text(self) -> str:
+        return "" if self.difference is None else f"{self.difference:+.2f}" + (" (tie)" if self.is_tie else "")
+
+
+Grid = dict[str, dict[str, Cell]]  # row -> column -> cell
+
+
+def columns_of(grid: Grid) -> list[str]:
+    return list(next(iter(grid.values()), {}))
+
+
+def to_markdown(title: str, source: str, grid: Grid, failed: list[str]) -> str:
+    """A title, the table (ours, published and difference for each column that has them), the failures."""
+    header, parts = [""], {}
+    for column in columns_of(grid):
+        cells = [row[column] for row in grid.values()]
+        parts[column] = ["ours"] if any(cell.mean is not None for cell in cells) else []
+        parts[column] += ["published"] if any(cell.published is not None for cell in cells) else []
+        parts[column] += ["difference"] if any(cell.difference is not None for cell in cells) else []
+        header += [column if part == "ours" else f"{column}, {part}" for part in parts[column]]
+    lines = [
+        f"# {title}",
+        "",
+        *([source, ""] if source else []),
+        f"| {' | '.join(header)} |",
+        "|---" + "|---:" * (len(header) - 1) + "|",
+    ]
+    for name, row in grid.items():
+        shown = [name]
+        for column, cell in row.items():
+            texts = {
+                "ours": cell.ours(),
+                "published": "" if cell.published is None else f"{cell.published:.2f}",
+                "difference": cell.difference_text(),
+            }
+            shown += [texts[part] for part in parts[column]]
+        lines.append(f"| {' | '.join(shown)} |")
+    runs = max((cell.runs for row in grid.values() for cell in row.values()), default=0)
+    if runs > 1:
+        lines += ["", f"Mean ± standard deviation over up to {runs} runs; a difference inside two deviations is a tie."]
+    if failed:
+        lines += ["", "Not measured:", "", *(f"- {message}" for message in failed)]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(grid: Grid) -> str:
+    """One line for each cell: row, column, mean, std, runs, published, difference."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["row", "column", "mean", "std", "runs", "published", "difference"])
+    for row, cells in grid.items():
+        for column, cell in cells.items():
+            numbers = [cell.mean, cell.std, cell.runs, cell.published, cell.difference]
+            writer.writerow([row, column, *("" if value is None else round(value, 6) for value in numbers)])
+    return stream.getvalue()
+
+
+def to_latex(title: str, grid: Grid) -> str:
+    """A booktabs table; published numbers in brackets behind ours."""
+    columns = columns_of(grid)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{escape(title)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+        r"\toprule",
+    ]
+    lines += [" & ".join(["", *map(escape, columns)]) + r" \\", r"\midrule"]
+    for name, row in grid.items():
+        texts = []
+        for cell in row.values():
+            published = "" if cell.published is None else f"({cell.published:.2f})"
+            texts.append(" ".join(part for part in (cell.ours(r"$\pm$"), published) if part))
+        lines.append(" & ".join([escape(name), *texts]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+
+def escape(text: str) -> str:
+    return "".join(f"\\{letter}" if letter in "&%$#_{}" else letter for letter in text)
+
+
+def write_table(folder: Path, title: str, source: str, grid: Grid, failed: list[str]) -> str:
+    """table.md, table.csv and table.tex in `folder`; returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown = to_markdown(title, source, grid, failed)
+    for name, text in (("table.md", markdown), ("table.csv", to_csv(grid)), ("table.tex", to_latex(title, grid))):
+        write_atomically(folder / name, text)
+    return markdown

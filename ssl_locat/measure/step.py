@@ -1,0 +1,121 @@
+"""What a training step takes on this machine: seconds an image, attention's and the heads' part of them, and bytes kept for the backward pass.
+
+The caller builds the step (pretraining/step_times.py does so from a config); here it is only run and looked at.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+
+SECONDS = 2.0  # for each timing, about
+ATTENTION_OPERATIONS = ("attention", "bmm", "softmax")
+
+
+class StepTimes(NamedTuple):
+    """Seconds per image of one process, and what the model takes."""
+
+    device: torch.device
+    transfer: float
+    step: float  # teacher, student, backward, optimiser
+    attention: float  # of the step
+    head: float  # of the step
+    backbone_params: int
+    head_params: int
+    memory_fixed: float  # bytes: weights, gradients, optimiser, teacher
+    memory_per_image: float  # bytes kept for the backward pass
+
+
+def step_device(asked: str) -> torch.device:
+    """Where steps are measured, hence for which device crops are cut. asked: the config's `device`."""
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def measure_step(
+    student: nn.Module,
+    make_batch: Callable[[int], dict[str, Tensor]],
+    transfer: Callable[[dict[str, Tensor]], object],
+    step: Callable[[dict[str, Tensor]], object],
+    heads: Callable[[int], object] | None,
+    images: int,
+    device: torch.device,
+) -> StepTimes:
+    """Time training steps.
+
+    Args:
+        student: has `.backbone` and `.heads`; its weights are not counted as kept for the backward pass.
+        make_batch: so many images as the stream hands them on; transfer: to finished crops on the device; step: from a batch to moved weights.
+        heads: the heads that read class tokens alone, forward and backward, for so many images; None if there are none.
+        images: of the batch that is timed.
+    """
+    two, four = make_batch(2), make_batch(4)
+    # the difference: casts of weights and what else does not grow with images stay out of it
+    kept = bytes_kept(student, lambda: step(four)) - bytes_kept(student, lambda: step(two))
+    batch = make_batch(images)
+    seconds = timed(lambda: step(batch), device) / images
+    transfer_seconds = timed(lambda: transfer(batch), device) / images
+    backbone_params, head_params = (sum(p.numel() for p in part.parameters()) for part in (student.backbone, student.heads))
+    return StepTimes(
+        device=device,
+        transfer=transfer_seconds,
+        step=seconds - transfer_seconds,
+        attention=seconds * attention_share(lambda: step(batch), device),
+        head=timed(lambda: heads(images), device) / images if heads else 0.0,
+        backbone_params=backbone_params,
+        head_params=head_params,
+        memory_fixed=(backbone_params + head_params) * 4 * 5.0,  # weight, gradient, two moments; the teacher's weight
+        memory_per_image=kept / 2,
+    )
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Median seconds of a call, over about SECONDS."""
+    run()
+    times = []
+    while sum(times) < SECONDS and len(times) < 10:
+        wait(device)
+        began = time.perf_counter()
+        run()
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bytes_kept(student: nn.Module, run: Callable[[], None]) -> int:
+    """Bytes that autograd keeps for the backward pass of `run`, weights aside, each tensor once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(seen.values())
+
+
+def attention_share(run: Callable[[], None], device: torch.device) -> float:
+    """Share of a step that attention takes, by the profiler: of its operators' own time, on a GPU that of the kernels they launch."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it speaks to stderr otherwise
+    on_gpu, kinds = device.type == "cuda", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]) as profile:
+        run()
+        wait(device)
+    operators = [
+        event for event in profile.key_averages() if event.device_type == DeviceType.CPU
+    ]  # kernels have names of their own
+    spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in operators}
+    inside = sum(value for name, value in spent.items() if any(word in name.lower() for word in ATTENTION_OPERATIONS))
+    return inside / max(sum(spent.values()), 1)

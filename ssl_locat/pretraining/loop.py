@@ -1,0 +1,120 @@
+"""Pretraining, top to bottom: `ssl-locat pretrain CONFIG`.
+
+What stands before the loop is in setup.py (data, model, optimiser, the checkpoint to resume from), what looks at each step in
+monitor.py (metrics, warnings, the bar), what ends a run in summary.py. parts.py makes what all of them are put together from.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_locat.config.schema import Config
+from ssl_locat.objectives import Progress
+from ssl_locat.optim.optim import clip_gradients, set_hyperparameters
+from ssl_locat.pretraining.monitor import Monitor
+from ssl_locat.pretraining.parts import autocasts, mask_seeds, rates, total_loss
+from ssl_locat.pretraining.setup import set_up
+from ssl_locat.pretraining.student_teacher import StudentTeacher
+from ssl_locat.pretraining.summary import finish, stop_early
+from ssl_locat.runs import distributed
+from ssl_locat.runs.distributed import rank
+from ssl_locat.runs.folder import read_summary
+from ssl_locat.runs.log import progress
+from ssl_locat.seeds import mix64
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
+    """Pretrain, or resume; returns what summary.json holds.
+
+    Args:
+        resume: `auto`, from the newest whole checkpoint of the run folder if there is one; `never`; or the path of a checkpoint.
+
+    Raises:
+        Preempted: a signal asked it to stop; it saved first, and the same call resumes.
+        Diverged: the loss is not finite, or a collapse named in `stop_on` was seen.
+    """
+    run = set_up(config, resume)
+    length, optim = run.length, config.optim
+    if run.step >= length.total_steps and (summary := read_summary(run.folder)):
+        log.info("%s finished before; nothing is left to do", run.folder)
+        return summary
+    run.open_data()
+    model, losses, student, optimizer, scaler = run.model, run.losses, run.student, run.optimizer, run.scaler
+    teacher_autocast, student_autocast = autocasts(config, run.device)
+    with (
+        run.events.ending(),
+        distributed.StopFlag() as stop,
+        progress("pretraining", length.total_steps, "steps", start=run.step) as bar,
+    ):
+        if run.step == 0:
+            run.probe()
+        monitor = Monitor(run, bar)
+        while run.step < length.total_steps:
+            # all that is random or scheduled is a function of (seed, step, rank): the same again after a resume
+            torch.manual_seed(mix64(config.seed, run.step, rank()))  # stochastic depth
+            rate = rates(config, length, run.samples_seen)
+            at = Progress(run.step, run.step / length.steps_per_epoch, length.total_steps / length.steps_per_epoch)
+            set_hyperparameters(optimizer, rate.lr, rate.weight_decay)
+            metrics, positions = {}, []
+            torch.compiler.cudagraph_mark_step_begin()  # graphs may write over the last step's tensors; gradients of micro-batches stay
+
+            for micro in range(optim.accumulate_steps):
+                with monitor.waiting_for_data():
+                    batch, (global_crops, local_crops) = next(run.batches)  # [2*B, C, H, W], [L*B, C, h, w]
+                masks = model.make_masks(losses, mask_seeds(config, batch.positions), global_crops)
+                with distributed.gradient_sync(student, now=micro == optim.accumulate_steps - 1):
+                    with teacher_autocast:
+                        targets, teacher_tokens = model.targets(global_crops, 2, masks)
+                    with student_autocast:
+                        views = student(global_crops, local_crops, 2, masks)
+                    loss, parts = total_loss(losses, config, views, targets, at)
+                    scaler.scale(loss / optim.accumulate_steps).backward()
+                add_mean(metrics, {"loss": loss.detach(), **parts}, optim.accumulate_steps)
+                positions.extend(batch.positions)
+
+            scaler.unscale_(optimizer)
+            metrics["grad_norm"] = clip_gradients(model.student.parameters(), optim.clip_grad, optim.clip)
+            drop_frozen_gradients(model, losses, config, at)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            for objective in losses.values():
+                metrics.update(objective.finish_step())
+            model.update_teacher(rate.momentum)  # after the student moved, not before
+            model.renew_snapshots(losses, run.step + 1)
+            run.step, run.samples_seen = run.step + 1, run.samples_seen + optim.global_batch_size
+
+            monitor.log(metrics, rate, positions, teacher_tokens)
+            stopped, done = stop.agreed(), run.step == length.total_steps
+            with monitor.paused():  # saves and probes are no part of images/s
+                if stopped or done or run.step % config.checkpoint.every_steps == 0:
+                    run.save(block=stopped or done)
+                if stopped:
+                    break
+                if run.probes.due(run.step):
+                    run.probe()
+
+    run.close()
+    if run.step < length.total_steps:
+        stop_early(run, stop.reason)  # raises Preempted
+    return finish(run)
+
+
+def add_mean(sums: dict[str, Tensor], values: dict[str, Tensor], count: int) -> None:
+    """Add a micro-batch's share of each mean over `count` of them."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value / count
+
+
+def drop_frozen_gradients(model: StudentTeacher, losses: nn.ModuleDict, config: Config, at: Progress) -> None:
+    """Gradients of what must not move yet become None, not zero, so that AdamW neither decays nor counts it."""
+    for name, objective in losses.items():
+        for parameter in objective.frozen(model.student.heads[name], at):
+            parameter.grad = None
+    if at.epoch < config.backbone.frozen_epochs:
+        for parameter in model.student.backbone.parameters():
+            parameter.grad = None

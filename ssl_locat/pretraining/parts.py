@@ -1,0 +1,220 @@
+"""The parts of a pretraining run, made from its config: data and length, rates, model and losses, how they are distributed, the summed loss."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ssl_locat import objectives
+from ssl_locat.config.schema import OBJECTIVES, Config, Data
+from ssl_locat.data.images.crops import MultiCrop
+from ssl_locat.data.images.decode import decode_image, find_image
+from ssl_locat.data.shards.index import Dataset, open_mix
+from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.data.stores.cache import CachedStore
+from ssl_locat.data.stores.store import Store
+from ssl_locat.data.stream.plan import micro_batch_size
+from ssl_locat.errors import ConfigError
+from ssl_locat.models.attach import LocAtModel
+from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
+from ssl_locat.objectives import Progress
+from ssl_locat.optim.schedules import cosine
+from ssl_locat.pretraining.probes import check_probes
+from ssl_locat.pretraining.student_teacher import StudentTeacher
+from ssl_locat.runs import distributed
+from ssl_locat.runs.distributed import is_main, world_size
+from ssl_locat.seeds import mix64
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Length(NamedTuple):
+    """How long the run is. Progress is counted in samples, so that these follow a changed batch size."""
+
+    epoch_samples: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+class Rates(NamedTuple):
+    lr: float
+    weight_decay: float
+    momentum: float
+
+
+def check(config: Config, ranks: int = 1) -> tuple[list[Dataset], list[float], Length]:
+    """Everything that can be found wrong without building a model; returns the data sets, their weights, and how long the run is.
+
+    Raises:
+        UserError: with what is wrong and how to mend it.
+    """
+    batch = config.optim.global_batch_size
+    micro_batch_size(batch, ranks, config.optim.accumulate_steps)
+    if config.precision == "fp16" and config.parallel == "fsdp":
+        raise ConfigError(
+            "precision fp16 with parallel fsdp is not served (its loss scale is not shared between ranks): take bf16, or ddp."
+        )
+    check_backbone(config)
+    check_probes(config)
+    if config.data.make:
+        if is_main():
+            make_textures(config.data.make.folder, **config.data.make.model_dump(exclude={"folder"}))
+        distributed.barrier()
+    budget, cache = 60 * config.data.retry_minutes, config.data.cache
+    store = CachedStore(cache.folder, int(cache.max_gb * 1e9), budget_seconds=budget) if cache else Store(budget_seconds=budget)
+    datasets, weights = open_mix(config.data.model_dump()["train"], store=store)
+    if config.data.epoch_samples is None and len(datasets) > 1:
+        raise ConfigError(
+            "data.train mixes several data sets: say how many samples count as an epoch, such as data.epoch_samples=1281167."
+        )
+    epoch_samples = config.data.epoch_samples or len(datasets[0])
+    steps_per_epoch = max(1, epoch_samples // batch)
+    total_steps = config.optim.total_steps or max(1, round(config.optim.epochs * steps_per_epoch))
+    return datasets, weights, Length(epoch_samples, steps_per_epoch, total_steps)
+
+
+def rates(config: Config, length: Length, samples_seen: int) -> Rates:
+    """Learning rate, weight decay and teacher momentum at this point: DINO's cosine schedules, functions of the samples seen."""
+    optim, batch = config.optim, config.optim.global_batch_size
+    iteration, warmup = samples_seen / batch, optim.warmup_epochs * length.steps_per_epoch
+    return Rates(
+        cosine(iteration, length.total_steps, optim.lr * batch / 256, optim.min_lr, warmup),
+        cosine(iteration, length.total_steps, *optim.weight_decay),
+        cosine(iteration, length.total_steps, *config.teacher.momentum),
+    )
+
+
+def make_backbone(config: Config) -> nn.Module:
+    options = {"img_size": config.crops.global_size, **config.backbone.options}
+    return create_backbone(config.backbone.name, drop_path_rate=config.backbone.drop_path_rate, **options)
+
+
+def check_backbone(config: Config) -> None:
+    """UserError if the backbone cannot be made, or does not take crops of these sizes; allocates nothing."""
+    with torch.device("meta"):
+        backbone = make_backbone(config)
+        for name in ("global_size", "local_size") if config.crops.num_local else ("global_size",):
+            size = getattr(config.crops, name)
+            try:
+                backbone.patch_embed(torch.empty(1, len(config.crops.mean), size, size))
+            except (AssertionError, RuntimeError) as error:
+                raise ConfigError(
+                    f"crops.{name} is {size} pixels, which {config.backbone.name} does not take: {error} Sides are multiples of the patch size."
+                ) from None
+
+
+def build_model(config: Config, device: torch.device, checkpoint: Path | None = None) -> tuple[StudentTeacher, nn.ModuleDict]:
+    """Student and teacher, and the objectives, on the device; a pure function of config and seed.
+
+    checkpoint: the one whose weights will be loaded next; `backbone.init` need not be there any more then."""
+    torch.manual_seed(mix64(config.seed, 0))
+    backbone = make_backbone(config)
+    backbone.pretrained_cfg = {
+        **(getattr(backbone, "pretrained_cfg", None) or {}),
+        "mean": config.crops.mean,
+        "std": config.crops.std,
+    }
+    if checkpoint:
+        restore_grid(backbone, checkpoint)
+    elif config.backbone.init:
+        init_weights(backbone, config.backbone.init)
+    losses = objectives.build(config.objectives)
+    objectives.check_batch(losses, config.optim.global_batch_size // config.optim.accumulate_steps)
+    anchors = {
+        name: load_backbone(objective.anchor)
+        for name, objective in losses.items()
+        if getattr(objective, "anchor", None) not in (None, "teacher")
+    }
+    model = StudentTeacher(backbone, losses, anchors).to(device)
+    if config.optim.accumulate_steps > 1 and any(isinstance(part, nn.BatchNorm1d) for part in model.student.heads.modules()):
+        raise ConfigError("batch_norm in a head sees one micro-batch at a time: with it, optim.accumulate_steps must be 1.")
+    return model, losses.to(device)
+
+
+def saved_modules(model: StudentTeacher, losses: nn.ModuleDict) -> dict[str, nn.Module]:
+    """What a checkpoint holds, by the prefix of its names in there."""
+    return {"student": model.student, "teacher": model.teacher, "objective": losses, "snapshot": model.snapshots}
+
+
+def mask_seeds(config: Config, positions) -> list[int]:
+    """One per image, of its place in the stream: any resume and any number of ranks hides the same patches."""
+    return [mix64(config.seed, 1, int(position)) for position in positions]
+
+
+def distribute(model: StudentTeacher, config: Config, device: torch.device) -> nn.Module:
+    """The student as the loop calls it: compiled, recomputing its blocks, its gradients averaged over ranks, as the config says."""
+    blocks = {network: backbone_blocks(network.backbone) for network in (model.student, model.teacher)}
+    if config.activation_checkpointing:
+        distributed.checkpoint_activations(blocks[model.student])
+    if config.compile:
+        mode = "reduce-overhead" if config.compile == "cuda-graphs" else None
+        for network in blocks:
+            network.compile(mode=mode)  # dynamic sizes are found out: the number of hidden patches changes
+    if world_size() == 1:
+        return model.student
+    if config.parallel == "fsdp":
+        for network, parts in blocks.items():
+            distributed.shard(network, [*parts, *network.heads.values()], device)
+        return model.student
+    ids = [device.index] if device.type == "cuda" else None
+    # ours leave no parameter without a gradient; of someone else's model or loss nobody knows
+    own_model = isinstance(model.student.backbone, LocAtModel) or type(model.student.backbone) is VisionTransformer
+    ours = (
+        own_model
+        and getattr(model.student.backbone, "attn_pool", None) is None
+        and all(objective.name in OBJECTIVES for objective in config.objectives)
+    )
+    return DistributedDataParallel(model.student, device_ids=ids, find_unused_parameters=not ours)
+
+
+def backbone_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """Transformer blocks of a ViT, or of all stages of a Swin."""
+    return (
+        list(backbone.blocks) if hasattr(backbone, "blocks") else [block for stage in backbone.layers for block in stage.blocks]
+    )
+
+
+class Prepare:
+    """From a raw sample to its crops; runs in the loader's workers."""
+
+    def __init__(self, crops: MultiCrop, data: Data):
+        self.crops, self.image_key = crops, data.image_key
+        self.options = {"channels": len(crops.mean), "max_pixels": data.max_pixels}
+
+    def __call__(self, sample, seed: int):
+        return self.crops.cut(decode_image(find_image(sample.members, self.image_key), **self.options), seed)
+
+
+def autocasts(config: Config, device: torch.device) -> tuple[torch.autocast, torch.autocast]:
+    """What the teacher's forward pass runs under, and the student's."""
+    precisions = (config.teacher.precision or config.precision, config.precision)
+    return tuple(torch.autocast(device.type, DTYPES[name], enabled=name != "fp32") for name in precisions)
+
+
+def total_loss(
+    losses: nn.ModuleDict, config: Config, views: dict, targets: dict, at: Progress
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the objectives; their metrics, under their own names where there are several."""
+    total, metrics = 0.0, {}
+    for option in config.objectives:
+        loss, seen = losses[option.name](views[option.name], targets[option.name], at)
+        total = total + option.weight * loss
+        if len(losses) > 1:
+            seen = {option.name: loss.detach(), **{f"{option.name}_{name}": value for name, value in seen.items()}}
+        metrics.update(seen)
+    return total, metrics
+
+
+def describe(config: Config, model: StudentTeacher, length: Length, datasets: list[Dataset], device: torch.device) -> str:
+    """One paragraph at the start: what runs, on what, how long."""
+    backbone = sum(parameter.numel() for parameter in model.student.backbone.parameters())
+    heads = sum(parameter.numel() for parameter in model.student.heads.parameters())
+    batch, scaled = config.optim.global_batch_size, config.optim.lr * config.optim.global_batch_size / 256
+    return (
+        f"{config.backbone.name} ({backbone / 1e6:.2f} M parameters, heads {heads / 1e6:.2f} M) on {device} x {world_size()}, {config.precision}; "
+        f"{sum(map(len, datasets)):,} images; {length.total_steps:,} steps of {batch} ({length.steps_per_epoch:,} an epoch), "
+        f"lr {scaled:.3g}"
+    )

@@ -1,0 +1,74 @@
+"""`ssl-locat pretrain CONFIG --replay FILE`: run one saved batch again, and say where it stops being finite."""
+
+import sys
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ssl_locat.config.schema import Config
+from ssl_locat.data.images.crops import MultiCrop
+from ssl_locat.objectives import Progress
+from ssl_locat.optim.optim import build_optimizer
+from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, saved_modules, total_loss
+from ssl_locat.runs.checkpoint import Checkpointer
+from ssl_locat.runs.diagnosis import load_replay
+from ssl_locat.runs.distributed import setup
+
+
+def replay(config: Config, path: Path) -> None:
+    """One forward and backward pass on the batch, with the weights of the run's newest checkpoint, in the run's precision.
+
+    Prints the loss, the first module whose output is not finite, and the parameters whose gradients are not.
+    """
+    payload, meta = load_replay(path)
+    device = setup(config.device)
+    newest = Checkpointer(config.run_dir).newest()
+    model, losses = build_model(config, device, newest)
+    if newest:
+        optim = config.optim
+        optimizer = build_optimizer(model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr)
+        Checkpointer(config.run_dir).load(newest, saved_modules(model, losses), optimizer)
+    _say(f"{path}: step {meta['step']} of rank {meta['rank']}, {len(meta['keys'])} samples: {', '.join(meta['keys'][:8])} ...")
+    _say(f"weights: {newest or 'random initialisation (the run has no checkpoint)'}; precision {config.precision}")
+    for name, tensor in payload.items():
+        _say(f"input {name}: {list(tensor.shape)} {tensor.dtype}, {tensor.float().min():.4g} to {tensor.float().max():.4g}")
+    broken: list[str] = []
+    for network in ("teacher", "student"):
+        _watch(getattr(model, network), network, broken)
+    crops = MultiCrop(**config.crops.model_dump(), device=device.type)
+    global_crops, local_crops = crops.finish(payload, device)
+    masks = model.make_masks(losses, mask_seeds(config, range(len(meta["keys"]))), global_crops)  # not those of that step
+    teacher_autocast, student_autocast = autocasts(config, device)
+    with teacher_autocast:
+        targets, _ = model.targets(global_crops, 2, masks)
+    with student_autocast:
+        views = model.student(global_crops, local_crops, 2, masks)
+    loss, metrics = total_loss(losses, config, views, targets, Progress(meta["step"], 0.0, 1.0))
+    loss.backward()
+    _say("loss " + "  ".join(f"{name} {value.item():.5g}" for name, value in {"loss": loss.detach(), **metrics}.items()))
+    _say(f"first output that is not finite: {broken[0]}" if broken else "every module's output is finite")
+    gradients = {name: parameter.grad for name, parameter in model.student.named_parameters() if parameter.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    _say(f"gradients that are not finite: {', '.join(bad[:8])}" if bad else "every gradient is finite")
+    if not broken and not bad:
+        _say(
+            "So the batch itself is harmless with these weights: they went wrong after this checkpoint. A lower lr is the first thing to try."
+        )
+
+
+def _watch(network: nn.Module, prefix: str, broken: list[str]) -> None:
+    """Note the modules whose output is not finite, in the order in which they ran."""
+
+    def look(name: str):
+        def hook(_module, _inputs, output) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+                broken.append(name)
+
+        return hook
+
+    for name, module in network.named_modules():
+        module.register_forward_hook(look(f"{prefix}.{name}"))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,58 @@
+"""The training step of a config, built and measured on this machine: what `doctor` and `init` estimate hours and memory from."""
+
+import torch
+from torch import Tensor
+
+from ssl_locat.config.schema import Config
+from ssl_locat.data.images.crops import MultiCrop, Sample
+from ssl_locat.measure.step import StepTimes, measure_step, step_device
+from ssl_locat.objectives import Needs, Progress, Views
+from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, total_loss
+
+
+def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepTimes:
+    """Time training steps of this config's model on real crops, repeated where there are fewer than a batch takes.
+
+    On a CPU a few images serve; times per image hold for more."""
+    device = step_device(config.device)
+    model, losses = build_model(config, device)
+    crops = MultiCrop(**config.crops.model_dump(), device=device.type)
+    optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-6)
+    teacher_autocast, student_autocast = autocasts(config, device)
+    at = Progress(0, 0.0, 1.0)
+
+    def make_batch(images: int) -> dict[str, Tensor]:
+        collated = crops.collate([payload[place % len(payload)] for place in range(images)])
+        return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in collated.items()}
+
+    def step(collated: dict[str, Tensor]) -> None:
+        images, local = crops.finish(collated, device)
+        masks = model.make_masks(losses, mask_seeds(config, range(len(images) // 2)), images)
+        with teacher_autocast:
+            targets, _ = model.targets(images, 2, masks)
+        with student_autocast:
+            views = model.student(images, local, 2, masks)
+        loss, _ = total_loss(losses, config, views, targets, at)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for objective in losses.values():
+            objective.finish_step()
+
+    heads = [model.student.heads[name] for name, objective in losses.items() if objective.needs == Needs()]
+    heads = [head for head in heads if any(True for _ in head.parameters())]  # KoLeo has none to train
+
+    def run_heads(images: int) -> None:
+        views = Views(torch.randn(2 + crops.num_local, images, model.student.backbone.num_features, device=device))
+        for head in heads:
+            head(views).sum().backward()
+
+    return measure_step(
+        model.student,
+        make_batch,
+        lambda batch: crops.finish(batch, device),
+        step,
+        run_heads if heads else None,
+        images=micro_batch if device.type == "cuda" else min(micro_batch, 16 if config.crops.global_size <= 64 else 2),
+        device=device,
+    )

@@ -1,0 +1,193 @@
+"""Student and teacher: two copies of backbone + heads, who sees which crops, the momentum update; frozen anchors. Knows no loss."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_locat.errors import ConfigError, UserError
+from ssl_locat.models.tokens import Grid, Tokens, class_token, forward_tokens, input_grid, normalise, refine
+from ssl_locat.objectives import Masks, Needs, Views
+from ssl_locat.runs.distributed import copy_whole
+
+
+class Network(nn.Module):
+    """A backbone and one head per objective; where one of them needs masks, also a learned token [D] in the place of hidden patches.
+
+    `hides` says whether masks hide patches from the backbone (the student's) or only tell the heads which tokens to read (the teacher's).
+    """
+
+    hides = True
+
+    def __init__(self, backbone: nn.Module, heads: nn.ModuleDict, needs: Needs):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = heads
+        self.needs = needs
+        self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim)) if needs.masks else None
+
+    def forward(
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor | None,
+        num_global: int,
+        masks: Masks | None = None,
+        with_tokens: bool = False,
+    ) -> dict[str, Any] | tuple[dict[str, Any], Tokens]:
+        """Outputs of every head, by name.
+
+        Args:
+            global_crops: [T*B, 3, H, W], view-major.
+            local_crops: [n*B, 3, h, w], view-major, or None (the teacher never sees them).
+            num_global: T.
+            masks: of the global crops, where an objective needs them.
+            with_tokens: also the global crops' tokens after the last block, for diagnosis.
+        """
+        batch = len(global_crops) // num_global
+        hidden = masks.hidden if masks is not None and self.hides else None
+        raw = forward_tokens(self.backbone, global_crops, masks=hidden, mask_token=self.mask_token)
+        tokens = refine(self.backbone, raw)
+        cls = class_token(self.backbone, tokens)
+        if local_crops is not None:
+            local = refine(self.backbone, forward_tokens(self.backbone, local_crops))
+            cls = torch.cat([cls, class_token(self.backbone, local)])
+        views = Views(cls.unflatten(0, (-1, batch)))
+        if self.needs.patches:
+            views = views._replace(patches=normalise(self.backbone, raw).patches.unflatten(0, (num_global, batch)))
+        if self.needs.refined_patches:
+            views = views._replace(refined_patches=tokens.patches.unflatten(0, (num_global, batch)))
+        if masks is not None:
+            views = views._replace(masks=masks.hidden.unflatten(0, (num_global, batch)), masked=masks.index)
+        outputs = {name: head(views) for name, head in self.heads.items()}
+        return (outputs, raw) if with_tokens else outputs
+
+
+class Anchor(nn.Module):
+    """A frozen third network, whose tokens of the global crops an objective compares the student's with.
+
+    Args:
+        scale: crops are resized so that it has this many patches, per side, for each of the student's, whatever its patch size.
+        mean, std: that the crops were normalised with; undone where the backbone was trained with others.
+    """
+
+    def __init__(self, backbone: nn.Module, scale: float, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.backbone, self.scale = backbone.eval().requires_grad_(False), scale
+        own = backbone.pretrained_cfg
+        self.register_buffer("gain", _channels(std) / _channels(own["std"]), persistent=False)
+        self.register_buffer("shift", (_channels(mean) - _channels(own["mean"])) / _channels(own["std"]), persistent=False)
+
+    def train(self, mode: bool = True) -> "Anchor":
+        return super().train(False)
+
+    def forward(self, images: Tensor, num_global: int, grid: Grid) -> Views:
+        """images [T*B, 3, H, W], grid of the student's patches -> class tokens, patches before and after PRR, on that grid."""
+        sides = self.backbone.patch_embed.patch_size
+        size = tuple(round(cells * self.scale) * side for cells, side in zip(grid, sides, strict=True))
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        raw = forward_tokens(self.backbone, images * self.gain + self.shift)
+        refined = refine(self.backbone, raw)
+        views = (class_token(self.backbone, refined), _on(grid, normalise(self.backbone, raw)), _on(grid, refined))
+        return Views(*(tokens.unflatten(0, (num_global, -1)) for tokens in views))
+
+
+def _channels(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)[:, None, None]
+
+
+def _on(grid: Grid, tokens: Tokens) -> Tensor:
+    """Patch tokens [B, N, D] brought to another grid; bicubic without antialiasing, as DINOv3 does."""
+    if tokens.grid == grid:
+        return tokens.patches
+    maps = tokens.patches.mT.unflatten(2, tokens.grid).float()
+    return F.interpolate(maps, grid, mode="bicubic").flatten(2).mT
+
+
+class StudentTeacher(nn.Module):
+    """The pair. The teacher starts as the student's copy, without stochastic depth, and follows it by momentum.
+
+    The teacher stays in training mode (its BatchNorm, if any, uses its own batch's statistics, as DINO's does) and takes no gradient.
+
+    Args:
+        anchors: frozen backbones of the objectives (by name) that compare with one from outside; those whose `anchor` is "teacher" get a
+            copy of this teacher, kept in `snapshots`, which are state of the run and saved with it.
+    """
+
+    def __init__(self, backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str, nn.Module] | None = None):
+        super().__init__()
+        anchors = anchors or {}
+        needs = Needs(*(any(flags) for flags in zip(*(objective.needs for objective in objectives.values()), strict=True)))
+        if any(needs) and hasattr(backbone, "jumbo_mlp"):
+            raise UserError(
+                "Jumbo's class token is wider than its patches, so that losses on patches do not fit it; choose another ViT"
+            )
+        if needs.masks and not hasattr(backbone, "blocks"):
+            raise UserError(
+                f"{type(backbone).__name__} merges its patches from stage to stage, so that masked ones cannot be told apart at its end; "
+                "losses on masked patches (ibot) need a ViT"
+            )
+        heads = make_heads(backbone, objectives, anchors)
+        self.student = Network(backbone, heads, needs)
+        self.teacher = copy.deepcopy(self.student)
+        self.teacher.hides = False
+        self.teacher.requires_grad_(False)
+        for module in self.teacher.modules():
+            if hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+        self.anchors, self.snapshots = nn.ModuleDict(), nn.ModuleDict()
+        for name, objective in objectives.items():
+            if getattr(objective, "anchor", None):
+                frozen = anchors[name] if name in anchors else copy.deepcopy(self.teacher.backbone)
+                place = self.anchors if name in anchors else self.snapshots
+                place[name] = Anchor(
+                    frozen, objective.anchor_scale, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]
+                )
+
+    @torch.no_grad()
+    def targets(self, global_crops: Tensor, num_global: int, masks: Masks | None = None) -> tuple[dict[str, Any], Tokens]:
+        """What each objective compares the student with: the teacher's head's output, or its anchor's views; and the teacher's tokens."""
+        outputs, tokens = self.teacher(global_crops, None, num_global, masks, with_tokens=True)
+        for name, anchor in (*self.anchors.items(), *self.snapshots.items()):
+            outputs[name] = anchor(global_crops, num_global, tokens.grid)
+        return outputs, tokens
+
+    def make_masks(self, objectives: nn.ModuleDict, seeds: list[int], global_crops: Tensor) -> Masks | None:
+        """Masks for a micro-batch by the first objective that needs them, one seed per image; None if none does."""
+        for objective in objectives.values():
+            if objective.needs.masks:
+                grid = input_grid(self.student.backbone, global_crops)
+                return Masks.of(objective.make_masks(seeds, len(global_crops) // len(seeds), grid), global_crops.device)
+        return None
+
+    def renew_snapshots(self, objectives: nn.ModuleDict, step: int) -> None:
+        """Copy the teacher anew into the anchors that are due; all ranks call it."""
+        for name, anchor in self.snapshots.items():
+            every = objectives[name].anchor_every_steps
+            if every and step % every == 0:
+                copy_whole(self.teacher.backbone, anchor.backbone)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers are each network's own."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+
+
+def make_heads(backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str, nn.Module]) -> nn.ModuleDict:
+    """One head per objective, by name; those that share another's are given it."""
+    heads = nn.ModuleDict()
+    for name, objective in objectives.items():
+        anchored = getattr(objective, "anchor", None)
+        widths = (anchors.get(name, backbone).num_features,) if anchored else ()
+        heads[name] = objective.make_head(backbone.num_features, *widths)
+    for name, objective in objectives.items():
+        owner = getattr(objective, "shares_head_of", None)
+        if owner and owner not in heads:
+            raise ConfigError(
+                f"{name} shares the head of {owner!r}, which is not among the objectives: {', '.join(heads)}. Add it."
+            )
+        if owner:
+            heads[name].share(heads[owner])
+    return heads

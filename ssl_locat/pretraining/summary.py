@@ -1,0 +1,74 @@
+"""How a run ends: stopped before its last step, or with a summary and an export; and what would run, without running it (`--dry-run`)."""
+
+import json
+import sys
+import time
+from typing import Any, NoReturn
+
+import torch
+
+from ssl_locat.config.schema import Config
+from ssl_locat.errors import Preempted
+from ssl_locat.export.export import export
+from ssl_locat.pretraining.parts import build_model, check, describe
+from ssl_locat.pretraining.setup import Run
+from ssl_locat.runs import distributed
+from ssl_locat.runs.distributed import is_main, world_size
+from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.log import next_steps
+
+
+def stop_early(run: Run, reason: str) -> NoReturn:
+    """A signal stopped the run, which saved. Raises Preempted."""
+    run.events.add("preempt", step=run.step, signal=reason)
+    raise Preempted(
+        f"Stopped by {reason} at step {run.step} of {run.length.total_steps}; saved. The same command goes on from there."
+    )
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Write summary.json and, if the config says so, the export; returns the summary."""
+    run.events.add("finish", step=run.step)
+    seconds = time.monotonic() - run.began
+    summary = {
+        "steps": run.step,
+        "samples_seen": run.samples_seen,
+        "seconds": round(seconds, 1),
+        "images_per_second": round((run.samples_seen - run.resumed_at) / seconds, 1),
+        "knn": run.probes.knn(),
+        "quarantined": int(distributed.all_reduce_sum_(torch.tensor(run.stream.quarantined, device=run.device))),
+        "restarts": run.restarts,
+    }
+    if is_main():
+        write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
+    if run.config.export and is_main():
+        export(str(run.folder), str(run.folder / "export"))
+    distributed.barrier()
+    if run.lock:
+        run.lock.close()
+    return summary
+
+
+def dry_run(config: Config) -> None:
+    """Check everything and say what would run, without running it."""
+    datasets, _, length = check(config, world_size())
+    model, _ = build_model(config, torch.device("cpu"))
+    print(describe(config, model, length, datasets, torch.device(config.device if config.device != "auto" else "cpu")))
+    print(config.to_yaml(), end="")
+
+
+def print_summary(config: Config, summary: dict[str, Any]) -> None:
+    """What a finished run prints: the k-NN numbers, where everything is, and what to try next."""
+    if not is_main():
+        return
+    run, knn = config.run_dir, summary["knn"]
+    lines = [f"Finished {summary['steps']:,} steps, {summary['samples_seen']:,} images, in {summary['seconds']:.0f} s."]
+    if knn:
+        lines += ["k-NN top-1 on the test images:"]
+        names = {"raw_pixels": "raw pixels", "init": "random initialisation", "trained": "trained backbone"}
+        lines += [f"  {names[name]:<24}{value:5.1f} %" for name, value in knn.items()]
+    lines += [f"Run folder: {run}" + (f"   exported backbone: {run}/export" if config.export else "")]
+    print("\n".join(lines), file=sys.stderr)
+    train, test = (split if isinstance(split, str) else "DATA" for split in (config.data.train, config.data.test))
+    own_images = ["ssl-locat init FOLDER_OF_YOUR_IMAGES"] if config.data.make else []
+    next_steps(f"ssl-locat report {run}", f"ssl-locat evaluate linear {run} data.train='{train}' data.test='{test}'", *own_images)

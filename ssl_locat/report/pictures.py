@@ -1,0 +1,316 @@
+"""Pictures for the report, made from a run's checkpoints on a few fixed images of its data.
+
+Attention of the class token per head and of chosen patches, principal components of patch features over checkpoints, nearest neighbours,
+and what GAug learned (sigma and alpha per layer).
+"""
+
+import base64
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ssl_locat.data.images.decode import decode_image, find_image
+from ssl_locat.errors import EXPECTED, BadSample
+from ssl_locat.evaluation.shared.image_views import as_picture
+from ssl_locat.evaluation.shared.samples import Members
+from ssl_locat.models.backbone import load_backbone
+from ssl_locat.models.gaug import GAug
+from ssl_locat.models.tokens import class_token, forward_tokens, refine
+from ssl_locat.report.charts import Line, chart
+from ssl_locat.runs.checkpoint import problem
+from ssl_locat.runs.history import Run
+from ssl_locat.runs.log import progress
+
+log = logging.getLogger(__name__)
+
+NUM_IMAGES = 4  # rows of every picture
+NUM_CHECKPOINTS = 5  # columns of the component pictures
+NUM_NEIGHBOURS = 6
+NUM_SEARCHED = 128  # images among which neighbours are looked for: a glance, not a score
+TILE = 96  # pixels on the page
+
+_made: dict[tuple, dict] = {}  # (run, newest checkpoint) -> pictures: a live page asks again and again
+
+
+class Shot(NamedTuple):
+    """What one checkpoint makes of the images [B, 3, H, W]."""
+
+    features: Tensor  # [B, D]
+    patches: Tensor  # [B, rows, cols, D]
+    attention: Tensor | None  # [B, heads, T, T] of the last block, T = R + rows * cols; None where it is windowed
+    num_prefix: int
+
+
+def pictures(run: Run) -> dict:
+    """{"sections": [{title, meaning, pictures}], "note"} for the page; no sections, and the reason, where there is nothing to show."""
+    folders = sorted((run.path / "checkpoints").glob("step_" + "[0-9]" * 8))
+    whole = [path for path in folders if problem(path) is None]
+    if not whole:
+        return {"sections": [], "note": ""}
+    key = (str(run.path.resolve()), whole[-1].name)
+    if key not in _made:
+        try:
+            _made[key] = {"sections": _sections(run, [int(path.name[5:]) for path in whole]), "note": f"From {whole[-1].name}."}
+        except (*EXPECTED, OSError) as error:  # data that has moved must not cost the rest of the page
+            log.warning("The report goes without pictures: %s", error)
+            _made[key] = {"sections": [], "note": f"No pictures: {error}"}
+    return _made[key]
+
+
+def _sections(run: Run, steps: list[int]) -> list[dict]:
+    chosen = sorted({steps[round(place)] for place in np.linspace(0, len(steps) - 1, NUM_CHECKPOINTS)})
+    backbones = ((step, load_backbone(str(run.path), step=step)) for step in chosen)
+    components, backbone, shot = [], None, None
+    images = None
+    with progress("pictures", total=len(chosen) + 1, unit="checkpoints") as bar:
+        for step, backbone in backbones:
+            if images is None:
+                images = _fixed_images(run, backbone)
+            shot = _look(backbone, images[:NUM_IMAGES])
+            components.append((step, _components(shot.patches, components[-1][1] if components else None)))
+            bar.update()
+        everything = torch.cat([_look(backbone, part).features for part in images.split(16)])
+        bar.update()
+    thumbnails = _thumbnails(images, backbone)
+    sections = [
+        *_attention_sections(shot, thumbnails),
+        _component_section(components, thumbnails),
+        _neighbour_section(everything, thumbnails),
+    ]
+    return [section for section in [*sections, *_gaug_sections(backbone, images[:16])] if section]
+
+
+# --- looking --------------------------------------------------------------------------------------------------------------
+
+
+def _fixed_images(run: Run, backbone: nn.Module) -> Tensor:
+    """[n, C, S, S], normalised as the backbone wants it: the same images for every checkpoint, spread over the data."""
+    data = run.config["data"]
+    members = Members(data.get("test") or data["train"])
+    size = int(backbone.pretrained_cfg["input_size"][-1])
+    places = np.linspace(0, len(members) - 1, min(NUM_SEARCHED, len(members))).round().astype(int)
+    images = []
+    for place in places.tolist():
+        try:
+            channels = len(backbone.pretrained_cfg["mean"])
+            pixels = decode_image(find_image(members[place].members, data.get("image_key")), channels=channels)
+        except BadSample:
+            continue
+        images.append(
+            torch.from_numpy(np.array(as_picture(pixels, lambda picture: _square(picture, size)))).permute(2, 0, 1) / 255
+        )
+    mean, std = (torch.tensor(backbone.pretrained_cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return (torch.stack(images) - mean) / std
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    scale = size / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _thumbnails(images: Tensor, backbone: nn.Module) -> list[np.ndarray]:
+    """uint8 [TILE, TILE, 3] each; of more than three channels the first three, of fewer the first as grey."""
+    mean, std = (torch.tensor(backbone.pretrained_cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    images = images * std + mean
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    pixels = (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    return [np.array(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS)) for image in pixels]
+
+
+class _Recorder(TorchFunctionMode):
+    """Keeps the weights [B, heads, T, T] of every attention that is computed: whatever the model adds to the logits is in its mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            q, k = args[:2]
+            scale, mask = kwargs.get("scale"), kwargs.get("attn_mask")
+            logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            self.weights.append((logits if mask is None else logits + mask).softmax(-1))
+        return function(*args, **kwargs)
+
+
+@torch.no_grad()
+def _look(backbone: nn.Module, images: Tensor) -> Shot:
+    recorder = _Recorder()
+    with recorder:
+        raw = forward_tokens(backbone, images)
+    rows, cols = raw.grid
+    num_prefix = raw.prefix.shape[1]
+    weights = recorder.weights[-1] if recorder.weights else None
+    if weights is not None and weights.shape[::3] != (len(images), num_prefix + rows * cols):
+        weights = None  # windowed attention: no map of the whole image
+    return Shot(class_token(backbone, refine(backbone, raw)), raw.patches.unflatten(1, (rows, cols)), weights, num_prefix)
+
+
+def _components(patches: Tensor, former: Tensor | None) -> Tensor:
+    """[B, rows, cols, D] -> [B, rows, cols, 3] in 0..1: the first three principal components of all patches, as colours.
+
+    Signs follow the former checkpoint's picture, so that colours do not flip from column to column."""
+    flat = patches.flatten(0, 2)
+    flat = flat - flat.mean(0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    projected = flat @ directions[:3].T
+    if former is not None:
+        projected = projected * torch.where((projected * (former.flatten(0, 2) - 0.5)).sum(0) < 0, -1.0, 1.0)
+    low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
+    return ((projected - low) / (high - low).clamp_min(1e-6)).clamp(0, 1).unflatten(0, patches.shape[:3])
+
+
+# --- sections -------------------------------------------------------------------------------------------------------------
+
+
+def _attention_sections(shot: Shot, thumbnails: list[np.ndarray]) -> list[dict]:
+    if shot.attention is None:
+        return []
+    rows, cols = shot.patches.shape[1:3]
+    sections = []
+    if shot.num_prefix:
+        maps = shot.attention[:, :, 0, shot.num_prefix :].unflatten(-1, (rows, cols))
+        heads = min(maps.shape[1], 6)
+        tiles = [[thumbnails[index], *(_heat(maps[index, head]) for head in range(heads))] for index in range(len(maps))]
+        meaning = "Where the class token of the last block looks: each row an image, each further column a head. Bright is much."
+        alt = f"Attention of the class token: {len(maps)} images, {heads} heads each."
+        sections.append({"title": "Attention of the class token", "meaning": meaning, "pictures": [_picture(tiles, alt)]})
+    places = [(rows // 2, cols // 2), (rows // 4, cols // 4), (3 * rows // 4, 3 * cols // 4)]
+    tiles = []
+    for index in range(len(shot.attention)):
+        maps = [shot.attention[index, :, shot.num_prefix + y * cols + x, shot.num_prefix :].mean(0) for y, x in places]
+        drawn = [_marked(_heat(m.unflatten(0, (rows, cols))), y, x, rows, cols) for m, (y, x) in zip(maps, places, strict=True)]
+        tiles.append([thumbnails[index], *drawn])
+    meaning = "Where chosen patches (marked) of the last block look, mean over heads. LocAt keeps some of it near the patch."
+    alt = f"Attention of three patches in each of {len(tiles)} images."
+    return [*sections, {"title": "Attention of patches", "meaning": meaning, "pictures": [_picture(tiles, alt)]}]
+
+
+def _component_section(components: list[tuple[int, Tensor]], thumbnails: list[np.ndarray]) -> dict:
+    tiles = [
+        [thumbnails[index], *(_resized((colours[index] * 255).byte().numpy()) for _, colours in components)]
+        for index in range(NUM_IMAGES)
+        if index < len(components[0][1])
+    ]
+    steps = ", ".join(str(step) for step, _ in components)
+    meaning = "Patch features' first three principal components as red, green and blue. Parts of one object take one colour."
+    alt = f"Principal components of patch features of {len(tiles)} images at steps {steps}."
+    picture = _picture(tiles, alt) | {"caption": f"Columns: image, then steps {steps}."}
+    return {"title": "Patch features over the run", "meaning": meaning, "pictures": [picture]}
+
+
+def _neighbour_section(features: Tensor, thumbnails: list[np.ndarray]) -> dict | None:
+    if len(features) <= NUM_NEIGHBOURS:
+        return None
+    similarity = F.normalize(features, dim=-1) @ F.normalize(features, dim=-1).T
+    similarity.fill_diagonal_(-2)
+    queries = np.linspace(0, len(features) - 1, NUM_IMAGES + 1).astype(int)[:NUM_IMAGES]
+    tiles = [[thumbnails[q], *(thumbnails[i] for i in similarity[q].topk(NUM_NEIGHBOURS).indices.tolist())] for q in queries]
+    meaning = (
+        f"The first image of a row, then its nearest among {len(features)} by cosine of features. They should share what matters."
+    )
+    alt = f"{len(tiles)} images, each with its {NUM_NEIGHBOURS} nearest neighbours."
+    return {"title": "Nearest neighbours", "meaning": meaning, "pictures": [_picture(tiles, alt)]}
+
+
+@contextmanager
+def _recorded(modules: list[GAug]) -> Iterator[dict]:
+    """What each GAug predicts during the block: index -> (sigma, alpha), flat."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(index: int):
+        def hook(module, args, output) -> None:
+            along_cols, along_rows = module.deviation(output)
+            seen[index] = (torch.cat([along_cols.flatten(), along_rows.flatten()]), output.alpha.flatten())
+
+        return hook
+
+    handles = [module.register_forward_hook(note(index)) for index, module in enumerate(modules)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _gaug_sections(backbone: nn.Module, images: Tensor) -> list[dict]:
+    modules = [module for module in backbone.modules() if isinstance(module, GAug)]
+    if not modules:
+        return []
+    with _recorded(modules) as seen:
+        forward_tokens(backbone, images)
+    layers = list(range(1, len(modules) + 1))
+    drawn = []
+    for which, unit in ((0, "sigma (patches)"), (1, "alpha")):
+        quantiles = torch.stack(
+            [torch.quantile(_few(seen[index][which]), torch.tensor([0.1, 0.5, 0.9])) for index in range(len(modules))]
+        )
+        labels = ("10 % of patches below", "median", "90 % below")
+        lines = [
+            Line(label, layers, quantiles[:, i].tolist(), color=i, dashed=i != 1, dots=True) for i, label in enumerate(labels)
+        ]
+        svg = chart(f"gaug{which}", lines, xlabel="layer", ylabel=unit)
+        spoken = ", ".join(f"layer {layer}: {value:.2f}" for layer, value in zip(layers, quantiles[:, 1].tolist(), strict=True))
+        drawn.append({"svg": svg, "caption": "", "alt": f"{unit} per layer, medians: {spoken}."})
+    meaning = "How wide (sigma) and how strong (alpha) the Gaussian of GAug is in each layer. A small sigma keeps attention near the patch."
+    return [{"title": "What GAug learned", "meaning": meaning, "pictures": drawn}]
+
+
+def _few(values: Tensor) -> Tensor:
+    """100 000 of them, about: torch.quantile takes no more than 16 million."""
+    return values[:: max(1, len(values) // 100_000)].float()
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------------
+
+
+def _heat(values: Tensor) -> np.ndarray:
+    """[rows, cols] -> uint8 [TILE, TILE, 3]."""
+    scaled = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-12)
+    return _resized((matplotlib.colormaps["magma"](scaled.numpy())[..., :3] * 255).astype(np.uint8))
+
+
+def _resized(pixels: np.ndarray) -> np.ndarray:
+    return np.array(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.NEAREST))
+
+
+def _marked(tile: np.ndarray, y: int, x: int, rows: int, cols: int) -> np.ndarray:
+    top, left, bottom, right = TILE * y // rows, TILE * x // cols, TILE * (y + 1) // rows - 1, TILE * (x + 1) // cols - 1
+    tile[[top, bottom], left : right + 1] = tile[top : bottom + 1, left] = tile[top : bottom + 1, right] = (80, 220, 255)
+    return tile
+
+
+def _picture(tiles: list[list[np.ndarray]], alt: str) -> dict:
+    """Tiles in rows, 4 px apart on a transparent ground, as a PNG."""
+    gap = 4
+    height, width = len(tiles) * (TILE + gap) - gap, max(map(len, tiles)) * (TILE + gap) - gap
+    canvas = np.zeros((height, width, 4), np.uint8)
+    for row, line in enumerate(tiles):
+        for column, tile in enumerate(line):
+            top, left = row * (TILE + gap), column * (TILE + gap)
+            canvas[top : top + TILE, left : left + TILE, :3] = tile
+            canvas[top : top + TILE, left : left + TILE, 3] = 255
+    out = io.BytesIO()
+    Image.fromarray(canvas).save(out, "PNG", optimize=True)
+    return {
+        "png": base64.b64encode(out.getvalue()).decode(),
+        "width": width,
+        "height": height,
+        "alt": alt,
+        "caption": "",
+        "svg": "",
+    }

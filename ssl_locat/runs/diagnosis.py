@@ -1,0 +1,246 @@
+"""Is it learning? Signals computed inside the step, and the words that explain them when they look wrong.
+
+`pretraining/loop.py` logs the signals with the other metrics and, each time metrics reach the host, asks `Diagnosis.check`. A warning says what was
+seen, what it means and what people change. Only the kinds that the YAML names as fatal stop a run; NaN always does.
+"""
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_locat.errors import ConfigError, Diverged, UserError, did_you_mean
+
+# --- signals --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """features [B, D] -> []: spread of the directions, 1 for isotropic ones, 0 when all images look the same.
+
+    Standard deviation per dimension of the unit vectors, averaged, times sqrt(D) (SimSiam, arXiv:2011.10566, section 4.1)."""
+    return F.normalize(features.float(), dim=-1).std(dim=0, unbiased=False).mean() * features.shape[-1] ** 0.5
+
+
+@torch.no_grad()
+def rankme(features: Tensor) -> Tensor:
+    """features [B, D] -> []: effective rank, from 1 to min(B, D) (RankMe, arXiv:2210.02885, eq. 1): exp of the singular values' entropy.
+
+    The decomposition is small but not free (and CUDA waits for it): once per log interval, not once per step."""
+    values = torch.linalg.svdvals(features.float())
+    shares = values / values.sum().clamp_min(1e-12) + 1e-7
+    return torch.exp(-(shares * shares.log()).sum())
+
+
+@torch.no_grad()
+def patch_cls_similarity(class_token: Tensor, patches: Tensor) -> Tensor:
+    """class_token [B, D], patches [B, N, D] -> []: mean cosine of every patch with its image's class token (the paper's Appendix F)."""
+    return F.cosine_similarity(patches.float(), class_token.float().unsqueeze(1), dim=-1).mean()
+
+
+@torch.no_grad()
+def center_drift(center: Tensor, batch_center: Tensor, teacher_temp: float) -> Tensor:
+    """center, batch_center [K] (teacher logits) -> []: how far the running centre lags behind the batch, in units of the temperature.
+
+    Above 1, targets say how the batch differs from the past rather than how an image differs from the others."""
+    return (batch_center.float() - center.float()).square().mean().sqrt() / teacher_temp
+
+
+# --- words ----------------------------------------------------------------------------------------------------------------
+
+
+class Warning(NamedTuple):
+    """`kind` is stable, for scripts and the YAML's list of fatal ones; `str()` is for people."""
+
+    kind: str
+    message: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.message} What people change: {self.advice}"
+
+
+ADVICE = {
+    "loss_at_ln_k": "a lower teacher temperature (0.04 at first) or a longer warm-up of it, a higher lr if the gradient norm is tiny, "
+    "teacher momentum further from 1 for short runs (0.99), normalised prototypes, and more steps: small data needs hundreds of epochs.",
+    "uniform": "a lower teacher temperature, a slower centre (center_momentum 0.9 to 0.99), fewer prototypes for small data.",
+    "collapse": "centring on (center_momentum 0.9) or Sinkhorn targets, a higher teacher temperature, the last layer frozen longer, "
+    "a lower lr, a larger global batch.",
+    "features_collapsing": "a higher teacher momentum (0.996), a lower lr or a longer warm-up, a larger global batch, gradient clipping, "
+    "the KoLeo objective beside DINO (or more of it), a head in fp32.",
+    "rank_falling": "the KoLeo objective beside DINO (or more of it), less weight decay at the end, a larger global batch, more varied data, a lower lr.",
+    "patches_collapsing": "LocAt on (gaug and prr), register tokens, the iBOT objective or Gram anchoring, an earlier checkpoint "
+    "for dense tasks; k-NN may go on rising meanwhile.",
+    "center_drifting": "a lower lr or a longer warm-up, a higher teacher momentum, a quicker centre (center_momentum 0.9), "
+    "a larger global batch.",
+}
+KINDS = tuple(ADVICE)
+
+
+class Diagnosis:
+    """Watches a run's metrics. Each kind warns once, and again only after the sign has gone and come back.
+
+    Args:
+        num_prototypes: K of the head, for what 'uniform' means; None for an objective without prototypes.
+        fatal: kinds that stop the run (raise Diverged) instead of warning.
+        settle: share of total_steps before which nothing is judged: a loss near ln K is normal early.
+        patience: checks in a row that must agree.
+    """
+
+    def __init__(self, num_prototypes: int | None, *, fatal: Collection[str] = (), settle: float = 0.1, patience: int = 3):
+        for kind in fatal:
+            if kind not in KINDS:
+                raise ConfigError(f"{kind!r} is no kind of collapse; known: {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
+        self.ln_k = math.log(num_prototypes) if num_prototypes else None
+        self.fatal, self.settle, self.patience = frozenset(fatal), settle, patience
+        self.best: dict[str, float] = defaultdict(float)
+        self.losses: deque[float] = deque()  # of the last tenth of the run
+        self.recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=patience))
+        self.warned: set[str] = set()
+
+    def state(self) -> dict:
+        """What a resumed run must know of the steps before, as JSON can hold it."""
+        recent = {kind: list(seen) for kind, seen in self.recent.items()}
+        return {"best": dict(self.best), "losses": list(self.losses), "recent": recent, "warned": sorted(self.warned)}
+
+    def load_state(self, state: dict) -> None:
+        self.best.update(state["best"])
+        self.losses.extend(state["losses"])
+        for kind, seen in state["recent"].items():
+            self.recent[kind].extend(seen)
+        self.warned.update(state["warned"])
+
+    def check(self, metrics: dict, step: int, total_steps: int) -> list[Warning]:
+        """`metrics`: plain floats (what MetricsLog.add returned last); those that are missing are not judged.
+
+        Raises Diverged for a kind in `fatal`."""
+        for name in ("feature_std", "rankme"):
+            self.best[name] = max(self.best[name], metrics.get(name, 0.0))
+        if (loss := metrics.get("dino", metrics.get("loss"))) is not None:
+            self.losses.append(loss)
+            if len(self.losses) > max(1, 0.1 * total_steps):
+                self.losses.popleft()
+        if step < self.settle * total_steps:
+            return []
+        seen = self._signs(metrics)
+        warnings = []
+        for kind, sentence in seen.items():
+            self.recent[kind].append(sentence is not None)
+            steady = len(self.recent[kind]) == self.patience
+            if steady and all(self.recent[kind]) and kind not in self.warned:
+                self.warned.add(kind)
+                warnings.append(Warning(kind, f"Step {step}: {sentence}", ADVICE[kind]))
+            elif steady and not any(self.recent[kind]):
+                self.warned.discard(kind)
+        for warning in warnings:
+            if warning.kind in self.fatal:
+                raise Diverged(f"{warning} (Stopped because the config names {warning.kind!r} as fatal.)")
+        return warnings
+
+    def _signs(self, metrics: dict) -> dict[str, str | None]:
+        """Kind -> what looks wrong, or None where it looks well, for the metrics that are there. The thresholds lie far from where
+        healthy runs of any size were seen."""
+        signs: dict[str, str | None] = {}
+
+        def judge(kind: str, wrong: bool, sentence: str) -> None:
+            signs[kind] = sentence if wrong else None
+
+        loss, entropy = (
+            metrics.get("dino", metrics.get("loss")),
+            metrics.get("teacher_entropy", metrics.get("dino_teacher_entropy")),
+        )
+        std, rank = metrics.get("feature_std"), metrics.get("rankme")
+        similarity, drift = metrics.get("patch_cls_similarity"), metrics.get("center_drift")
+        ln_k = self.ln_k
+        if ln_k and entropy is not None:
+            judge(
+                "uniform",
+                entropy > 0.99 * ln_k,
+                f"the teacher's entropy {entropy:.3f} is that of a uniform guess (ln K = {ln_k:.3f}): its targets say nothing.",
+            )
+            judge(
+                "collapse",
+                entropy < 0.02 * ln_k and loss is not None and loss < 0.1 * ln_k,
+                f"the teacher's entropy is {entropy:.4f} of at most {ln_k:.3f} and the student agrees: every image gets the same "
+                "prototype, and nothing is learned any more.",
+            )
+        if ln_k and loss is not None:
+            judge(
+                "loss_at_ln_k",
+                abs(loss - ln_k) < 0.01 * ln_k and max(self.losses) - loss < 0.01 * ln_k,  # not on its way past it
+                f"the loss {loss:.3f} still is that of guessing (ln K = {ln_k:.3f}): the student has learned nothing from its targets.",
+            )
+        if std is not None:
+            judge(
+                "features_collapsing",
+                std < 0.05 or std < 0.25 * self.best["feature_std"],
+                f"feature std is {std:.3f} (best so far {self.best['feature_std']:.3f}): different images get nearly the same features.",
+            )
+        if rank is not None:
+            judge(
+                "rank_falling",
+                rank < 0.4 * self.best["rankme"],
+                f"RankMe fell to {rank:.1f} (best so far {self.best['rankme']:.1f}): features use ever fewer directions, which costs "
+                "accuracy downstream.",
+            )
+        if similarity is not None:
+            judge(
+                "patches_collapsing",
+                similarity > 0.9,
+                f"patch tokens point where the class token does (mean cosine {similarity:.2f}): what lies where in the image is lost.",
+            )
+        if drift is not None:
+            judge(
+                "center_drifting",
+                drift > 1,
+                f"the centre lags {drift:.1f} temperatures behind the teacher's scores: targets follow the batch more than the image.",
+            )
+        return signs
+
+
+# --- NaN ------------------------------------------------------------------------------------------------------------------
+
+
+def save_replay(path: str | Path, batch: dict[str, Tensor], *, step: int, rank: int, keys: list[str]) -> Path:
+    """Save the batch that gave NaN, as `ssl-locat pretrain CONFIG --replay FILE` reads it: a safetensors file, nothing executable."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in batch.items()}
+    save_file(tensors, path, metadata={"step": str(step), "rank": str(rank), "keys": "\n".join(keys)})
+    return path
+
+
+def load_replay(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """What `save_replay` saved: the batch, and {"step", "rank", "keys"}."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file. Replays are saved in RUN/replay/ when a run stops at NaN.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            batch = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        meta = {}
+    if "step" not in meta:
+        raise UserError(f"{path}: not a replay; expected a file from RUN/replay/, saved when a run stopped at NaN.")
+    return batch, {"step": int(meta["step"]), "rank": int(meta["rank"]), "keys": meta["keys"].split("\n")}
+
+
+def not_finite(
+    step: int, rank: int, seen: dict[str, float], keys: list[str], replay: Path | None, num_shown: int = 8
+) -> Diverged:
+    """The error that ends a run at NaN: where, what was seen, which samples, and what to try. The caller raises it."""
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in seen.items() if isinstance(value, int | float))
+    shown = ", ".join(keys[:num_shown]) + (f" and {len(keys) - num_shown} more" if len(keys) > num_shown else "")
+    again = f"The batch is saved; look at it again with --replay {replay}. " if replay else ""
+    return Diverged(
+        f"Not a finite number at step {step} on rank {rank}: {numbers}. Samples: {shown}. {again}"
+        "What people change: precision bf16 or fp32 instead of fp16, a lower lr or a longer warm-up, a smaller gradient clip, the head in fp32. "
+        "The last checkpoint is from before; the same command goes on from it, with the change."
+    )

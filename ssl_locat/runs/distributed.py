@@ -1,0 +1,356 @@
+"""Processes that train together: set-up, the few collectives the project uses, and an agreement on when to stop.
+
+Every call is a no-op on one process, so that code written with them runs on a laptop unchanged. A process knows its place from
+RANK, WORLD_SIZE and LOCAL_RANK (torchrun sets them; cluster/launch.py sets them inside a Slurm job). They meet at MASTER_ADDR:MASTER_PORT,
+or through a file on a shared disk named by SSL_LOCAT_RENDEZVOUS: rank 0 lets the kernel choose a free port and writes it there,
+so that a requeued job never meets the port of its former self or of a neighbour.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from ssl_locat.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Longer than a store's outage budget (5 min), during which one rank may wait for data while the others wait for it.
+TIMEOUT = timedelta(minutes=10)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+_cpu_group: dist.ProcessGroup | None = None  # gloo: agreements and small objects, whatever the tensors' backend is
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def where() -> str:
+    """'rank 3 on n2': opens every log line that is about a fault."""
+    return f"rank {rank()} on {socket.gethostname()}"
+
+
+def setup(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
+    """Joins the other processes (if there are any) and returns this one's device: `cuda:LOCAL_RANK` or `cpu`.
+
+    Collectives on CUDA tensors go through NCCL, on CPU tensors through gloo. A rank that does not answer within `timeout`
+    raises in the others, with a message, instead of leaving them to wait for ever.
+    """
+    global _cpu_group
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device is cuda, but PyTorch finds no GPU here: `ssl-locat doctor` says why; device=auto takes the CPU then."
+        )
+    chosen = torch.device(device, local_rank() % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size() == 1 or dist.is_initialized():
+        return chosen
+    rendezvous = os.environ.get("SSL_LOCAT_RENDEZVOUS")
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ and not rendezvous]:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()}, but the environment lacks {', '.join(missing)}: start the command with torchrun, or by `--on`; "
+            "or unset WORLD_SIZE to run alone."
+        )
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a failed collective ends the process
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    options = {"device_id": chosen} if chosen.type == "cuda" else {}
+    if rendezvous:
+        options["store"] = _store_through_file(Path(rendezvous), timeout)
+    dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timeout, **options)
+    _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    barrier()
+    if rendezvous and is_main():
+        Path(rendezvous).unlink(missing_ok=True)
+    return chosen
+
+
+def _store_through_file(path: Path, timeout: timedelta) -> dist.Store:
+    """The key-value store where processes meet; rank 0 serves it on a port of the kernel's choice and writes host and port to `path`."""
+    if is_main():
+        store = dist.TCPStore("0.0.0.0", 0, world_size(), is_master=True, timeout=timeout, wait_for_workers=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"hosts": _own_addresses(), "port": store.port}))
+        partial.replace(path)
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{where()}: rank 0 did not write {path} within {timeout}; it failed, or the disk is not shared")
+        os.scandir(path.parent).close() if path.parent.exists() else None  # makes NFS look again
+        time.sleep(0.1)
+    found = json.loads(path.read_text())
+    for host in found["hosts"]:
+        try:
+            socket.getaddrinfo(host, found["port"])
+            store = dist.TCPStore(host, found["port"], world_size(), is_master=False, timeout=timedelta(seconds=60))
+            store.set_timeout(timeout)
+            return store
+        except (socket.gaierror, dist.DistNetworkError) as error:
+            log.warning("%s: no rank 0 at %s:%s (%s)", where(), host, found["port"], error)
+    raise RuntimeError(f"{where()}: cannot reach rank 0 at any of {found['hosts']}, port {found['port']}")
+
+
+def _own_addresses() -> list[str]:
+    """Names and addresses under which other nodes may reach this one, the likeliest first."""
+    addresses = [socket.gethostname()]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: asks the kernel which interface leads outside
+            addresses.append(probe.getsockname()[0])
+        except OSError:
+            pass  # no route outside: the host name alone
+    return addresses
+
+
+def shutdown() -> None:
+    """Leaves the process group; the last call of a program that called `setup()`."""
+    global _cpu_group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _cpu_group = None
+
+
+def barrier() -> None:
+    """Waits for all ranks; names those that do not come."""
+    if world_size() > 1:
+        dist.monitored_barrier(group=_cpu_group)
+
+
+def all_reduce_sum_(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_mean_(tensor: Tensor) -> Tensor:
+    """Mean over ranks, in place. Floating point only."""
+    return all_reduce_sum_(tensor).div_(world_size())
+
+
+def all_gather_cat(tensor: Tensor) -> Tensor:
+    """[b, ...] on each rank -> [W*b, ...] in rank order. All ranks give the same shape; no gradient flows."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """What all ranks' losses say about the sum comes back to each summand."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_reduce_sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum_(gradient.clone())
+
+
+class SyncBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of [B, C, ...] over all ranks' batches, which are of one size, on any device (torch's own serves GPUs alone)."""
+
+    def _check_input_dim(self, _input: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        return self._over_ranks(x)
+
+    @torch.compiler.disable  # collectives
+    def _over_ranks(self, x: Tensor) -> Tensor:
+        others = [dim for dim in range(x.ndim) if dim != 1]
+        shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
+        count = world_size() * x.numel() // x.shape[1]
+        mean = _SumOverRanks.apply(x.float().sum(others)) / count
+        centred = x.float() - mean.view(shape)
+        var = _SumOverRanks.apply(centred.square().sum(others)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def broadcast_object(value=None):
+    """Rank 0's `value` (anything JSON can hold) on every rank."""
+    if world_size() == 1:
+        return value
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if is_main() else torch.empty(0)
+    length = torch.tensor([payload.numel()])
+    dist.broadcast(length, src=0, group=_cpu_group)
+    if not is_main():
+        payload = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(payload, src=0, group=_cpu_group)
+    return json.loads(payload.numpy().tobytes())
+
+
+_remembered = 0  # a signal that came before there was a loop to stop
+
+
+def remember_signals() -> None:
+    """From here on a stop signal is kept for the next `StopFlag`; before that, it would end the process with nothing saved."""
+
+    def keep(number: int, _frame) -> None:
+        global _remembered
+        _remembered = _remembered or number
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, keep)
+    deliver_signals()
+
+
+def deliver_signals() -> None:
+    """Those that came while the process started were held back (cluster/launch.py blocks them): let them reach their handlers."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+class StopFlag:
+    """A wish to stop (time limit, preemption, Ctrl-C) that all ranks follow at the same step.
+
+    Handlers only set a flag: whatever the signal meets (a collective, a compile) is finished first. A second Ctrl-C ends the
+    process at once. Use as a context manager around the loop; call `agreed()` once per step on every rank.
+    """
+
+    def __init__(self):
+        self.signal = _remembered  # the first that arrived here; 0: none
+        self._work: dist.Work | None = None
+        self._vote = torch.zeros(1, dtype=torch.int64)
+        # gloo passes a vote on in a ring, some 50 us a rank: on many ranks it gets several steps to arrive in
+        self._every, self._calls = max(1, world_size() // 64), 0
+        self._former: dict = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
+
+    @property
+    def reason(self) -> str:
+        """Name of the signal agreed on, such as 'SIGUSR2'; '' before that."""
+        return signal.Signals(self.signal).name if self.signal else ""
+
+    def __enter__(self) -> "StopFlag":
+        self._former = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _on_signal(self, number: int, _frame) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            sys.exit(130)
+        self.signal = self.signal or number
+
+    def agreed(self) -> bool:
+        """True on all ranks at the same call once any rank was signalled.
+
+        The vote of this call is read at the next one (with more than 127 ranks, some calls later), by when it has long arrived: no
+        step waits for it. If a rank is gone, the vote raises here: this is also the heartbeat.
+        """
+        if _cpu_group is None:
+            return self.requested
+        self._calls += 1
+        if self._calls % self._every:
+            return False
+        if self._work is not None:
+            self._work.wait()
+            if self._vote.item():
+                self.signal, self._work = int(self._vote.item()), None
+                return True
+        self._vote = torch.tensor([self.signal])
+        self._work = dist.all_reduce(self._vote, dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
+        return False
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
+    """Keep only each block's input for the backward pass and compute the rest again there: less memory, about a third more time.
+
+    In place, names of parameters unchanged. After the teacher was copied (a copy would call the original's blocks), before `shard`.
+    """
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def shard(network: nn.Module, units: Iterable[nn.Module], device: torch.device) -> None:
+    """FSDP2 (`fully_shard`), in place: parameters, gradients and what an optimizer built afterwards keeps lie in world_size parts.
+
+    Each of `units` (blocks, heads) is gathered for the time it computes; what they leave, for as long as `network` does. The network
+    must be used through its `__call__`: that is where the gathering happens.
+    """
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
+    # torch would keep the root gathered for the backward pass; the teacher has none, and its update wants the parts
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+@contextmanager
+def gradient_sync(student: nn.Module, now: bool) -> Iterator[None]:
+    """Around forward and backward of a micro-batch: whether gradients are summed over ranks `now`, or with a later one's."""
+    if isinstance(student, FSDPModule):
+        student.set_requires_gradient_sync(now)
+    with student.no_sync() if isinstance(student, DistributedDataParallel) and not now else nullcontext():
+        yield
+
+
+@torch.no_grad()
+def copy_whole(source: nn.Module, target: nn.Module) -> nn.Module:
+    """`target`, an unsharded twin, with the weights of `source`, sharded or not. Called by all ranks; then each may use it alone."""
+    for whole, part in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+        whole.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
+    return target
+
+
+def fault(error: BaseException, folder: str | Path | None = None) -> str:
+    """The text to show for an error that ends this rank: rank and host first, then the trace.
+
+    With `folder` it is also kept there as `fault-rank<R>.json`, so that the first of many ranks' errors can be told from those
+    that followed ("connection closed by peer").
+    """
+    trace = "".join(traceback.format_exception(error))
+    text = f"{where()}: {type(error).__name__}: {error}\n{trace}"
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        record = {"time": time.time(), "rank": rank(), "host": socket.gethostname(), "error": f"{type(error).__name__}: {error}"}
+        Path(folder, f"fault-rank{rank()}.json").write_text(json.dumps(record | {"trace": trace}))
+    return text

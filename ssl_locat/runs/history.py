@@ -1,0 +1,162 @@
+"""A run folder as people ask about it: how far it came, how it ended, what it cost, what to do now. Reads plain files only, no torch.
+
+The report, `doctor RUN` and the model card stand on this. Unlike folder.py it takes a run as it finds it, half-written or of
+another version, since a broken run is what people want explained.
+"""
+
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssl_locat.config.yaml_files import load_yaml
+from ssl_locat.errors import UserError
+from ssl_locat.runs.log import duration, read_jsonl
+
+# kind of the last telling event -> what became of the run
+ENDINGS = {
+    "finish": "finished",
+    "preempt": "preempted",
+    "requeue": "preempted",
+    "diverged": "diverged",
+    "outage": "starved",
+    "fault": "failed",
+}
+QUIET_SECONDS = 600  # no new line for so long, and no word of an ending: nobody is writing any more
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of one run folder say. `probes`: protocol -> one record per probe, {"step", score: value}."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    quarantine: list[dict[str, Any]]
+    probes: dict[str, list[dict[str, Any]]]
+    summary: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.metrics[-1] if self.metrics else {"step": 0, "samples_seen": 0}
+
+    @property
+    def total_steps(self) -> int | None:
+        """As configured, or from the start event: epochs are turned into steps only once the data is counted."""
+        told = [event["total_steps"] for event in self.events if event.get("total_steps")]
+        return told[-1] if told else (self.config.get("optim") or {}).get("total_steps")
+
+    @property
+    def status(self) -> str:
+        """finished, preempted, diverged, starved, failed, running, or stopped (ended without a word: killed, out of memory, power)."""
+        if self.summary:
+            return "finished"
+        for event in reversed(self.events):
+            if event["kind"] in ENDINGS:
+                return ENDINGS[event["kind"]]
+            if event["kind"] in ("start", "resume"):
+                break
+        return "running" if time.time() - self._newest_line() < QUIET_SECONDS else "stopped"
+
+    @property
+    def seconds(self) -> float:
+        """Time that was worked: gaps between a stop and its resume do not count."""
+        if "seconds" in self.summary:
+            return self.summary["seconds"]
+        times = [record["time"] for record in self.metrics if "time" in record]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        usual = sorted(gaps)[len(gaps) // 2] if gaps else 0.0
+        return sum(gap for gap in gaps if gap < max(QUIET_SECONDS, 20 * usual))
+
+    @property
+    def restarts(self) -> int:
+        return sum(event["kind"] == "resume" for event in self.events)
+
+    def _newest_line(self) -> float:
+        files = [self.path / name for name in ("metrics.jsonl", "events.jsonl")]
+        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+
+def is_run(path: str | Path) -> bool:
+    return (Path(path) / "config.yaml").is_file()
+
+
+def open_run(path: str | Path) -> Run:
+    """Read a run folder. Raises UserError if it is none."""
+    path = Path(path)
+    if not is_run(path):
+        there = "has no config.yaml" if path.is_dir() else "is no folder"
+        raise UserError(f"{path} {there}; expected a run folder, as `ssl-locat pretrain` makes it (its `run_dir`).")
+    return Run(
+        path=path,
+        config=load_yaml(str(path / "config.yaml")).data,
+        environment=_json(path / "environment.json"),
+        metrics=read_jsonl(path / "metrics.jsonl"),
+        events=read_jsonl(path / "events.jsonl"),
+        quarantine=read_jsonl(path / "quarantine.jsonl"),
+        probes={file.stem: read_jsonl(file) for file in sorted((path / "probes").glob("*.jsonl"))},
+        summary=_json(path / "summary.json"),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not written yet, or cut off by a full disk
+        return {}
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; lists stay whole."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def explain(run: Run) -> tuple[list[str], list[str]]:
+    """What became of the run, and what to do: sentences for people."""
+    facts, advice = [], []
+    share = f" of {run.total_steps}" if run.total_steps else ""
+    at = f"{run.last['step']}{share} steps, {run.last['samples_seen']:,} images, in {duration(run.seconds)}"
+    again = "Start the same command again: it goes on from the newest whole checkpoint."
+    words = {
+        "finished": (f"Finished: {at}.", f"Look at it: ssl-locat report {run.path}"),
+        "running": (f"Running, or stopped within the last minutes: {at}.", f"Follow it: ssl-locat report {run.path} --watch"),
+        "preempted": (f"Preempted, and saved before it stopped: {at}.", again),
+        "diverged": (f"Diverged: {at}.", "The last events name the step, the samples and what people change."),
+        "starved": (f"The data store did not answer: {at}.", f"{again} `ssl-locat doctor CONFIG` tries the store."),
+        "failed": (f"Failed: {at}.", "The fault is among the last events and in the job's log."),
+        "stopped": (f"Ended without a word (killed, out of memory, or power): {at}.", again),
+    }
+    facts.append(words[run.status][0])
+    advice.append(words[run.status][1])
+    knn = run.summary.get("knn") or {}
+    if knn.get("trained") is not None:
+        others = {"before training": knn.get("init"), "raw pixels": knn.get("raw_pixels")}
+        compared = ", ".join(f"{label} {value:.1f}" for label, value in others.items() if value is not None)
+        facts.append(f"k-NN top-1 {knn['trained']:.1f}" + (f" ({compared})." if compared else "."))
+        if knn.get("init") is not None and knn["trained"] <= knn["init"]:
+            advice.append(
+                "k-NN did not rise over the untrained network: train longer, or start from a recipe for data of this size."
+            )
+    waits = [record["data_wait"] for record in run.metrics[-200:] if isinstance(record.get("data_wait"), int | float)]
+    if waits and sum(waits) / len(waits) > 0.2:
+        facts.append(f"The model waited for data {100 * sum(waits) / len(waits):.0f} % of the time.")
+        advice.append("Against waiting: more data.workers, images stored smaller (`ssl-locat shards pack`), a local data.cache.")
+    if run.quarantine:
+        facts.append(f"{len(run.quarantine)} damaged samples were replaced.")
+        advice.append(f"They are listed in {run.path / 'quarantine.jsonl'}; `ssl-locat shards check` finds them all.")
+    for event in run.events[-50:]:
+        if event["kind"] in ("warning", "diverged", "outage", "fault"):
+            facts.append(str(event.get("message", "")))
+            advice.append(str(event.get("advice", "")))
+    return [fact for fact in dict.fromkeys(facts) if fact], [sentence for sentence in dict.fromkeys(advice) if sentence]

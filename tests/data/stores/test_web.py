@@ -1,0 +1,220 @@
+"""Reading ranges over HTTP: credentials, proxies and certificates of the environment, redirects, kept connections, slow answers."""
+
+import base64
+import ssl
+import subprocess
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+from servers import program
+
+from ssl_locat.data.stores import web as web_module
+from ssl_locat.data.stores.remote import Http
+from ssl_locat.data.stores.store import Store
+from ssl_locat.data.stores.web import Web
+from ssl_locat.errors import Outage
+
+CONTENT = bytes(range(256)) * 1000
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch, tmp_path):
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@contextmanager
+def server(answer=None, tls: ssl.SSLContext | None = None):
+    """(URL, list of (path, headers) so far, list of connections) of a server of ranges of CONTENT; `answer(handler)` may do it its way."""
+    seen, connections = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self):
+            connections.append(self)
+            super().setup()
+
+        def do_GET(self):
+            seen.append((self.path, self.headers))
+            (answer or send_range)(self)
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    if tls:
+        http.socket = tls.wrap_socket(http.socket, server_side=True)
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http{'s' * bool(tls)}://127.0.0.1:{http.server_port}", seen, connections
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+def send_range(handler) -> None:
+    start, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+    body = CONTENT[start : end + 1]
+    handler.send_response(206)
+    handler.send_header("Content-Range", f"bytes {start}-{end}/{len(CONTENT)}")
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def basic(text: str) -> str:
+    return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+def test_one_connection_serves_one_range_after_another():
+    with server() as (url, seen, connections):
+        web = Http(5)
+        for start in (0, 70_000, 3):
+            assert web.read(f"{url}/a b.tar?x=ü", start, start + 100_001)[0] == CONTENT[start : start + 100_001]
+        assert len(connections) == 1 and {path for path, _ in seen} == {"/a%20b.tar?x=%C3%BC"}
+
+
+def test_a_connection_that_the_server_ended_is_replaced():
+    def once(handler):
+        send_range(handler)
+        handler.close_connection = True  # without saying so
+
+    with server(once) as (url, _, connections):
+        web = Http(5)
+        for _ in range(5):
+            assert web.read(f"{url}/a", 5, 10)[0] == CONTENT[5:10]
+        assert len(connections) == 5
+
+
+def test_chunked_answers_are_read_whole():
+    def chunked(handler):
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 0-9/{len(CONTENT)}")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"4\r\n" + CONTENT[:4] + b"\r\n6\r\n" + CONTENT[4:10] + b"\r\n0\r\n\r\n")
+
+    with server(chunked) as (url, _, connections):
+        web = Http(5)
+        assert [web.read(f"{url}/a", 0, 10)[0] for _ in range(2)] == [CONTENT[:10]] * 2
+        assert len(connections) == 1
+
+
+def test_credentials_come_from_the_url_or_netrc(tmp_path):
+    with server() as (url, seen, _):
+        Http(5).read(url.replace("://", "://me:se%20cret@"), 0, 9)
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login you password word\n")
+        Http(5).read(url, 0, 9)
+        assert [headers["Authorization"] for _, headers in seen] == [basic("me:se cret"), basic("you:word")]
+
+
+def test_redirects_are_followed_and_credentials_stay_behind():
+    with server() as (storage, behind, _):
+
+        def send_away(handler):
+            handler.send_response(302)
+            handler.send_header("Location", f"{storage}/signed?key=1")
+            handler.send_header("Content-Length", "4")
+            handler.end_headers()
+            handler.wfile.write(b"away")
+
+        with server(send_away) as (url, seen, connections):
+            web = Web(5)
+            for _ in range(3):
+                with web.get(f"{url}/file", {"Authorization": "Bearer token", "Range": "bytes=7-99"}) as answer:
+                    assert answer.read() == CONTENT[7:100]
+            assert len(connections) == 1 and all(headers["Authorization"] == "Bearer token" for _, headers in seen)
+        assert [(path, headers["Authorization"]) for path, headers in behind] == [("/signed?key=1", None)] * 3
+
+
+def test_a_circle_of_redirects_ends():
+    def around(handler):
+        handler.send_response(302)
+        handler.send_header("Location", "/again")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    with server(around) as (url, seen, _), pytest.raises(ConnectionError, match="redirected more than"):
+        Http(5).read(url, 0, 9)
+    assert len(seen) == 10
+
+
+def test_proxies_of_the_environment_are_used(monkeypatch):
+    with server() as (proxy, seen, _):
+        monkeypatch.setenv("http_proxy", proxy.replace("://", "://user:word@"))
+        assert Http(5).read("http://store.example/shards/0.tar", 0, 9)[0] == CONTENT[:9]
+        assert seen[0][0] == "http://store.example/shards/0.tar" and seen[0][1]["Proxy-Authorization"] == basic("user:word")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with server() as (url, direct, _):
+            Http(5).read(f"{url}/0.tar", 0, 9)
+            assert [path for path, _ in direct] == ["/0.tar"] and len(seen) == 1
+
+
+def test_certificates_are_checked(tmp_path, monkeypatch):
+    if not program("openssl"):
+        pytest.skip("openssl is not installed: no certificate to test with")
+    paths = [str(tmp_path / name) for name in ("key.pem", "cert.pem")]
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -keyout"
+    subprocess.run([*command.split(), paths[0], "-out", paths[1]], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(paths[1], paths[0])
+    with server(tls=context) as (url, _, connections):
+        with pytest.raises(ssl.SSLCertVerificationError):
+            Http(5).read(url, 0, 9)
+        monkeypatch.setenv("SSL_CERT_FILE", paths[1])
+        web = Http(5)
+        assert [web.read(url, 0, len(CONTENT))[0] for _ in range(2)] == [CONTENT] * 2
+        assert len(connections) == 1
+
+
+def test_bytes_that_drip_end_in_time(monkeypatch):
+    """By a clock that goes on by a second with each byte: six times the timeout after the beginning, it is enough."""
+    seconds, looked = 0, threading.Semaphore(0)
+
+    def monotonic() -> float:
+        looked.release()
+        return seconds
+
+    def drip(handler):
+        nonlocal seconds
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 0-99/{len(CONTENT)}")
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+        for byte in CONTENT[:100]:
+            seconds += 1
+            handler.wfile.write(bytes([byte]))
+            if not looked.acquire(timeout=10):  # nobody reads any more
+                return
+
+    monkeypatch.setattr(web_module, "time", SimpleNamespace(monotonic=monotonic))
+    with server(drip) as (url, _, _), pytest.raises(TimeoutError, match="too slow"):
+        Http(5).read(url, 0, 100)
+    assert 31 <= seconds <= 33  # the server may be a byte ahead
+
+
+def test_a_longer_answer_than_asked_for_is_not_taken():
+    def endless(handler):
+        handler.send_response(206)
+        handler.send_header("Content-Range", "bytes 0-9/100")
+        handler.send_header("Content-Length", str(1 << 40))
+        handler.end_headers()
+
+    with server(endless) as (url, _, _), pytest.raises(ConnectionError, match="instead of 10"):
+        Http(5).read(url, 0, 10)
+
+
+def test_what_is_no_web_server_is_an_outage():
+    def nonsense(handler):
+        handler.wfile.write(b"220 mail.example ESMTP\r\n")
+        handler.close_connection = True
+
+    with server(nonsense) as (url, _, _), pytest.raises(Outage, match="BadStatusLine"):
+        Store(0.3, 1).read(f"{url}/a.tar", 0, 9)

@@ -1,0 +1,239 @@
+"""The plan: every sample once per pass, for any sizes; stable for ever; the same for everyone."""
+
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl_locat.data.stream.plan import VERSION, Plan, choose_plan, choose_quotas, micro_batch_size, resume_plan
+from ssl_locat.errors import CheckpointError, ConfigError
+
+
+class Numbers:
+    """A dataset as choose_plan sees it."""
+
+    def __init__(self, count: int, mean_bytes: float = 1e5, manifest_hash: str = "a", by_range: bool = True):
+        self.count, self.mean_bytes, self.manifest_hash, self.by_range, self.name = (
+            count,
+            mean_bytes,
+            manifest_hash,
+            by_range,
+            "numbers",
+        )
+
+    def __len__(self):
+        return self.count
+
+
+@st.composite
+def plans(draw, datasets: int = 1):
+    sizes = tuple(draw(st.integers(1, 300)) for _ in range(datasets))
+    chunk = draw(st.integers(1, 20))
+    return Plan(
+        seed=draw(st.integers(0, 2**63)),
+        sizes=sizes,
+        manifests=("x",) * datasets,
+        quotas=tuple(draw(st.integers(1, 5)) for _ in range(datasets)),
+        lanes=draw(st.integers(1, min(*sizes, 20) if datasets > 1 else min(sizes[0], 20))),
+        unit=draw(st.integers(1, 9)),
+        window=chunk * draw(st.integers(1, 6)),
+        chunk=chunk,
+    )
+
+
+def passes(plan: Plan, positions: int) -> list[Counter]:
+    """[pass over dataset 0] -> how often each sample was met"""
+    met: list[Counter] = []
+    for position in range(positions):
+        dataset, sample, epoch = plan.locate(position)
+        while len(met) <= epoch:
+            met.append(Counter())
+        if dataset == 0:
+            met[epoch][sample] += 1
+    return met
+
+
+def positions_for(plan: Plan, epochs: int) -> int:
+    """Enough positions for every lane to finish so many passes."""
+    longest = -(-plan.sizes[0] // plan.lanes) * epochs
+    return (longest // plan.unit + 1) * plan.unit * plan.lanes
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans())
+def test_each_pass_contains_every_sample_exactly_once(plan):
+    met = passes(plan, positions_for(plan, 2))
+    everything = Counter(range(plan.sizes[0]))
+    assert met[0] == everything and met[1] == everything
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2).flatmap(plans), st.integers(0, 2**62 + 100), st.integers(1, 300))
+def test_a_whole_batch_is_planned_as_its_positions_are(plan, start, length):
+    positions = range(start, start + length)
+    assert plan.slots(positions) == [plan.slot(position) for position in positions]
+    assert plan.augment_seeds(positions) == [plan.augment_seed(position) for position in positions]
+
+
+@settings(max_examples=25, deadline=None)
+@given(plans(datasets=3))
+def test_a_mix_keeps_its_proportions_and_each_dataset_its_passes(plan):
+    block = sum(plan.quotas)
+    positions = plan.lanes * plan.unit * -(-block // plan.unit) * 4
+    found = [plan.locate(position) for position in range(positions)]
+    shares = Counter(dataset for dataset, _, _ in found)
+    for dataset, quota in enumerate(plan.quotas):
+        # the last, partial block of each lane may lean either way
+        assert abs(shares[dataset] - positions * quota / block) <= plan.lanes * block / 4 + 1
+        # within a pass no sample comes twice
+        per_pass = Counter((sample, epoch) for which, sample, epoch in found if which == dataset)
+        assert max(per_pass.values()) == 1
+
+
+def test_whole_blocks_of_a_mix_are_exact():
+    plan = Plan(1, (500, 300, 40), ("a", "b", "c"), (70, 29, 1), lanes=4, unit=4, window=64, chunk=16)
+    found = Counter(plan.locate(position)[0] for position in range(4 * 100 * 3))
+    assert found == {0: 840, 1: 348, 2: 12}
+
+
+def test_passes_differ_in_order_and_in_chunk_mates():
+    plan = Plan(5, (4096,), ("a",), (1,), lanes=8, unit=4, window=128, chunk=32)
+    first, second = ([plan.locate(n)[1] for n in range(start, start + 512)] for start in (0, 4096))
+    assert first != second
+    chunks = [{int(sample) // 32 for sample in plan.window_samples(0, epoch, 0, 0)} for epoch in (0, 1)]
+    assert chunks[0] != chunks[1]
+
+
+def test_a_window_needs_few_reads():
+    plan = Plan(5, (100_000,), ("a",), (1,), lanes=8, unit=4, window=512, chunk=128)
+    runs = [1 + np.count_nonzero(np.diff(np.sort(plan.window_samples(0, 0, 3, window))) != 1) for window in range(80, 90)]
+    assert max(runs) <= 5  # four chunks; one may wrap around the end
+
+
+def test_golden_order_never_changes():
+    """If this fails, resumed runs would see other samples: raise plan.VERSION and say so in the release notes."""
+    plan = Plan(42, (1013, 211), ("a", "b"), (3, 1), lanes=12, unit=4, window=64, chunk=16)
+    positions = [7 * n * n + 13 * n for n in range(50)]
+    assert [plan.locate(position)[:2] for position in positions] == GOLDEN
+    assert [plan.augment_seed(position) for position in (0, 1, 2**40)] == GOLDEN_SEEDS
+
+
+def test_any_global_batch_is_planned_with_one_reader_per_lane():
+    for batch, world, accumulate, workers in [(1024, 8, 1, 8), (1024, 1, 4, 8), (256, 2, 1, 4), (64, 1, 1, 2), (96, 4, 2, 1)]:
+        plan = choose_plan([Numbers(1_281_167)], [1.0], 0, batch)
+        assert plan.readers_per_lane(batch // world // accumulate, world, workers) == 1.0
+        # what is held in memory over all ranks: one window for each lane, twice that while reading ahead
+        assert plan.lanes * plan.window * 1e5 <= 2**30 * 1.1 * max(1, batch / 256)
+
+
+def test_readers_per_lane_sees_misalignment():
+    plan = choose_plan([Numbers(1_281_167)], [1.0], 0, 1024)
+    assert plan.readers_per_lane(128, 8, 8) == 1.0
+    assert plan.readers_per_lane(128, 8, 7) > 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_tiny_datasets_are_planned(count):
+    plan = choose_plan([Numbers(count)], [1.0], 0, 64)
+    met = passes(plan, positions_for(plan, 1))
+    assert met[0] == Counter(range(count))
+
+
+def test_a_window_of_a_huge_dataset_is_planned_without_a_table():
+    """Told by the memory it takes, which other work on the machine does not change, as it would the seconds."""
+    plan = choose_plan([Numbers(1_700_000_000, 5e4)], [1.0], 0, 8192)
+    tracemalloc.start()
+    for lane in range(100):
+        plan.window_samples(0, 3, lane, plan._lane_part(0, lane)[0] // plan.window)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1e6  # bytes; a table would have 1.7e9 rows
+
+
+def test_quotas_follow_the_weights():
+    assert choose_quotas([0.7, 0.29, 0.01]) == (70, 29, 1)
+    assert choose_quotas([2, 1]) == (667, 333)
+    assert choose_quotas([5]) == (1,)
+    assert min(choose_quotas([1.0, 1e-9])) == 1
+    with pytest.raises(ConfigError, match="above 0"):
+        choose_quotas([1, 0])
+
+
+def test_uneven_batches_are_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="Nearest: 96 or 104"):
+        micro_batch_size(100, 4, 2)
+    assert micro_batch_size(96, 4, 2) == 12
+
+
+def test_a_checkpoint_restores_the_plan_and_refuses_other_data():
+    datasets = [Numbers(1000), Numbers(500, manifest_hash="b")]
+    plan = choose_plan(datasets, [2, 1], 3, 64)
+    saved = plan.to_dict()
+    assert resume_plan(saved, datasets, [4, 2], 3) == plan
+    for wrong, words in [
+        ((saved, datasets, [2, 1], 4), "seed was 3"),
+        ((saved, datasets[:1], [1], 3), "2 datasets"),
+        ((saved, [Numbers(999, manifest_hash="c"), datasets[1]], [2, 1], 3), "manifest"),
+        ((saved, datasets, [1, 1], 3), "weights"),
+        ((saved | {"version": VERSION + 1}, datasets, [2, 1], 3), "version"),
+    ]:
+        with pytest.raises(CheckpointError, match=words):
+            resume_plan(*wrong)
+
+
+GOLDEN = [
+    (0, 229),
+    (0, 638),
+    (0, 149),
+    (1, 180),
+    (0, 641),
+    (1, 50),
+    (0, 475),
+    (1, 51),
+    (0, 423),
+    (0, 851),
+    (0, 908),
+    (1, 115),
+    (1, 59),
+    (0, 162),
+    (1, 138),
+    (0, 107),
+    (0, 980),
+    (0, 847),
+    (1, 45),
+    (0, 815),
+    (0, 387),
+    (0, 858),
+    (1, 79),
+    (1, 101),
+    (1, 54),
+    (0, 399),
+    (1, 103),
+    (0, 558),
+    (0, 713),
+    (0, 77),
+    (0, 950),
+    (1, 207),
+    (1, 18),
+    (1, 89),
+    (0, 276),
+    (0, 846),
+    (0, 536),
+    (0, 514),
+    (0, 333),
+    (1, 42),
+    (1, 132),
+    (1, 5),
+    (0, 874),
+    (0, 762),
+    (1, 85),
+    (0, 250),
+    (0, 874),
+    (0, 476),
+    (0, 864),
+    (0, 145),
+]
+GOLDEN_SEEDS = [15020821697198379421, 13971438248871640370, 14508051998510920509]

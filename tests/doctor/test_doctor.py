@@ -1,0 +1,149 @@
+"""doctor looks at real machines, data and runs; nothing in it is faked but the time it takes to measure."""
+
+import shutil
+
+import pytest
+from trained import trained_run, write_config  # noqa: F401
+
+from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.doctor.doctor import doctor
+from ssl_locat.errors import ConfigError, DataError, UserError
+from ssl_locat.measure import step as step_measure
+from ssl_locat.measure.images import sample_data
+from ssl_locat.measure.step import step_device
+from ssl_locat.pretraining.step_times import step_times
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    monkeypatch.setattr(step_measure, "SECONDS", 0.01)
+
+
+@pytest.fixture
+def config(tmp_path):
+    make_textures(tmp_path / "set", num_train=96, num_test=40, image_size=32, progress=False)
+    return str(write_config(tmp_path))
+
+
+@pytest.fixture
+def said(capsys):
+    """What was written to stderr; stdout must stay empty, it belongs to --json."""
+    from ssl_locat.runs.log import console
+
+    console.cache_clear()
+
+    def read() -> str:
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+
+    yield read
+    console.cache_clear()
+
+
+def test_the_machine_is_described(said):
+    assert doctor() == 0
+    text = said()
+    for part in ("Environment", "torch 2.", "Attention on", "reference, sdpa", "Extras installed", "Slurm"):
+        assert part in text
+
+
+def test_a_config_is_measured_and_its_bottleneck_named(config, said):
+    assert doctor(config, ["optim.global_batch_size=32"]) == 0
+    text = said()
+    for part in (
+        "96 images",
+        "100 % JPEG",
+        "32..32 x 32..32 px",
+        "6 steps of 32 images",
+        "images/s",
+        "First bottleneck: ",
+        "Memory per rank",
+    ):
+        assert part in text
+    assert "A global batch of 32 makes a noisy centre" in text
+
+
+@pytest.mark.parametrize("mode", ["cpu", "device-photometric", "device"])
+def test_crops_are_finished_as_they_were_cut(config, said, mode):
+    """In every mode, so that a GPU, for which "auto" chooses another one than a CPU does, can be measured too."""
+    assert doctor(config, ["optim.global_batch_size=32", f"crops.mode={mode}"]) == 0
+    assert "images/s" in said()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_attention_takes_its_share(config):
+    from ssl_locat.config.schema import load
+    from ssl_locat.data.shards.index import open_dataset
+
+    loaded = load(config, [])
+    sample = sample_data([open_dataset(loaded.data.train)], loaded, step_device(loaded.device))
+    times = step_times(loaded, sample.payload, 16)
+    assert times.device.type == "cuda" and 0.01 < times.attention / (times.step + times.transfer) < 0.9
+
+
+def test_memory_per_image_holds_no_copies_of_weights(config):
+    """Under bf16 autograd keeps a copy of every weight, 2 MB of this head's largest alone; images share it."""
+    from ssl_locat.config.schema import load
+    from ssl_locat.data.shards.index import open_dataset
+
+    loaded = load(config, ["precision=bf16", "objective.hidden_dim=1024"])
+    sample = sample_data([open_dataset(loaded.data.train)], loaded, step_device(loaded.device))
+    times = step_times(loaded, sample.payload, 4)
+    assert 5e4 < times.memory_per_image < 6e5
+
+
+def test_ranks_come_from_the_profile(config, said):
+    doctor(config, on="slurm,nodes=2,ntasks_per_node=2")
+    assert "4 ranks x 1 accumulated x 4" in said()
+    with pytest.raises(ConfigError, match="3 ranks"):
+        doctor(config, on="slurm,nodes=3,ntasks_per_node=1")
+
+
+def test_damaged_data_is_counted_shown_and_stops(tmp_path, said):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    make_textures(tmp_path / "set", num_train=96, num_test=40, image_size=32, progress=False)
+    from PIL import Image
+
+    for number in range(20):
+        Image.new("RGB", (40, 30), (number, 90, 9)).save(folder / f"{number:02d}.jpg")
+    (folder / "07.jpg").write_bytes(b"this is no image")
+    config = str(write_config(tmp_path, data={"train": str(folder), "workers": 0}))
+    assert doctor(config) == 2
+    text = said()
+    assert "Unreadable: 1 of 20" in text and "07" in text and "exit code 3" in text and "shards check" in text
+
+
+def test_wrong_input_is_the_users_mistake(config, tmp_path):
+    with pytest.raises(DataError):
+        doctor(config, [f"data.train={tmp_path}/nothing-*.tar"])
+    with pytest.raises(ConfigError):
+        doctor("quickstartt")
+
+
+def test_a_finished_run_is_explained(trained_run, said):  # noqa: F811
+    assert doctor(str(trained_run)) == 0
+    text = said()
+    assert "Finished: 12 of 12 steps, 192 images" in text or "Finished: 12 steps, 192 images" in text
+    assert "k-NN top-1" in text and "ssl-locat report" in text
+    with pytest.raises(UserError, match="run folder"):
+        doctor(str(trained_run), on="slurm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said_about_it"),
+    [("preempt", "Preempted, and saved"), ("diverged", "Diverged"), ("outage", "did not answer"), ("", "Running, or stopped")],
+)
+def test_unfinished_runs_are_explained_by_their_last_event(trained_run, tmp_path, said, kind, said_about_it):  # noqa: F811
+    from ssl_locat.runs.log import EventLog
+
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    (run / "summary.json").unlink()
+    lines = [line for line in (run / "events.jsonl").read_text().splitlines(keepends=True) if '"finish"' not in line]
+    (run / "events.jsonl").write_text("".join(lines))
+    if kind:
+        EventLog(run).add(kind, step=12)
+    doctor(str(run))
+    assert said_about_it in said()

@@ -1,0 +1,91 @@
+"""init writes a YAML that pretrain runs, from the images as they are."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ssl_locat.config.schema import load
+from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.doctor.init import choose_prototypes, choose_sizes, init
+from ssl_locat.errors import DataError, UserError
+from ssl_locat.measure import step as step_measure
+from ssl_locat.pretraining.loop import pretrain
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(step_measure, "SECONDS", 0.01)
+    monkeypatch.chdir(tmp_path)
+
+
+def save_images(folder: Path, count: int, size: tuple[int, int], mode: str = "RGB") -> Path:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_init_writes_is_what_pretrain_runs(tmp_path):
+    source = save_images(tmp_path / "my photos", 48, (50, 40))
+    path = init(str(source))
+    assert path == Path("my_photos.yaml")
+    text = path.read_text()
+    assert "48 images" in text and text.count("#") > 10 and "on this machine, by a few measured steps" in text
+    config = load(
+        str(path), ["optim.epochs=1", "backbone.embed_dim=24", "backbone.depth=1", "data.workers=0", "log.tensorboard=false"]
+    )
+    assert config.crops.global_size == 32 and config.data.train == str(source)
+    assert pretrain(config)["samples_seen"] == 48 // config.optim.global_batch_size * config.optim.global_batch_size
+    assert Path("runs/my_photos/export/model.safetensors").is_file()
+
+
+def test_train_and_test_folders_and_shards_are_told_apart(tmp_path):
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            save_images(tmp_path / "set" / part / label, 12, (70, 70))
+    data = yaml.safe_load(init(str(tmp_path / "set")).read_text())
+    assert data["data"]["train"].endswith("set/train") and data["data"]["test"].endswith("set/val")
+    assert data["data"]["num_classes"] == 2 and data["crops"]["global_size"] == 64 and data["probes"]["knn"]["k"] == [20]
+
+    make_textures(tmp_path / "shards", num_train=64, num_test=40, image_size=32, progress=False)
+    data = yaml.safe_load(init(str(tmp_path / "shards"), str(tmp_path / "other.yaml")).read_text())
+    assert data["data"]["train"].endswith("*train*.tar") and data["data"]["test"].endswith("*test*.tar")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_gray_images_get_their_own_statistics_and_no_colour_changes(tmp_path):
+    crops = yaml.safe_load(init(str(save_images(tmp_path / "xrays", 24, (40, 40), "L"))).read_text())["crops"]
+    assert crops["gray_prob"] == 0 and crops["jitter"][2:] == [0, 0] and crops["mean"][0] == pytest.approx(0.5, abs=0.03)
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path):
+    Path("here.yaml").write_text("mine")
+    source = str(save_images(tmp_path / "here", 8, (40, 40)))
+    with pytest.raises(UserError, match="--out"):
+        init(source)
+    assert Path("here.yaml").read_text() == "mine"
+    with pytest.raises(DataError):
+        init(str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError):
+        init(str(tmp_path / "empty"))
+    assert sorted(path.name for path in tmp_path.glob("*.yaml")) == ["here.yaml"]
+
+
+def test_a_folder_that_cannot_hold_the_yaml_is_named_before_the_images_are_looked_at(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in ("nope/x.yaml", "file/x.yaml"):
+        with pytest.raises(UserError, match=rf"{out} cannot be written: its folder is missing or read-only\. .*--out"):
+            init(str(tmp_path / "absent"), str(tmp_path / out))
+
+
+def test_choices_follow_the_images():
+    assert choose_sizes([32], gpu=False).patch_size == 4 and choose_sizes([500], gpu=True).global_size == 224
+    assert choose_sizes([500], gpu=False).global_size == 96
+    assert [choose_prototypes(count) for count in (10, 10_000, 1_281_167)] == [64, 1024, 65536]

@@ -1,0 +1,150 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+from scenes import write_split
+
+from ssl_locat.errors import CheckpointError, ConfigError
+from ssl_locat.evaluation.online import probe, undisturbed
+from ssl_locat.evaluation.protocols import linear
+from ssl_locat.evaluation.shared import samples
+from ssl_locat.models.backbone import create_backbone
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return create_backbone("locatvit_tiny", img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_split(tmp_path_factory.mktemp("scenes"), num_train=64, num_test=24)
+
+
+def test_schedule_matches_the_reference(golden):
+    expected = golden("schedules")["out.eval_linear_cosine.lr0.001_bs128_100ep"]  # per epoch, lr scaled by 128 / 256
+    steps = 100
+    ours = torch.tensor([linear.annealed(epoch, steps, 1e-3 * 128 / 256) for epoch in range(steps)], dtype=torch.float64)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_learns_colours(backbone, data):
+    scores = linear.evaluate(backbone, data=data, epochs=30, lr=0.5, batch_size=32, blocks=2, patch_mean=True, workers=0)
+    assert scores["top1"] > 70
+    assert scores["top5"] == 100  # four classes
+
+
+def test_kept_features_train_alike(backbone, data, monkeypatch):
+    settings = {"data": data, "epochs": 30, "lr": 0.5, "batch_size": 32, "workers": 0}
+    crops, original = [], linear.training_view
+    monkeypatch.setattr(linear, "training_view", lambda *args, **kw: crops.append(args[1]) or original(*args, **kw))
+    assert linear.evaluate(backbone, **settings, augment=False)["top1"] > 60
+    assert not crops  # read once, centre-cropped
+    linear.evaluate(backbone, **settings | {"epochs": 2}, augment=True)
+    assert len(crops) == len(set(crops)) == 2 * 64  # every image of both epochs by a seed of its own
+
+
+@pytest.mark.parametrize("protocol", [linear.evaluate, linear.sweep])
+def test_few_labels_are_a_share_of_every_class(backbone, data, monkeypatch, protocol):
+    used, original = [], linear.label_subset
+    monkeypatch.setattr(linear, "label_subset", lambda *args: used.append(original(*args)) or used[-1])
+    totals, keys = [], linear.training_keys
+    monkeypatch.setattr(linear, "training_keys", lambda total, *rest: totals.append(total) or keys(total, *rest))
+    settings = {"data": data, "epochs": 1, "batch_size": 32, "augment": False, "workers": 0}
+    if protocol is linear.sweep:
+        with pytest.raises(ConfigError, match="blocks is 4, but LocAtVisionTransformer has 3 blocks"):
+            protocol(backbone, **settings)
+        settings["blocks"] = [1, 3]
+    protocol(backbone, **settings)
+    protocol(backbone, **settings, train_fraction=0.25)
+    held_out = 0 if protocol is linear.evaluate else 0.1
+    assert [len(part) for part in used] == [64, 16]  # 4 classes of 16
+    assert totals == [64 - round(held_out * 64), 16 - round(held_out * 16)]
+
+
+def test_stopped_and_continued_equals_unbroken(backbone, data, tmp_path, monkeypatch):
+    settings = {"data": data, "epochs": 4, "lr": 0.1, "batch_size": 32, "workers": 0}
+    unbroken = linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "a.safetensors"))
+    save, saves = linear.save_progress, []
+
+    def killed(*args):
+        save(*args)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(linear, "save_progress", killed)
+    with pytest.raises(KeyboardInterrupt):
+        linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "b.safetensors"))
+    monkeypatch.undo()
+    assert linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "b.safetensors")) == unbroken
+    unbroken_state, state = (load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    assert all(torch.equal(unbroken_state[name], state[name]) for name in unbroken_state)
+    with pytest.raises(CheckpointError, match="epochs: 4 there, 5 here"):
+        linear.evaluate(backbone, **settings | {"epochs": 5}, resume_file=str(tmp_path / "b.safetensors"))
+    with torch.no_grad():
+        next(backbone.parameters()).add_(1)
+    with pytest.raises(CheckpointError, match=r"another training \(weights"):
+        linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "b.safetensors"))
+
+
+def test_an_epochs_order_is_made_when_it_begins(backbone, data, monkeypatch):
+    asked, at_first_save = [], []
+    original = samples.epoch_keys
+    monkeypatch.setattr(samples, "epoch_keys", lambda *args: asked.append(args[2]) or original(*args))
+    monkeypatch.setattr(linear, "save_progress", lambda *_: at_first_save.append(len(asked)))
+    linear.evaluate(backbone, data=data, epochs=3, batch_size=16, workers=0)
+    assert at_first_save[:2] == [1, 2] and asked == [0, 1, 2]
+
+
+def test_sweep_chooses_on_held_out_images(backbone, data):
+    scores = linear.sweep(
+        backbone, data=data, blocks=[1, 2], patch_mean=[False, True], lrs=[1e-6, 0.3], held_out=0.25, epochs=20, batch_size=16,
+        augment=False, workers=0,
+    )  # fmt: skip
+    assert scores["best_lr"] == pytest.approx(0.3)  # the other cannot learn in so few steps
+    assert scores["top1"] > 50
+    assert scores["best_blocks"] in (1, 2) and scores["best_patch_mean"] in (0, 1)
+    with pytest.raises(ConfigError, match="held_out is 0"):
+        linear.sweep(backbone, data=data, held_out=0)
+
+
+def test_columns_of_a_setting():
+    layout = linear.Layout(blocks=3, class_width=2, mean_width=1)
+    features = torch.tensor([[1, 1, 2, 2, 3, 3, 9]])
+    assert layout.pick(features, linear.Setting(1, False, 0.1)).tolist() == [[3, 3]]
+    assert layout.pick(features, linear.Setting(2, True, 0.1)).tolist() == [[2, 2, 3, 3, 9]]
+    assert layout.pick(features, linear.Setting(3, False, 0.1)).tolist() == [[1, 1, 2, 2, 3, 3]]
+
+
+def test_probes_leave_random_state_and_modes_alone(backbone, data):
+    import random
+
+    import numpy as np
+
+    backbone.train()
+    backbone.blocks[0].eval()
+
+    def draw() -> list:
+        return [torch.rand(2).tolist(), random.random(), np.random.rand()]
+
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    expected = draw()
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    scores = probe(backbone, "linear", {"epochs": 2, "batch_size": 16, "workers": 2}, data)
+    assert probe(
+        backbone,
+        "dense",
+        {"protocol": "hummingbird", "image_size": 32, "data": {"num_classes": 5}, "workers": 0},
+        data | {"num_classes": 4, "label_key": "cls"},
+    )
+    assert "top1" in scores
+    assert draw() == expected
+    assert backbone.training and not backbone.blocks[0].training and backbone.blocks[1].training
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    with undisturbed(backbone):
+        torch.rand(3)
+    with pytest.raises(ConfigError, match=r"probes.hummingbrid: 'hummingbrid' is no probe.*Did you mean 'hummingbird'"):
+        probe(backbone, "hummingbrid", {}, data)
+    with pytest.raises(ConfigError, match=r"probes.often.k is \[0\]; expected a whole number"):
+        probe(backbone, "often", {"protocol": "knn", "k": [0]}, data)
