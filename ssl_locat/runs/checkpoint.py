@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_locat.errors import CheckpointError
 from ssl_locat.runs import distributed
+from ssl_locat.shown import to_json
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class Checkpointer:
     def _commit(self, step: int, partial: Path, content: dict) -> None:
         """Rank 0, once all ranks wrote their files: the marker, the rename, then (only then) older ones go."""
         files = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
-        _write_and_flush(partial / MARKER, json.dumps(content | {"saved": time.time(), "files": files}))
+        _write_and_flush(partial / MARKER, to_json(content | {"saved": time.time(), "files": files}))
         _flush_folder(partial)
         for path in _step_folders(self.folder):
             # resumed from an older checkpoint, or started afresh in a used folder: what lies ahead belongs to another history

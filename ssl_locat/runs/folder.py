@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from ssl_locat.config.schema import Config, parse
 from ssl_locat.config.yaml_files import load_yaml
 from ssl_locat.errors import UserError
+from ssl_locat.shown import carries_credentials, redacted, to_json
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,12 @@ MAY_CHANGE += ("run_dir", "device", "compile", "parallel", "activation_checkpoin
 MAY_CHANGE += ("checkpoint", "probes", "log", "stop_on", "export", "sweep")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it."""
+def write_atomically(path: Path, text: str, private: bool = False) -> None:
+    """A reader sees the old file or the new one, never half of it. `private`: for its owner alone, else as the umask has it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
+    beside.unlink(missing_ok=True)
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "w", encoding="utf-8") as file:
+        file.write(text)
     os.replace(beside, path)
 
 
@@ -64,8 +67,15 @@ def prepare(config: Config) -> TextIO:
                     "Give another run_dir to start afresh, or the same settings to go on."
                 )
         lock = take_lock(folder)
-        write_atomically(folder / "config.yaml", config.to_yaml())
-        write_atomically(folder / "environment.json", json.dumps(environment(), indent=1))
+        values = config.model_dump(mode="json")
+        if private := carries_credentials(values):
+            log.warning(
+                "the config holds credentials (user, password or query of a URL): %s keeps them to resume, readable by you alone. Better "
+                "leave them out: ~/.netrc, AWS_PROFILE, gcloud's login and HF_TOKEN are read as by every tool.",
+                folder / "config.yaml",
+            )
+        write_atomically(folder / "config.yaml", config.to_yaml(), private)
+        write_atomically(folder / "environment.json", to_json(environment(), indent=1))
     except OSError as error:
         raise UserError(f"run_dir {folder} cannot be written: {error.strerror or error}. Give another run_dir.") from None
     return lock
@@ -118,8 +128,8 @@ def differences(saved: Any, given: Any, key: str = "") -> Iterator[str]:
     if isinstance(saved, dict) and isinstance(given, dict):
         for name in dict.fromkeys([*saved, *given]):
             yield from differences(saved.get(name), given.get(name), f"{key}.{name}".lstrip("."))
-    elif saved != given:
-        yield f"{key} was {saved!r}, now {given!r}"
+    elif redacted(saved, "") != redacted(given, ""):  # signed URLs rotate, and checkpoints keep none
+        yield f"{key} was {redacted(saved)!r}, now {redacted(given)!r}"
 
 
 def environment() -> dict[str, Any]:
