@@ -26,7 +26,7 @@ from typing import Protocol
 import numpy as np
 
 from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS
-from ssl_locat.data.shards.shard_index import Shard, load_block, open_shards, scan_shard, write_sidecars
+from ssl_locat.data.shards.shard_index import Shard, load_block, load_key_crcs, open_shards, scan_shard, write_sidecars
 from ssl_locat.data.shards.tar import COMPRESSED, Damage, RawSample, parse
 from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, redact, scheme_of
 from ssl_locat.data.stores.store import Store
@@ -58,6 +58,9 @@ class Dataset(Protocol):
     def read(self, start: int, stop: int) -> list[RawSample | Damage]:
         """Samples start..stop: fetched and parsed."""
 
+    def key_crcs(self) -> np.ndarray:
+        """uint32 [N]: of the samples' keys, from the index: no sample is read."""
+
 
 class ShardDataset:
     """Tar shards."""
@@ -84,6 +87,9 @@ class ShardDataset:
 
     def read(self, start: int, stop: int) -> list[RawSample | Damage]:
         return [self.parse(entry) for entry in self.fetch(start, stop)]
+
+    def key_crcs(self) -> np.ndarray:
+        return np.array(load_key_crcs(self.store, self.shards), dtype=np.uint32)
 
     def parse(self, entry: tuple | Damage) -> RawSample | Damage:
         return entry if isinstance(entry, Damage) else parse(*entry)
@@ -147,11 +153,24 @@ class FolderDataset:
     def read(self, start: int, stop: int) -> list[RawSample | Damage]:
         return self.fetch(start, stop)
 
+    def key_crcs(self) -> np.ndarray:
+        keys = (self._path(index).rpartition(b".")[0] for index in range(len(self)))
+        return np.fromiter(map(zlib.crc32, keys), np.uint32, len(self))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [N]: the number of each file's class folder."""
+        numbers = {name.encode("utf-8", "surrogateescape"): number for number, name in enumerate(self.classes)}
+        return np.fromiter((numbers[self._path(index).partition(b"/")[0]] for index in range(len(self))), np.int64, len(self))
+
     def parse(self, entry: RawSample | Damage) -> RawSample | Damage:
         return entry
 
     def fetch(self, start: int, stop: int) -> list[RawSample | Damage]:
-        return [self._read_one(self._paths[self._ends[i] : self._ends[i + 1]]) for i in range(start, stop)]
+        return [self._read_one(self._path(i)) for i in range(start, stop)]
+
+    def _path(self, index: int) -> bytes:
+        return self._paths[self._ends[index] : self._ends[index + 1]]
 
     def _read_one(self, path: bytes) -> RawSample | Damage:
         path = path.decode("utf-8", "surrogateescape")

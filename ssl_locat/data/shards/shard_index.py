@@ -33,6 +33,7 @@ SIDECAR = "shards.index"
 _MAGIC = b"ssl_locat shard index 1\n"
 _TAIL = 8  # bytes of the length of the JSON at the end
 _THREADS = 16
+_PIECE = 16 << 20  # bytes of an index that are read at once
 _LOCAL_BLOCK, _REMOTE_BLOCK = 1 << 16, 8 << 20  # bytes per read while scanning: hops over payloads, or streams
 
 
@@ -97,6 +98,26 @@ def load_block(store: Store, shard: Shard) -> tuple[array, array]:
     starts.frombytes(block[: 8 * (shard.count + 1)])
     crcs.frombytes(block[8 * (shard.count + 1) :])
     return starts, crcs
+
+
+def load_key_crcs(store: Store, shards: list[Shard]) -> array:
+    """uint32 [N]: a crc of each sample's key. Blocks that lie side by side are read together: some requests, not one a shard."""
+    found: dict[tuple[str, int], bytes] = {}
+    blocks = sorted({(shard.source, shard.at): shard.block_size for shard in shards}.items())
+    while blocks:
+        (source, begin), size = blocks[0]
+        end, count = begin + size, 1
+        while count < len(blocks) and blocks[count][0] == (source, end) and end - begin < _PIECE:
+            end, count = end + blocks[count][1], count + 1
+        piece = store.read(source, begin, end)
+        for (_, at), size in blocks[:count]:
+            number = size // 12  # of samples: 12 bytes each, and 8
+            found[source, at] = piece[at - begin + 8 * (number + 1) : at - begin + size]
+        del blocks[:count]
+    crcs = array("I")
+    for shard in shards:
+        crcs.frombytes(found[shard.source, shard.at])
+    return crcs
 
 
 def open_shards(store: Store, found: dict[str, Stat | None], cache_dir: Path | None = None) -> list[Shard]:

@@ -10,11 +10,9 @@ positions. Damaged samples are replaced by the next good one of their window, so
 import logging
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +30,9 @@ from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stores.store import let_stop
 from ssl_locat.data.stream.plan import Plan, Slot, micro_batch_size
 from ssl_locat.data.stream.quarantine import Bad, Quarantine
-from ssl_locat.errors import BadSample, DataBudgetExceeded, Outage, UserError
+from ssl_locat.data.stream.workers import Failure, as_is, next_of, start_worker, starting, stop_workers
+from ssl_locat.data.stream.workers import context as workers_context
+from ssl_locat.errors import EXPECTED, BadSample, DataBudgetExceeded, Outage, UserError
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ _LOCAL_THREADS = 4
 _SUBSTITUTE_WINDOWS = 8
 # A reading thread that has bytes must not wait 5 ms (Python's default) for a busy main thread to let go of the interpreter, once per call.
 _SWITCH_SECONDS = 0.0005
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Batch(NamedTuple):
@@ -52,12 +51,6 @@ class Batch(NamedTuple):
     keys: list[str]  # of the samples used: a substitute shows its own
     seconds: float  # that a worker spent on it
     damaged: list[Bad]  # met for this batch
-
-
-class _Failure(NamedTuple):
-    """An expected error on its way from a worker to the trainer; torch would wrap it into a page of traces."""
-
-    error: Exception
 
 
 class _Window:
@@ -188,7 +181,7 @@ class _MicroBatches(IterableDataset):
         first = self.start + (number * self.world_size + self.rank) * self.micro_batch
         return range(first, first + self.micro_batch)
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
+    def __iter__(self) -> Iterator[Batch | Failure]:
         worker = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         reader = Reader(*self.arguments)
@@ -213,32 +206,10 @@ class _MicroBatches(IterableDataset):
         except (UserError, Outage, DataBudgetExceeded) as error:
             if worker is None:
                 raise
-            yield _Failure(error)
+            yield Failure(error)
         finally:
             sys.setswitchinterval(switch_seconds)
             reader.close()
-
-
-def _as_is(batch):
-    """In place of torch's conversion of arrays and tuples."""
-    return batch
-
-
-def _start_worker(stopping, trainer: int, worker: int) -> None:
-    """Signals reach the whole process group (Ctrl-C, Slurm's warnings), but only the trainer decides when its workers stop."""
-
-    def terminate(*_):
-        if stopping.is_set() or os.getppid() != trainer:
-            os._exit(0)
-
-    for name in _SIGNALS:
-        signal.signal(name, terminate if name == signal.SIGTERM else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-
-def _stop_workers(batches, stopping) -> None:
-    stopping.set()
-    batches._shutdown_workers()
 
 
 def _check_shared_memory(payload) -> None:
@@ -306,7 +277,7 @@ class TrainStream:
         self.quarantine = Quarantine(Path(quarantine_path) if quarantine_path else None, max_bad, sum(plan.sizes))
         self._listed = len(self.quarantine.known) if rank == 0 else 0  # of earlier runs: one rank counts them
         self._source = _MicroBatches(datasets, plan, prepare, collate, start_samples, micro_batch, rank, world_size)
-        self._context = context or ("forkserver" if torch.cuda.is_initialized() or not hasattr(os, "fork") else "fork")
+        self._context = context or workers_context()
         self._loader_options = {"pin_memory": pin_memory}
         if workers:
             self._stopping = torch.multiprocessing.get_context(self._context).Event()
@@ -314,7 +285,7 @@ class TrainStream:
                 "num_workers": workers,
                 "prefetch_factor": prefetch,
                 "multiprocessing_context": self._context,
-                "worker_init_fn": partial(_start_worker, self._stopping, os.getpid()),
+                "worker_init_fn": partial(start_worker, self._stopping, os.getpid()),
                 "timeout": 2 * max(dataset.store.budget_seconds for dataset in datasets) + 120,
             }
         self._batches: Iterator | None = None
@@ -345,34 +316,20 @@ class TrainStream:
             yield batch
 
     def _start(self) -> Iterator:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until a worker has its own handlers
-        try:
-            with warnings.catch_warnings():  # torch counts cores and workers; `ssl-locat doctor` weighs them by measuring
-                warnings.filterwarnings("ignore", message="This DataLoader will create")
-                # a generator of its own: starting must not draw from the trainer's, whose numbers a resumed run draws again
-                options = {"generator": torch.Generator(), **self._loader_options}
-                batches = iter(DataLoader(self._source, batch_size=None, collate_fn=_as_is, in_order=True, **options))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with starting():
+            # a generator of its own: starting must not draw from the trainer's, whose numbers a resumed run draws again
+            options = {"generator": torch.Generator(), **self._loader_options}
+            batches = iter(DataLoader(self._source, batch_size=None, collate_fn=as_is, in_order=True, **options))
         if self.workers:  # also when the trainer forgets or fails: workers that ignore SIGTERM must be told
-            self._close = weakref.finalize(self, _stop_workers, batches, self._stopping)
+            self._close = weakref.finalize(self, stop_workers, batches, self._stopping)
         return batches
 
     def _next(self) -> Batch:
         try:
-            batch = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
+            return next_of(self._batches)
+        except EXPECTED:
             self.close()
-            raise Outage(
-                f"a data worker was lost: {str(error).strip().splitlines()[0].rstrip('.')}. If the machine ran out of memory (see 'dmesg'), lower data.workers or "
-                "the batch size per GPU; if /dev/shm was full, enlarge it. Then start the same command again: nothing is lost."
-            ) from error
-        if isinstance(batch, _Failure):
-            self.close()
-            raise batch.error
-        return batch
+            raise
 
     def take(self, position: int) -> tuple[str, Any]:
         """(key, prepared sample) at one position, read in this process: what a batch that went wrong was made of."""
