@@ -15,7 +15,7 @@ import typer
 from safetensors import SafetensorError
 
 from ssl_locat import __version__
-from ssl_locat.errors import EXPECTED, Outage, UserError, disk_refusal
+from ssl_locat.errors import EXPECTED, Outage, UserError, disk_error_message
 from ssl_locat.runs import log
 
 app = typer.Typer(
@@ -303,7 +303,7 @@ def main() -> None:
         print(f"ssl-locat: {error}", file=sys.stderr)
         code = error.exit_code
     except (OSError, SafetensorError) as error:
-        if verbose or not (refusal := disk_refusal(error)):
+        if verbose or not (refusal := disk_error_message(error)):
             raise
         print(f"ssl-locat: {refusal}", file=sys.stderr)
         code = Outage.exit_code

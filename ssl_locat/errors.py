@@ -17,14 +17,14 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Data is missing, empty or of a kind that cannot be used at all (one damaged sample is a BadSample)."""
+    """Data is missing, empty or of a kind that cannot be used at all (one damaged sample is a CorruptSample)."""
 
 
 class CheckpointError(UserError):
     """A checkpoint or an export is missing, damaged or belongs to another model."""
 
 
-class BadSample(Exception):
+class CorruptSample(Exception):
     """One sample is damaged: it is quarantined, counted and replaced; the run goes on."""
 
     def __init__(self, reason: str):
@@ -59,7 +59,7 @@ class Diverged(RuntimeError):
 EXPECTED = (UserError, DataBudgetExceeded, Outage, Preempted, Diverged)  # reported without a stack trace
 
 
-REFUSALS = {
+DISK_ERRORS = {
     errno.ENOSPC: "the disk is full. Make room",
     errno.EFBIG: "the file grew beyond what this disk or `ulimit -f` allows. Choose another place",
     errno.EDQUOT: "the disk quota is used up. Make room",
@@ -75,15 +75,15 @@ REFUSALS = {
 }
 
 
-def disk_refusal(error: Exception) -> str | None:
+def disk_error_message(error: Exception) -> str | None:
     """In words, what the operating system refused, if it is the machine's or the user's to mend; None for an error of ours."""
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
     in_words = re.search(r"os error (\d+)|Os { code: (\d+)", str(error))  # all that safetensors gives
     if number is None and in_words:
         number = int(in_words[1] or in_words[2])
-    if number not in REFUSALS:
+    if number not in DISK_ERRORS:
         return None
-    return f"{f'{name}: ' if name else ''}{REFUSALS[number]} and start the same command again; what was saved before is whole."
+    return f"{f'{name}: ' if name else ''}{DISK_ERRORS[number]} and start the same command again; what was saved before is whole."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ from trained import write_config
 
 from ssl_locat import cli
 from ssl_locat.cluster.launch import load_profile
+from ssl_locat.config import reference as config_reference
 from ssl_locat.config.schema import Config, load
-from ssl_locat.config.schema import reference as config_reference
 from ssl_locat.config.yaml_files import names
 from ssl_locat.data.images.decode import decode_image
 from ssl_locat.data.shards.textures import make_textures

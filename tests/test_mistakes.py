@@ -14,7 +14,7 @@ from ssl_locat.config.schema import load
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.doctor.doctor import doctor
-from ssl_locat.errors import CheckpointError, DataError, Outage, UserError, disk_refusal
+from ssl_locat.errors import CheckpointError, DataError, Outage, UserError, disk_error_message
 from ssl_locat.evaluation.evaluate import evaluate
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.report.page import report
@@ -69,7 +69,7 @@ def test_too_many_damaged_images_end_the_run_and_the_doctor_says_so(tmp_path, ph
 
 @pytest.mark.store
 @pytest.mark.skipif(program("nginx") is None, reason="no nginx on this machine to serve the images")
-def test_a_store_that_falls_silent_starves_the_run_and_it_goes_on(tmp_path):
+def test_a_store_that_falls_silent_starves_the_run_and_it_resumes(tmp_path):
     make_textures(tmp_path / "set", num_train=96, num_test=40, image_size=32, progress=False)
     (tmp_path / "scratch").mkdir()
     run = tmp_path / "run"
@@ -96,7 +96,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
         report([str(tmp_path / "nowhere")])
 
 
-def test_a_run_without_a_checkpoint_cannot_be_judged_yet(tmp_path, photos):
+def test_a_run_without_a_checkpoint_cannot_be_evaluated_yet(tmp_path, photos):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(over_photos(tmp_path, photos).to_yaml())
     with pytest.raises(CheckpointError, match="holds no whole checkpoint yet; steps found: none"):
@@ -129,8 +129,9 @@ def test_a_full_disk_ends_in_one_message_and_leaves_nothing_half_written(tmp_pat
 
 
 def test_what_the_machine_refuses_is_said_in_words_and_our_own_errors_are_not():
-    assert "runs/a: the disk is full. Make room" in disk_refusal(OSError(28, "No space left on device", "runs/a"))
-    assert "the disk is full" in disk_refusal(SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert "runs/a: the disk is full. Make room" in disk_error_message(OSError(28, "No space left on device", "runs/a"))
+    assert "the disk is full" in disk_error_message(SafetensorError("I/O error: No space left on device (os error 28)"))
     assert (
-        disk_refusal(FileNotFoundError(2, "No such file")) is None and disk_refusal(SafetensorError("header too large")) is None
+        disk_error_message(FileNotFoundError(2, "No such file")) is None
+        and disk_error_message(SafetensorError("header too large")) is None
     )

@@ -19,8 +19,8 @@ from ssl_locat.benchmarks.timing import (
     side_by_side,
     time_rows,
 )
-from ssl_locat.models.attention import BACKENDS, Gaussian, gaussian_attention, refusal
-from ssl_locat.models.attention_packed import packed_attention, xformers_refusal
+from ssl_locat.models.attention import BACKENDS, Gaussian, gaussian_attention, unsupported_reason
+from ssl_locat.models.attention_packed import packed_attention, xformers_unsupported_reason
 
 HEADS, HEAD_DIM, PREFIX = 6, 64, 1  # ViT-S
 
@@ -39,7 +39,7 @@ def packed_rows(repeats: int) -> list[dict]:
     """Attention without a bias over 2 x 224 + 8 x 96 px crops: one call for each size beside both packed into one, where xformers works."""
     shapes = [(2 * 64, HEADS, 196 + PREFIX, HEAD_DIM), (8 * 64, HEADS, 36 + PREFIX, HEAD_DIM)]
     groups = [tuple(torch.randn(s, device=device(), dtype=torch.bfloat16, requires_grad=True) for _ in range(3)) for s in shapes]
-    if xformers_refusal(groups[0][0]):
+    if xformers_unsupported_reason(groups[0][0]):
         return []
     cotangents = [torch.randn_like(group[0]) for group in groups]
     leaves = [leaf for group in groups for leaf in group]
@@ -65,7 +65,7 @@ def measure(side: int, batch: int, precision: str, dtype: torch.dtype, repeats: 
         return call
 
     variants = {"plain": lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), [q, k, v], cotangent)}
-    served = [name for name in BACKENDS if not refusal(name, q, plain=True)]
+    served = [name for name in BACKENDS if not unsupported_reason(name, q, plain=True)]
     if q.is_cuda:
         served.remove("tiled")  # hundreds of small launches, made for the caches of a CPU
     variants |= {name: gaussian(name) for name in served}

@@ -60,7 +60,7 @@ def after_queueing(queued: list[str], folder: Path) -> None:
 # --- states -----------------------------------------------------------------------------------------------------------------
 
 
-def _ask(*words: str) -> str | None:
+def _run_slurm(*words: str) -> str | None:
     """stdout of a Slurm command; None if there is no such command or it fails."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
@@ -71,13 +71,13 @@ def _ask(*words: str) -> str | None:
 
 def queue() -> dict[str, str] | None:
     """Job -> state, of what is in the queue now; each element of an array by itself, as <array>_<index>. None: Slurm does not answer."""
-    answer = _ask("squeue", "-r", "-h", "--me", "-o", "%i|%T")
+    answer = _run_slurm("squeue", "-r", "-h", "--me", "-o", "%i|%T")
     return None if answer is None else dict(line.strip().split("|", 1) for line in answer.splitlines() if "|" in line)
 
 
 def state(record: dict[str, Any], queued: dict[str, str] | None) -> str:
     """One word, or a few where the job's own account says more than Slurm's. queued: what `queue()` said."""
-    job, own = record["job"], last_word(record)
+    job, own = record["job"], job_status(record)
     if queued is not None and job in queued:
         return queued[job]
     known = _from_scontrol(job) or _from_sacct(job)
@@ -92,7 +92,7 @@ def state(record: dict[str, Any], queued: dict[str, str] | None) -> str:
     return own.get("state", "UNKNOWN")
 
 
-def note(folder: str, job: str, **fields) -> None:
+def write_status(folder: str, job: str, **fields) -> None:
     """What this job last said of itself: the word that counts where Slurm has forgotten the job and keeps no accounts."""
     path = Path(folder, f"{job}.json")
     partial = path.with_suffix(".partial")
@@ -100,19 +100,19 @@ def note(folder: str, job: str, **fields) -> None:
     partial.replace(path)
 
 
-def last_word(record: dict[str, Any]) -> dict[str, Any]:
+def job_status(record: dict[str, Any]) -> dict[str, Any]:
     """What the job last wrote about itself; {} before it ran."""
     path = Path(record["folder"], f"{record['job']}.json")
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _from_scontrol(job: str) -> str:
-    fields = dict(word.split("=", 1) for word in (_ask("scontrol", "show", "job", "-o", job) or "").split() if "=" in word)
+    fields = dict(word.split("=", 1) for word in (_run_slurm("scontrol", "show", "job", "-o", job) or "").split() if "=" in word)
     return fields.get("JobState", "")
 
 
 def _from_sacct(job: str) -> str:
-    lines = (_ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job) or "").split("\n")
+    lines = (_run_slurm("sacct", "-X", "-n", "-P", "-o", "State", "-j", job) or "").split("\n")
     return lines[0].split(" ")[0].strip()  # 'CANCELLED by 0'
 
 
@@ -138,7 +138,7 @@ def list_jobs(names: list[str]) -> None:
     print(f"{'JOB':<12} {'STATE':<12} {'RESTARTS':>8}  {'QUEUED':<16}  RUN")
     for record in chosen:
         queued_at = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["submitted"]))
-        restarts = last_word(record).get("restart", 0)
+        restarts = job_status(record).get("restart", 0)
         print(f"{record['job']:<12} {state(record, queued):<12} {restarts:>8}  {queued_at}  {record['run']}")
 
 
@@ -169,13 +169,13 @@ def stop(names: list[str]) -> None:
         job, now = record["job"], _queued(record["job"])
         if now == "RUNNING" and "pretrain" in record["command"]:
             Path(record["folder"], f"{job}.stop").touch()
-            _must("scancel", "--signal=USR2", job)
+            _run_or_fail("scancel", "--signal=USR2", job)
             print(f"{job}: asked to save and stop")
         elif now:
-            _must("scancel", job)
+            _run_or_fail("scancel", job)
             if now == "PENDING":  # it cannot say so itself
-                own = last_word(record)
-                note(record["folder"], job, **{**own, "state": "STOPPED" if own else "CANCELLED"})
+                own = job_status(record)
+                write_status(record["folder"], job, **{**own, "state": "STOPPED" if own else "CANCELLED"})
             print(f"{job}: {now}, {'taken out of the queue' if now == 'PENDING' else 'cancelled'}")
         else:
             print(f"{job}: {state(record, {})}, nothing to stop")
@@ -187,12 +187,12 @@ def requeue(names: list[str]) -> None:
         job, now = record["job"], _queued(record["job"])
         Path(record["folder"], f"{job}.stop").unlink(missing_ok=True)
         if now == "RUNNING" and "pretrain" in record["command"]:
-            _must("scancel", "--signal=USR2", job)  # it asks Slurm for the requeue itself, once it is saved
+            _run_or_fail("scancel", "--signal=USR2", job)  # it asks Slurm for the requeue itself, once it is saved
             print(f"{job}: asked to save and requeue")
         elif now == "PENDING":
             print(f"{job}: waits in the queue already")
         elif now or _from_scontrol(job):
-            _must("scontrol", "requeue", job)
+            _run_or_fail("scontrol", "requeue", job)
             print(f"{job}: requeued")
         else:
             command = shlex.join(record["command"])
@@ -213,7 +213,7 @@ def _named(names: list[str], action: str) -> list[dict[str, Any]]:
     return [find(name) for name in names]
 
 
-def _must(*words: str) -> None:
+def _run_or_fail(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{shlex.join(words)}: {done.stderr.strip() or 'failed'}")

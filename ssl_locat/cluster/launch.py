@@ -43,8 +43,8 @@ OURS = {  # keys that are neither submitit's nor Slurm's, with their defaults
 }
 # Signals that come while Python still imports are kept until there is a handler (worker/task.py): they would kill it, and a killed job is not
 # requeued. The shell ignores them for the instant until a first Python blocks them; blocked they stay over exec, and are delivered later.
-BLOCK = "import os, signal as s, sys; s.pthread_sigmask(s.SIG_BLOCK, [s.SIGTERM, s.SIGUSR1, s.SIGUSR2]); os.execvp(sys.argv[1], sys.argv[1:])"
-PATIENT = f'trap \'\' TERM USR1 USR2; exec "$0" -c {shlex.quote(BLOCK)} "$0" "$@"'
+BLOCK_SIGNALS = "import os, signal as s, sys; s.pthread_sigmask(s.SIG_BLOCK, [s.SIGTERM, s.SIGUSR1, s.SIGUSR2]); os.execvp(sys.argv[1], sys.argv[1:])"
+DEFER_SIGNALS = f'trap \'\' TERM USR1 USR2; exec "$0" -c {shlex.quote(BLOCK_SIGNALS)} "$0" "$@"'
 
 
 @dataclass
@@ -164,7 +164,7 @@ def submit_evaluate(
 
     profile = load_profile(on)
     own, resolved = check(protocol, model, overrides, model_may_come=_waits_for_a_job(profile))
-    _submit_judging("evaluate", protocol, resolved, [model, *own, *(["--json"] if as_json else [])], profile, dry_run)
+    _submit_evaluation("evaluate", protocol, resolved, [model, *own, *(["--json"] if as_json else [])], profile, dry_run)
 
 
 def submit_table(name: str, arguments: list[str], on: str, dry_run: bool = False) -> None:
@@ -172,10 +172,10 @@ def submit_table(name: str, arguments: list[str], on: str, dry_run: bool = False
     from ssl_locat.evaluation.table import check
 
     profile = load_profile(on)
-    _submit_judging("table", name, check(name, arguments, model_may_come=_waits_for_a_job(profile)), [], profile, dry_run)
+    _submit_evaluation("table", name, check(name, arguments, model_may_come=_waits_for_a_job(profile)), [], profile, dry_run)
 
 
-def _submit_judging(
+def _submit_evaluation(
     command: str, name: str, resolved: dict[str, Any], arguments: list[str], profile: Profile, dry_run: bool
 ) -> None:
     """`resolved`: the YAML with all that it was given on the command line, kept beside the code under its own name."""
@@ -263,7 +263,7 @@ def _start_slurm(commands: list[list[str]], profile: Profile, snapshot: Path, ru
             "There is no Slurm here (no sbatch on the PATH). Run this on the cluster's login node, choose --on local, "
             "or try it on a real Slurm on this machine: launch/dev_slurm up."
         )
-    executor = _SlurmExecutor(folder, python=_patient_python(profile))
+    executor = _SlurmExecutor(folder, python=_python_with_signals_deferred(profile))
     try:
         executor.update_parameters(**slurm_parameters(profile, commands[0][0], snapshot))
     except (ValueError, TypeError) as error:
@@ -311,8 +311,8 @@ def job_variables(profile: Profile, snapshot: Path) -> dict[str, str]:
     return variables
 
 
-def _patient_python(profile: Profile) -> str:
-    return " ".join(["bash", "-c", shlex.quote(PATIENT), shlex.quote(profile.python or sys.executable)])
+def _python_with_signals_deferred(profile: Profile) -> str:
+    return " ".join(["bash", "-c", shlex.quote(DEFER_SIGNALS), shlex.quote(profile.python or sys.executable)])
 
 
 def _start_local(commands: list[list[str]], profile: Profile, snapshot: Path, runs: list[str], dry_run: bool) -> None:

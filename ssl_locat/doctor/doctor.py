@@ -55,8 +55,8 @@ def _section(title: str, *groups: list[str]) -> None:
 def _run_lines(path: str) -> tuple[list[str], list[str]]:
     run = open_run(path)
     facts, advice = explain(run)
-    told = {"save", "probe"}
-    last = [event for event in run.events if event["kind"] not in told][-5:]
+    routine = {"save", "probe"}
+    last = [event for event in run.events if event["kind"] not in routine][-5:]
     shown = [f"{event['time'][:19].replace('T', ' ')}  {event['kind']}  step {event.get('step', '?')}" for event in last]
     return [*facts, *(["Last events:", *(f"  {line}" for line in shown)] if shown else [])], ["What to do:", *advice]
 

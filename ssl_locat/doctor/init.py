@@ -16,18 +16,18 @@ from ssl_locat.config.schema import load
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.tar import Damage
-from ssl_locat.errors import BadSample, UserError
+from ssl_locat.errors import CorruptSample, UserError
 from ssl_locat.measure.images import kind_of, sample_data
 from ssl_locat.measure.step import step_device
 from ssl_locat.pretraining.step_times import step_times
 from ssl_locat.runs.log import console, duration, next_steps, progress
 
-NUM_LOOKED_AT = 64
+NUM_SAMPLED = 64
 TEST_NAMES = ("val", "valid", "validation", "test")
 CPU_HOURS = 1.0  # what a first run on a CPU may take
 
 
-class Look(NamedTuple):
+class DataStats(NamedTuple):
     """What the images are like, by a sample spread over all of them."""
 
     count: int
@@ -66,7 +66,7 @@ def init(source: str, out: str | None = None) -> Path:
         )
     train, test = split(source)
     with progress("looking at the images"):
-        seen = look(train)
+        seen = inspect_data(train)
     try:
         target.write_text(compose(name, train, test, seen), encoding="utf-8")
         with progress("trying a few steps"):
@@ -104,19 +104,19 @@ def split(source: str) -> tuple[str, str | None]:
     return source, None
 
 
-def look(source: str) -> Look:
+def inspect_data(source: str) -> DataStats:
     """Open the data and read a sample of it."""
     dataset = open_dataset(source)
     pixels, sides, ratios, formats, labels, damaged, gray = [], [], [], [], [], [], 0
-    places = np.linspace(0, len(dataset) - 1, min(NUM_LOOKED_AT, len(dataset))).round().astype(int).tolist()
+    places = np.linspace(0, len(dataset) - 1, min(NUM_SAMPLED, len(dataset))).round().astype(int).tolist()
     for place in places:
         sample = dataset.read(place, place + 1)[0]
         try:
             if isinstance(sample, Damage):
-                raise BadSample(sample.reason)
+                raise CorruptSample(sample.reason)
             data = find_image(sample.members)
             image = decode_image(data, channels=None)
-        except BadSample as error:
+        except CorruptSample as error:
             damaged.append(f"{sample.key}: {error.reason}")
             continue
         height, width = image.shape[:2]
@@ -134,13 +134,13 @@ def look(source: str) -> Look:
             labels.append(sample.members["cls"])
     if not pixels:
         raise UserError(
-            f"{source}: none of {len(places)} samples could be read as an image, such as {damaged[0]}. Look at them: ssl-locat shards show {source}"
+            f"{source}: none of {len(places)} samples could be read as an image, such as {damaged[0]}. DataStats at them: ssl-locat shards show {source}"
         )
     joined = np.concatenate(pixels)
     classes = len(getattr(dataset, "classes", None) or []) or None
     mean, std = (tuple(round(float(value), 3) for value in values) for values in (joined.mean(0), joined.std(0)))
     found = len(places)
-    return Look(
+    return DataStats(
         len(dataset),
         sides,
         ratios,
@@ -209,7 +209,7 @@ def compose_objective(prototypes: int, gpu: bool, quick: bool, epochs: int) -> l
     return [f"  - {dino[0]}", *(f"    {line}" for line in dino[1:]), koleo]
 
 
-def compose(name: str, train: str, test: str | None, seen: Look) -> str:
+def compose(name: str, train: str, test: str | None, seen: DataStats) -> str:
     """The YAML, with the reason beside each choice."""
     gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
     gpu, cores = gpu_gb > 0, os.cpu_count() or 1
@@ -273,7 +273,7 @@ def compose(name: str, train: str, test: str | None, seen: Look) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _unusual(seen: Look) -> bool:
+def _unusual(seen: DataStats) -> bool:
     """Far from ImageNet's mean and deviation."""
     return (
         len(seen.mean) != 3

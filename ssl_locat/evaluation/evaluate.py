@@ -31,13 +31,13 @@ def load_protocol(name: str, overrides: Sequence[str] = ()) -> tuple[str, dict[s
     Raises ConfigError for an unknown protocol or key, with the place and the nearest known one.
     """
     loaded = load_yaml(name, "eval", overrides)
-    protocol = take_protocol(loaded)
+    protocol = pop_protocol(loaded)
     check_arguments(PROTOCOLS[protocol], loaded.data, loaded)
     _check_data(protocol, loaded)
     return protocol, loaded.data
 
 
-def take_protocol(loaded: LoadedYaml) -> str:
+def pop_protocol(loaded: LoadedYaml) -> str:
     """The protocol that a YAML names, taken out of it: what remains are the protocol's options."""
     protocol = loaded.data.pop("protocol", None)
     if not isinstance(protocol, str) or protocol not in PROTOCOLS:
@@ -143,7 +143,7 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
     torch.manual_seed(options.get("seed", 0))  # `timm:NAME` without weights is the same network each time, on every process
     try:
         backbone = load_backbone(model, **chosen).to(device)
-        result = judge(backbone, name, options, model)
+        result = run_protocol(backbone, name, options, model)
     finally:
         shutdown()
     if is_main() and Path(model, "config.json").is_file():
@@ -151,7 +151,7 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
     return result
 
 
-def judge(backbone, protocol: str, options: dict[str, Any], model: str) -> dict[str, Any]:
+def run_protocol(backbone, protocol: str, options: dict[str, Any], model: str) -> dict[str, Any]:
     """One protocol on a loaded backbone, as the dict that `run` returns."""
     began = time.monotonic()
     metrics = function_of(protocol)(backbone, **options)
@@ -166,7 +166,7 @@ def judge(backbone, protocol: str, options: dict[str, Any], model: str) -> dict[
 
 
 def evaluate(model, protocol: str = "knn", **options) -> dict[str, float]:
-    """Judge a backbone from Python: `evaluate(backbone, "knn", data={"train": ..., "test": ...}, k=[20])` -> metrics.
+    """Evaluate a backbone from Python: `evaluate(backbone, "knn", data={"train": ..., "test": ...}, k=[20])` -> metrics.
 
     `model` is a timm-like module, or anything that `load_backbone` opens. Options are the protocol's YAML keys; what is not given comes from
     its shipped YAML.
@@ -174,7 +174,7 @@ def evaluate(model, protocol: str = "knn", **options) -> dict[str, float]:
     from ssl_locat.models.backbone import load_backbone
 
     loaded = load_yaml(protocol, "eval")
-    name = take_protocol(loaded)
+    name = pop_protocol(loaded)
     data = {**(loaded.data.get("data") or {}), **options.pop("data", {})}
     given = LoadedYaml(f"evaluate({protocol!r})", {**loaded.data, **options})
     if data:

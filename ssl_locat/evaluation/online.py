@@ -26,7 +26,7 @@ def probe(backbone: nn.Module, name: str, options: dict[str, Any], data_defaults
     """The metrics of one protocol on `backbone` as it is now, for the arguments of `resolve`; random state, modes and gradients are left as found."""
     protocol, arguments = resolve(name, options, data_defaults)
     module, _, function = PROTOCOLS[protocol].partition(":")
-    with undisturbed(backbone):
+    with preserve_state(backbone):
         return getattr(import_module(module), function)(backbone, **arguments)
 
 
@@ -52,7 +52,7 @@ def resolve(name: str, options: dict[str, Any], data_defaults: dict[str, Any]) -
 
 
 @contextmanager
-def undisturbed(backbone: nn.Module) -> Iterator[None]:
+def preserve_state(backbone: nn.Module) -> Iterator[None]:
     """Whatever happens inside, random generators (torch, CUDA, numpy, Python) and each module's train/eval mode come out unchanged."""
     modes = {module: module.training for module in backbone.modules()}
     python, arrays = random.getstate(), np.random.get_state()

@@ -19,7 +19,7 @@ from ssl_locat.config.schema import DataSpec, Section, keyword_names, parse
 from ssl_locat.config.yaml_files import LoadedYaml, load_yaml
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
-from ssl_locat.evaluation.evaluate import check_inputs, judge, take_protocol
+from ssl_locat.evaluation.evaluate import check_inputs, pop_protocol, run_protocol
 from ssl_locat.evaluation.shared.options import check_arguments
 from ssl_locat.evaluation.table_text import Cell, write_table
 from ssl_locat.runs.folder import write_atomically
@@ -133,7 +133,7 @@ def _check(table: TableConfig, loaded: LoadedYaml) -> None:
 def _protocol(column: Column, row_options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """(protocol, options) of a column, the row's own on top."""
     loaded = load_yaml(column.protocol, "eval")
-    protocol = take_protocol(loaded)
+    protocol = pop_protocol(loaded)
     check_arguments(PROTOCOLS[protocol], loaded.data, loaded)
     return protocol, {**loaded.data, **column.options, **row_options}
 
@@ -244,7 +244,7 @@ def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], lis
                 if result is None:
                     try:
                         torch.manual_seed(options.get("seed", 0))
-                        result = judge(load_backbone(model).to(device), protocol, options, model)
+                        result = run_protocol(load_backbone(model).to(device), protocol, options, model)
                     except UserError as error:
                         failed.append(f"{row}, {column}: {error}")
                         log.warning("%s, %s: %s", row, column, error)

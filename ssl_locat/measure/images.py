@@ -12,7 +12,7 @@ from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage
-from ssl_locat.errors import BadSample
+from ssl_locat.errors import CorruptSample
 
 
 class DataSample(NamedTuple):
@@ -52,8 +52,8 @@ def sample_data(datasets: list[Dataset], config: Config, device: torch.device, c
                 cut.append(crops.cut(image, seed=looked_at))
                 spent["decode"] += decoded - began
                 spent["crop"] += time.perf_counter() - decoded
-            except BadSample as bad:
-                damaged.append(f"{sample.shard}: {sample.key}: {bad.reason}")
+            except CorruptSample as error:
+                damaged.append(f"{sample.shard}: {sample.key}: {error.reason}")
                 continue
             formats[kind_of(data)] += 1
             sizes.append(image.shape[:2])

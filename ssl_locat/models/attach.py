@@ -264,15 +264,15 @@ class LocAtViT(LocAtModel):
     pos_resize = "timm"
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        self.refuse_mask(attn_mask, is_causal)
+        self.reject_mask(attn_mask, is_causal)
         outputs, _ = run_blocks(self, x)
         return self.norm(outputs[-1])
 
     def forward_intermediates(self, x: Tensor, *args, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs):
-        self.refuse_mask(attn_mask, is_causal)
+        self.reject_mask(attn_mask, is_causal)
         return super().forward_intermediates(x, *args, attn_mask=input_grid(self, x) if self.has_gaug else None, **kwargs)
 
-    def refuse_mask(self, attn_mask: Tensor | None, is_causal: bool) -> None:
+    def reject_mask(self, attn_mask: Tensor | None, is_causal: bool) -> None:
         if attn_mask is not None or is_causal:
             raise UserError("a LocAt model takes no attention mask and is not causal: GAug adds its own bias between all patches")
 

@@ -73,7 +73,7 @@ def gaussian_attention(
         raise UserError("attention backend 'xformers' has no Gaussian bias (attention_packed.py uses it without one); use 'auto'")
     elif backend not in BACKENDS:
         raise UserError(f"attention backend is {backend!r}; known: auto, {', '.join(BACKENDS)}.{did_you_mean(backend, BACKENDS)}")
-    elif reason := refusal(backend, q, plain):
+    elif reason := unsupported_reason(backend, q, plain):
         raise UserError(f"attention backend {backend!r} {reason}; use 'auto' or 'sdpa'")
     return BACKENDS[backend](q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias)
 
@@ -140,7 +140,7 @@ SHORT = 32  # tokens; up to here one unfused call on a CPU is faster than tiles
 SMALL_BIAS = 1 << 24  # elements of the N x N bias below which inference on a CPU may as well write it out
 
 
-def refusal(backend: str, q: Tensor, plain: bool) -> str | None:
+def unsupported_reason(backend: str, q: Tensor, plain: bool) -> str | None:
     """Why `backend` cannot serve these inputs; None if it can. `plain`: no dropout and no extra bias."""
     if backend in ("tiled", "triton") and not plain:
         return "has neither dropout nor an extra bias"
@@ -157,7 +157,7 @@ def refusal(backend: str, q: Tensor, plain: bool) -> str | None:
 def choose(q: Tensor, coeff: Gaussian, plain: bool) -> str:
     """The fastest backend for this device, dtype and size; measured in docs/performance.md."""
     if q.device.type == "cuda":
-        return "sdpa" if refusal("triton", q, plain) else "triton"
+        return "sdpa" if unsupported_reason("triton", q, plain) else "triton"
     if not plain or torch.compiler.is_compiling():  # a compiler would unroll the tiles
         return "sdpa"
     if q.shape[2] <= SHORT:

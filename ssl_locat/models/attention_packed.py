@@ -24,7 +24,7 @@ def packed_attention(
     Groups share heads, d, dtype and device. Raises UserError if xformers is asked for and cannot serve."""
     if backend not in BACKENDS:
         raise UserError(f"packed attention backend is {backend!r}; known: {', '.join(BACKENDS)}")
-    reason = xformers_refusal(groups[0][0])
+    reason = xformers_unsupported_reason(groups[0][0])
     if backend == "xformers" and reason:
         raise UserError(f"packed attention backend 'xformers' {reason}; use 'auto' or 'sdpa'")
     if backend == "sdpa" or reason:
@@ -32,7 +32,7 @@ def packed_attention(
     return packed_by_xformers(groups, scale)
 
 
-def xformers_refusal(q: Tensor) -> str | None:
+def xformers_unsupported_reason(q: Tensor) -> str | None:
     """Why xformers cannot serve tensors like `q`; None if it can."""
     if q.device.type != "cuda":
         return f"runs on CUDA devices, and these tensors are on {q.device.type!r}"

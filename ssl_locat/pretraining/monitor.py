@@ -52,7 +52,7 @@ class Monitor:
             stop_at_nan(self.own_losses, run)
             self.own_losses.clear()
         if written:
-            self.speed.look()
+            self.speed.restart()
         for record in written:
             for warning in run.diagnosis.check(record, record["step"], run.length.total_steps):
                 log.warning("%s", warning)
@@ -62,7 +62,7 @@ class Monitor:
 
 
 class Speed:
-    """Images per second, and the share of time spent waiting for data, of the steps since the last `look`.
+    """Images per second, and the share of time spent waiting for data, of the steps since the last `restart`.
 
     Steps are queued faster than a GPU works them off, and the queue is waited for when numbers are fetched: so time counts from the end of
     one step to the end of the next, what happens between steps included, saves and probes left out.
@@ -90,7 +90,7 @@ class Speed:
         self.images += images
         return self.images / (self.ended - self.began), self.waited / (self.ended - self.began)
 
-    def look(self) -> None:
+    def restart(self) -> None:
         """The numbers were fetched: from here on they are those of the next steps."""
         self.began, self.images, self.waited = self.ended, 0, 0.0
 

@@ -28,10 +28,10 @@ def replay(config: Config, path: Path) -> None:
         optim = config.optim
         optimizer = build_optimizer(model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr)
         Checkpointer(config.run_dir).load(newest, saved_modules(model, losses), optimizer)
-    _say(f"{path}: step {meta['step']} of rank {meta['rank']}, {len(meta['keys'])} samples: {', '.join(meta['keys'][:8])} ...")
-    _say(f"weights: {newest or 'random initialisation (the run has no checkpoint)'}; precision {config.precision}")
+    _print(f"{path}: step {meta['step']} of rank {meta['rank']}, {len(meta['keys'])} samples: {', '.join(meta['keys'][:8])} ...")
+    _print(f"weights: {newest or 'random initialisation (the run has no checkpoint)'}; precision {config.precision}")
     for name, tensor in payload.items():
-        _say(f"input {name}: {list(tensor.shape)} {tensor.dtype}, {tensor.float().min():.4g} to {tensor.float().max():.4g}")
+        _print(f"input {name}: {list(tensor.shape)} {tensor.dtype}, {tensor.float().min():.4g} to {tensor.float().max():.4g}")
     broken: list[str] = []
     for network in ("teacher", "student"):
         _watch(getattr(model, network), network, broken)
@@ -45,13 +45,13 @@ def replay(config: Config, path: Path) -> None:
         views = model.student(global_crops, local_crops, 2, masks)
     loss, metrics = total_loss(losses, config, views, targets, Progress(meta["step"], 0.0, 1.0))
     loss.backward()
-    _say("loss " + "  ".join(f"{name} {value.item():.5g}" for name, value in {"loss": loss.detach(), **metrics}.items()))
-    _say(f"first output that is not finite: {broken[0]}" if broken else "every module's output is finite")
+    _print("loss " + "  ".join(f"{name} {value.item():.5g}" for name, value in {"loss": loss.detach(), **metrics}.items()))
+    _print(f"first output that is not finite: {broken[0]}" if broken else "every module's output is finite")
     gradients = {name: parameter.grad for name, parameter in model.student.named_parameters() if parameter.grad is not None}
     bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    _say(f"gradients that are not finite: {', '.join(bad[:8])}" if bad else "every gradient is finite")
+    _print(f"gradients that are not finite: {', '.join(bad[:8])}" if bad else "every gradient is finite")
     if not broken and not bad:
-        _say(
+        _print(
             "So the batch itself is harmless with these weights: they went wrong after this checkpoint. A lower lr is the first thing to try."
         )
 
@@ -59,7 +59,7 @@ def replay(config: Config, path: Path) -> None:
 def _watch(network: nn.Module, prefix: str, broken: list[str]) -> None:
     """Note the modules whose output is not finite, in the order in which they ran."""
 
-    def look(name: str):
+    def hook_for(name: str):
         def hook(_module, _inputs, output) -> None:
             if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
                 broken.append(name)
@@ -67,8 +67,8 @@ def _watch(network: nn.Module, prefix: str, broken: list[str]) -> None:
         return hook
 
     for name, module in network.named_modules():
-        module.register_forward_hook(look(f"{prefix}.{name}"))
+        module.register_forward_hook(hook_for(f"{prefix}.{name}"))
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, file=sys.stderr)

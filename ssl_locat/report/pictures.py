@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ssl_locat.data.images.decode import decode_image, find_image
-from ssl_locat.errors import EXPECTED, BadSample
+from ssl_locat.errors import EXPECTED, CorruptSample
 from ssl_locat.evaluation.shared.image_views import as_picture
 from ssl_locat.evaluation.shared.samples import Members
 from ssl_locat.models.backbone import load_backbone
@@ -76,10 +76,10 @@ def _sections(run: Run, steps: list[int]) -> list[dict]:
         for step, backbone in backbones:
             if images is None:
                 images = _fixed_images(run, backbone)
-            shot = _look(backbone, images[:NUM_IMAGES])
+            shot = _capture(backbone, images[:NUM_IMAGES])
             components.append((step, _components(shot.patches, components[-1][1] if components else None)))
             bar.update()
-        everything = torch.cat([_look(backbone, part).features for part in images.split(16)])
+        everything = torch.cat([_capture(backbone, part).features for part in images.split(16)])
         bar.update()
     thumbnails = _thumbnails(images, backbone)
     sections = [
@@ -104,7 +104,7 @@ def _fixed_images(run: Run, backbone: nn.Module) -> Tensor:
         try:
             channels = len(backbone.pretrained_cfg["mean"])
             pixels = decode_image(find_image(members[place].members, data.get("image_key")), channels=channels)
-        except BadSample:
+        except CorruptSample:
             continue
         images.append(
             torch.from_numpy(np.array(as_picture(pixels, lambda picture: _square(picture, size)))).permute(2, 0, 1) / 255
@@ -147,7 +147,7 @@ class _Recorder(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _look(backbone: nn.Module, images: Tensor) -> Shot:
+def _capture(backbone: nn.Module, images: Tensor) -> Shot:
     recorder = _Recorder()
     with recorder:
         raw = forward_tokens(backbone, images)

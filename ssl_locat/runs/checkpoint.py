@@ -99,7 +99,9 @@ class Checkpointer:
             return log.info("saved step %d in %.1f s", step, seconds)
         self.failures += 1
         newest = self.newest()
-        message = f"{distributed.where()}: step {step} could not be saved: {error}. The newest good checkpoint is {newest}."
+        message = (
+            f"{distributed.rank_and_host()}: step {step} could not be saved: {error}. The newest good checkpoint is {newest}."
+        )
         if raise_errors:
             raise CheckpointError(message + " Make room (or mend the disk) and start the same command again.")
         log.error(message)

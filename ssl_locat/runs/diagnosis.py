@@ -85,21 +85,23 @@ KINDS = tuple(ADVICE)
 
 
 class Diagnosis:
-    """Watches a run's metrics. Each kind warns once, and again only after the sign has gone and come back.
+    """Watches a run's metrics. Each kind warns once, and again only after the problem has gone and come back.
 
     Args:
         num_prototypes: K of the head, for what 'uniform' means; None for an objective without prototypes.
         fatal: kinds that stop the run (raise Diverged) instead of warning.
-        settle: share of total_steps before which nothing is judged: a loss near ln K is normal early.
+        warmup_fraction: share of total_steps before which nothing is checked: a loss near ln K is normal early.
         patience: checks in a row that must agree.
     """
 
-    def __init__(self, num_prototypes: int | None, *, fatal: Collection[str] = (), settle: float = 0.1, patience: int = 3):
+    def __init__(
+        self, num_prototypes: int | None, *, fatal: Collection[str] = (), warmup_fraction: float = 0.1, patience: int = 3
+    ):
         for kind in fatal:
             if kind not in KINDS:
                 raise ConfigError(f"{kind!r} is no kind of collapse; known: {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
         self.ln_k = math.log(num_prototypes) if num_prototypes else None
-        self.fatal, self.settle, self.patience = frozenset(fatal), settle, patience
+        self.fatal, self.warmup_fraction, self.patience = frozenset(fatal), warmup_fraction, patience
         self.best: dict[str, float] = defaultdict(float)
         self.losses: deque[float] = deque()  # of the last tenth of the run
         self.recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=patience))
@@ -118,7 +120,7 @@ class Diagnosis:
         self.warned.update(state["warned"])
 
     def check(self, metrics: dict, step: int, total_steps: int) -> list[Warning]:
-        """`metrics`: plain floats (what MetricsLog.add returned last); those that are missing are not judged.
+        """`metrics`: plain floats (what MetricsLog.add returned last); those that are missing are not checked.
 
         Raises Diverged for a kind in `fatal`."""
         for name in ("feature_std", "rankme"):
@@ -127,9 +129,9 @@ class Diagnosis:
             self.losses.append(loss)
             if len(self.losses) > max(1, 0.1 * total_steps):
                 self.losses.popleft()
-        if step < self.settle * total_steps:
+        if step < self.warmup_fraction * total_steps:
             return []
-        seen = self._signs(metrics)
+        seen = self._problems(metrics)
         warnings = []
         for kind, sentence in seen.items():
             self.recent[kind].append(sentence is not None)
@@ -144,13 +146,13 @@ class Diagnosis:
                 raise Diverged(f"{warning} (Stopped because the config names {warning.kind!r} as fatal.)")
         return warnings
 
-    def _signs(self, metrics: dict) -> dict[str, str | None]:
+    def _problems(self, metrics: dict) -> dict[str, str | None]:
         """Kind -> what looks wrong, or None where it looks well, for the metrics that are there. The thresholds lie far from where
         healthy runs of any size were seen."""
-        signs: dict[str, str | None] = {}
+        problems: dict[str, str | None] = {}
 
-        def judge(kind: str, wrong: bool, sentence: str) -> None:
-            signs[kind] = sentence if wrong else None
+        def flag(kind: str, wrong: bool, sentence: str) -> None:
+            problems[kind] = sentence if wrong else None
 
         loss, entropy = (
             metrics.get("dino", metrics.get("loss")),
@@ -160,49 +162,49 @@ class Diagnosis:
         similarity, drift = metrics.get("patch_cls_similarity"), metrics.get("center_drift")
         ln_k = self.ln_k
         if ln_k and entropy is not None:
-            judge(
+            flag(
                 "uniform",
                 entropy > 0.99 * ln_k,
                 f"the teacher's entropy {entropy:.3f} is that of a uniform guess (ln K = {ln_k:.3f}): its targets say nothing.",
             )
-            judge(
+            flag(
                 "collapse",
                 entropy < 0.02 * ln_k and loss is not None and loss < 0.1 * ln_k,
                 f"the teacher's entropy is {entropy:.4f} of at most {ln_k:.3f} and the student agrees: every image gets the same "
                 "prototype, and nothing is learned any more.",
             )
         if ln_k and loss is not None:
-            judge(
+            flag(
                 "loss_at_ln_k",
                 abs(loss - ln_k) < 0.01 * ln_k and max(self.losses) - loss < 0.01 * ln_k,  # not on its way past it
                 f"the loss {loss:.3f} still is that of guessing (ln K = {ln_k:.3f}): the student has learned nothing from its targets.",
             )
         if std is not None:
-            judge(
+            flag(
                 "features_collapsing",
                 std < 0.05 or std < 0.25 * self.best["feature_std"],
                 f"feature std is {std:.3f} (best so far {self.best['feature_std']:.3f}): different images get nearly the same features.",
             )
         if rank is not None:
-            judge(
+            flag(
                 "rank_falling",
                 rank < 0.4 * self.best["rankme"],
                 f"RankMe fell to {rank:.1f} (best so far {self.best['rankme']:.1f}): features use ever fewer directions, which costs "
                 "accuracy downstream.",
             )
         if similarity is not None:
-            judge(
+            flag(
                 "patches_collapsing",
                 similarity > 0.9,
                 f"patch tokens point where the class token does (mean cosine {similarity:.2f}): what lies where in the image is lost.",
             )
         if drift is not None:
-            judge(
+            flag(
                 "center_drifting",
                 drift > 1,
                 f"the centre lags {drift:.1f} temperatures behind the teacher's scores: targets follow the batch more than the image.",
             )
-        return signs
+        return problems
 
 
 # --- NaN ------------------------------------------------------------------------------------------------------------------

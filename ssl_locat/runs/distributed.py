@@ -56,7 +56,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def where() -> str:
+def rank_and_host() -> str:
     """'rank 3 on n2': opens every log line that is about a fault."""
     return f"rank {rank()} on {socket.gethostname()}"
 
@@ -110,7 +110,9 @@ def _store_through_file(path: Path, timeout: timedelta) -> dist.Store:
     deadline = time.monotonic() + timeout.total_seconds()
     while not path.exists():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{where()}: rank 0 did not write {path} within {timeout}; it failed, or the disk is not shared")
+            raise RuntimeError(
+                f"{rank_and_host()}: rank 0 did not write {path} within {timeout}; it failed, or the disk is not shared"
+            )
         os.scandir(path.parent).close() if path.parent.exists() else None  # makes NFS look again
         time.sleep(0.1)
     found = json.loads(path.read_text())
@@ -121,8 +123,8 @@ def _store_through_file(path: Path, timeout: timedelta) -> dist.Store:
             store.set_timeout(timeout)
             return store
         except (socket.gaierror, dist.DistNetworkError) as error:
-            log.warning("%s: no rank 0 at %s:%s (%s)", where(), host, found["port"], error)
-    raise RuntimeError(f"{where()}: cannot reach rank 0 at any of {found['hosts']}, port {found['port']}")
+            log.warning("%s: no rank 0 at %s:%s (%s)", rank_and_host(), host, found["port"], error)
+    raise RuntimeError(f"{rank_and_host()}: cannot reach rank 0 at any of {found['hosts']}, port {found['port']}")
 
 
 def _own_addresses() -> list[str]:
@@ -348,7 +350,7 @@ def fault(error: BaseException, folder: str | Path | None = None) -> str:
     that followed ("connection closed by peer").
     """
     trace = "".join(traceback.format_exception(error))
-    text = f"{where()}: {type(error).__name__}: {error}\n{trace}"
+    text = f"{rank_and_host()}: {type(error).__name__}: {error}\n{trace}"
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         record = {"time": time.time(), "rank": rank(), "host": socket.gethostname(), "error": f"{type(error).__name__}: {error}"}

@@ -66,7 +66,7 @@ def prepare(config: Config) -> TextIO:
                     f"{folder} holds a run with other settings: {'; '.join(changed)}. "
                     "Give another run_dir to start afresh, or the same settings to go on."
                 )
-        lock = take_lock(folder)
+        lock = acquire_lock(folder)
         values = config.model_dump(mode="json")
         if private := carries_credentials(values):
             log.warning(
@@ -81,7 +81,7 @@ def prepare(config: Config) -> TextIO:
     return lock
 
 
-def take_lock(folder: Path) -> TextIO:
+def acquire_lock(folder: Path) -> TextIO:
     """Hold `folder`/lock, which the kernel frees when this process ends, however it ends. UserError if another process keeps it.
 
     A network disk may take minutes to notice that a node has died: where the holder is on another machine, it is waited for.

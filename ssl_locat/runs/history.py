@@ -51,8 +51,8 @@ class Run:
     @property
     def total_steps(self) -> int | None:
         """As configured, or from the start event: epochs are turned into steps only once the data is counted."""
-        told = [event["total_steps"] for event in self.events if event.get("total_steps")]
-        return told[-1] if told else (self.config.get("optim") or {}).get("total_steps")
+        totals = [event["total_steps"] for event in self.events if event.get("total_steps")]
+        return totals[-1] if totals else (self.config.get("optim") or {}).get("total_steps")
 
     @property
     def status(self) -> str:

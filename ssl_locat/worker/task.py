@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from ssl_locat.cli import app
-from ssl_locat.cluster.jobs import note
+from ssl_locat.cluster.jobs import write_status
 from ssl_locat.errors import EXPECTED, Outage, Preempted
 from ssl_locat.runs import distributed, log
 
@@ -54,21 +54,21 @@ def run(arguments: list[str], folder: str, cwd: str, max_requeues: int) -> None:
     if distributed.is_main():
         shutil.rmtree(faults, ignore_errors=True)
         Path(folder, f"{job}_0_result.pkl").unlink(missing_ok=True)  # of an attempt whose node was lost
-        note(folder, job, state="RUNNING", restart=restart, host=socket.gethostname(), tasks=place.num_tasks)
+        write_status(folder, job, state="RUNNING", restart=restart, host=socket.gethostname(), tasks=place.num_tasks)
     code = 1
     try:
         code = app(arguments, standalone_mode=False) or 0
     except EXPECTED as error:
-        logger.log(logging.INFO if isinstance(error, Preempted) else logging.ERROR, "%s: %s", distributed.where(), error)
+        logger.log(logging.INFO if isinstance(error, Preempted) else logging.ERROR, "%s: %s", distributed.rank_and_host(), error)
         code = error.exit_code
         if not isinstance(error, Preempted):
             distributed.fault(error, faults)
         if isinstance(error, Preempted | Outage) and "SLURM_JOB_ID" in os.environ:
-            go_on_later(folder, job, restart, max_requeues)
+            requeue_and_wait(folder, job, restart, max_requeues)
     except BaseException as error:
         print(distributed.fault(error, faults), file=sys.stderr, flush=True)
     if distributed.is_main():
-        note(folder, job, state={0: "COMPLETED", 4: "STOPPED"}.get(code, "FAILED"), restart=restart, exit_code=code)
+        write_status(folder, job, state={0: "COMPLETED", 4: "STOPPED"}.get(code, "FAILED"), restart=restart, exit_code=code)
     if code:
         # without this a thread of a dead collective can keep the process, and with it the whole step, alive
         logging.shutdown()
@@ -84,15 +84,15 @@ def slurm_state(job: str) -> str:
     return fields.get("JobState", "")
 
 
-def go_on_later(folder: str, job: str, restart: int, max_requeues: int) -> None:
+def requeue_and_wait(folder: str, job: str, restart: int, max_requeues: int) -> None:
     """Rank 0 asks Slurm to start the job again, unless the stop was asked for by `ssl-locat jobs stop`, or Slurm is ending or
     requeuing the job already. Returns if not (the others are then ended with rank 0); else waits to be ended by Slurm."""
     if distributed.is_main():
         if Path(folder, f"{job}.stop").exists() or slurm_state(os.environ["SLURM_JOB_ID"]) != "RUNNING":
             return
         if restart >= max_requeues:
-            return logger.error("%s: not requeued: it was %d times already (max_requeues)", distributed.where(), restart)
-        note(folder, job, state="REQUEUED", restart=restart)
+            return logger.error("%s: not requeued: it was %d times already (max_requeues)", distributed.rank_and_host(), restart)
+        write_status(folder, job, state="REQUEUED", restart=restart)
         logger.info("requeue: saved, asking Slurm to start this job again")
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -105,7 +105,7 @@ def test_missing_data_is_refused_before_queueing(here):
         launch.submit_pretrain(load("config.yaml", ["data.train=nowhere/a-{0..3}.tar"]), "slurm", dry_run=True)
 
 
-def test_judging_is_checked_before_queueing(here, capsys):
+def test_an_evaluation_is_checked_before_queueing(here, capsys):
     data = ["data.train=textures/textures-train-*.tar", "data.test=textures/textures-test-*.tar"]
     model = "timm:vit_tiny_patch16_224?img_size=32&patch_size=8"
     for wrong, message in (
@@ -169,7 +169,7 @@ def test_job_says_itself_what_slurm_does_not_know(here, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")  # no squeue, no scontrol, no sacct
     jobs.add("21", str(here), "runs/b", ["ssl-locat", "pretrain", "x"])
     for said, shown in (("COMPLETED", "COMPLETED"), ("STOPPED", "STOPPED"), ("RUNNING", "UNKNOWN (Slurm does not answer)")):
-        jobs.note(str(here), "21", state=said, restart=2)
+        jobs.write_status(str(here), "21", state=said, restart=2)
         assert jobs.state(jobs.find("21"), jobs.queue()) == shown
     assert jobs.state(jobs.find("21"), {}).startswith("LOST (last heard of ")  # Slurm answers, and has never heard of it
     with pytest.raises(UserError, match="Slurm does not answer"):

@@ -322,7 +322,7 @@ def test_time_limit(cluster, unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_cancelled_job_saves_and_stays_cancelled_and_the_same_command_goes_on(cluster, unbroken):
+def test_cancelled_job_saves_and_stays_cancelled_and_the_same_command_resumes(cluster, unbroken):
     run = cluster.submit("cancelled")
     run.wait_for_step(25)
     cluster.slurm("scancel", run.job)
@@ -351,7 +351,7 @@ def test_stopped_and_requeued_by_hand(cluster, unbroken):
 
 
 @pytest.mark.slow
-def test_goes_on_with_fewer_and_other_nodes(cluster, unbroken):
+def test_resumes_on_fewer_and_other_nodes(cluster, unbroken):
     run = cluster.submit("shrunk")
     run.wait_for_step(25)
     first = cluster.slurm("squeue", "-h", "-j", run.job, "-o", "%N").strip()
@@ -418,12 +418,12 @@ def test_stop_that_comes_while_python_starts_is_kept(cluster):
 
 @pytest.mark.slow
 def test_evaluate_and_table_run_as_jobs(cluster, unbroken):
-    profile = cluster.folder / "judge.yaml"
+    profile = cluster.folder / "evaluate.yaml"
     profile.write_text(yaml.safe_dump(PROFILE))
     data = {part: f"textures/textures-{part}-*.tar" for part in ("train", "test")}
     words = ["evaluate", "knn", "runs/unbroken", *(f"data.{part}={value}" for part, value in data.items()), "k=[5]", "workers=1"]
     here = json.loads(cluster.ssl_locat(*words, "--json").stdout)
-    shown = cluster.ssl_locat(*words, "--on", "judge.yaml", "--dry-run").stdout
+    shown = cluster.ssl_locat(*words, "--on", "evaluate.yaml", "--dry-run").stdout
     assert "#SBATCH --nodes=2\n" in shown and "#SBATCH --job-name=ssl-locat-evaluate\n" in shown
     assert not (cluster.folder / "jobs").exists()
 
@@ -438,13 +438,13 @@ def test_evaluate_and_table_run_as_jobs(cluster, unbroken):
         },
     }
     (cluster.folder / "small.yaml").write_text(yaml.safe_dump(table))
-    judged = Run(cluster, cluster.folder, cluster.queue(*words, "--json", "--on", "judge.yaml"))
-    tabled = Run(cluster, cluster.folder, cluster.queue("table", "small.yaml", "--on", "judge.yaml"))
+    evaluated = Run(cluster, cluster.folder, cluster.queue(*words, "--json", "--on", "evaluate.yaml"))
+    tabled = Run(cluster, cluster.folder, cluster.queue("table", "small.yaml", "--on", "evaluate.yaml"))
     (cluster.folder / "small.yaml").unlink()  # the job has its own
-    for run in (judged, tabled):
+    for run in (evaluated, tabled):
         run.wait(lambda run=run: run.state() not in ("PENDING", "RUNNING", "COMPLETING"), "the end")
         assert run.now() == "COMPLETED", cluster.jobs("logs", run.job)
-    output = next((cluster.folder / "jobs").glob(f"evaluate-*/{judged.job}_0_log.out")).read_text()
+    output = next((cluster.folder / "jobs").glob(f"evaluate-*/{evaluated.job}_0_log.out")).read_text()
     found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     assert found["metrics"] == pytest.approx(here["metrics"], abs=0.1)  # two processes, in percent
     lines = (cluster.folder / "runs/table/table.md").read_text()

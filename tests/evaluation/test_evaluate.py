@@ -98,7 +98,7 @@ DATA = ["data.train=a", "data.test=b"]
         ("attention", "patches=[[2, 0]]", r"patches is \[\[2, 0\]\]; expected"),
     ],
 )
-def test_a_wrong_value_is_told_before_torch_is_loaded(protocol, override, message):
+def test_a_wrong_value_is_reported_before_torch_is_loaded(protocol, override, message):
     with pytest.raises(ConfigError, match=message):
         program.load_protocol(protocol, ([] if protocol == "efficiency" else DATA) + [override])
 
@@ -121,7 +121,7 @@ def test_a_network_that_no_run_has_is_refused_before_anything_is_loaded(choice):
         program.run("knn", "timm:vit_tiny", [choice, "data.train=a", "data.test=b"])
 
 
-def test_an_image_size_that_patches_do_not_fill_is_told():
+def test_an_image_size_that_patches_do_not_fill_is_reported():
     with pytest.raises(UserError, match=r"image_size 100 is not a multiple of the backbone's patch size 16. Nearest: 96 or 112"):
         program.evaluate("timm:vit_tiny", "efficiency", image_size=100)
 

@@ -57,7 +57,7 @@ def test_unlabelled_folder_as_npy_and_parquet(tmp_path, backbone):
         dump(backbone, data=source, out=str(tmp_path / "x"), format="parket")
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_reported_before_the_model_is_loaded(tmp_path, monkeypatch):
     from ssl_locat.evaluation import evaluate as program
     from ssl_locat.models import backbone as backbones
 

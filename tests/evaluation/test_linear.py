@@ -4,7 +4,7 @@ from safetensors.torch import load_file
 from scenes import write_split
 
 from ssl_locat.errors import CheckpointError, ConfigError
-from ssl_locat.evaluation.online import probe, undisturbed
+from ssl_locat.evaluation.online import preserve_state, probe
 from ssl_locat.evaluation.protocols import linear
 from ssl_locat.evaluation.shared import samples
 from ssl_locat.models.backbone import create_backbone
@@ -142,7 +142,7 @@ def test_probes_leave_random_state_and_modes_alone(backbone, data):
     assert draw() == expected
     assert backbone.training and not backbone.blocks[0].training and backbone.blocks[1].training
     assert all(parameter.requires_grad for parameter in backbone.parameters())
-    with undisturbed(backbone):
+    with preserve_state(backbone):
         torch.rand(3)
     with pytest.raises(ConfigError, match=r"probes.hummingbrid: 'hummingbrid' is no probe.*Did you mean 'hummingbird'"):
         probe(backbone, "hummingbrid", {}, data)

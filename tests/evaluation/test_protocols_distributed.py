@@ -5,7 +5,7 @@ from processes import run_ranks
 from scenes import write_split
 
 
-def judge(data: dict) -> dict[str, float]:
+def run_protocols(data: dict) -> dict[str, float]:
     from ssl_locat.evaluation.protocols import hummingbird, knn, linear, segmentation, supervised
     from ssl_locat.models.backbone import create_backbone
 
@@ -30,8 +30,8 @@ def judge(data: dict) -> dict[str, float]:
 
 def test_one_and_two_processes_agree(tmp_path):
     data = write_split(tmp_path, num_train=25, num_test=11)  # odd: shares of unequal length
-    alone = judge(data)
-    first, second = run_ranks(judge, 2, data)
+    alone = run_protocols(data)
+    first, second = run_ranks(run_protocols, 2, data)
     assert first == second
     different = {name: (alone[name], first[name]) for name in alone if abs(alone[name] - first[name]) > 0.1}
     assert not different, different

@@ -77,7 +77,7 @@ def test_runs_once_and_writes_three_kinds(small, tmp_path, caplog):
         ("results=FILE/below", r"results is .*FILE/below, but .*FILE is a file"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_is_measured(small, tmp_path, change, message):
+def test_what_is_wrong_is_reported_before_anything_is_measured(small, tmp_path, change, message):
     (tmp_path / "FILE").write_text("")
     with pytest.raises(UserError, match=message):
         program.run(str(small), [change.replace("FILE", f"{tmp_path}/FILE")])
@@ -143,7 +143,7 @@ def test_models_and_keys_on_the_command_line(small):
         program.load_table(str(small), ["untraned=a"])
 
 
-def test_a_run_that_went_on_is_judged_anew(tmp_path):
+def test_a_run_that_was_resumed_is_evaluated_anew(tmp_path):
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     before = program.fingerprint(str(tmp_path))
     (tmp_path / "checkpoints" / "step_00000002").mkdir()

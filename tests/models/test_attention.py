@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from ssl_locat.errors import UserError
 from ssl_locat.models import attention_tiled
 from ssl_locat.models.attention import HAS_TRITON, Gaussian, forced_backend, gaussian_attention, gaussian_bias
-from ssl_locat.models.attention_packed import packed_attention, xformers_refusal
+from ssl_locat.models.attention_packed import packed_attention, xformers_unsupported_reason
 
 GRIDS = [(4, 4), (1, 5), (5, 1), (3, 7), (6, 4)]
 NAMES = ("q", "k", "v", "ax", "ay", "alpha")
@@ -182,7 +182,7 @@ def test_packing_by_xformers_that_cannot_serve_says_why():
 @pytest.mark.gpu
 def test_packing_by_xformers_equals_sdpa():
     groups = crops_of_two_sizes("cuda", torch.float16)
-    if reason := xformers_refusal(groups[0][0]):
+    if reason := xformers_unsupported_reason(groups[0][0]):
         pytest.skip(f"xformers {reason}")
     outs = {backend: packed_attention(groups, backend=backend) for backend in ("xformers", "sdpa")}
     for packed, plain, inputs in zip(outs["xformers"], outs["sdpa"], groups, strict=True):

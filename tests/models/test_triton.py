@@ -171,7 +171,7 @@ def _serve_cpu(monkeypatch):
     if INTERPRETING:
         from ssl_locat.models import attention
 
-        monkeypatch.setattr(attention, "refusal", lambda *args: None)
+        monkeypatch.setattr(attention, "unsupported_reason", lambda *args: None)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="already inside")

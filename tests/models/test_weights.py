@@ -34,13 +34,13 @@ def test_a_text_file_is_no_weights(tmp_path, text):
         ),
     ],
 )
-def test_a_state_dict_of_something_else_is_told(tmp_path, state, message):
+def test_a_state_dict_of_something_else_is_reported(tmp_path, state, message):
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match=message):
         load_backbone(str(tmp_path / "weights.pth"))
 
 
-def test_tensors_that_cannot_be_converted_are_told(tmp_path):
+def test_tensors_that_cannot_be_converted_are_reported(tmp_path):
     torch.save({"patch_embed.proj.weight": torch.zeros(3)}, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match=r"do not fit this VisionTransformer: shape .* is invalid"):
         init_weights(create_backbone("vit_tiny_patch16_224", depth=1), str(tmp_path / "weights.pth"))

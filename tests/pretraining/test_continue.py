@@ -34,7 +34,7 @@ def run(folder: Path, name: str, *overrides: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_knn_survives_going_on_with_locat(tmp_path):
+def test_knn_survives_further_pretraining_with_locat(tmp_path):
     vanilla = run(tmp_path, "vanilla", "backbone.name=vit_tiny", "optim.epochs=8")
     assert vanilla[-1] >= vanilla[0] + 8, vanilla  # otherwise there is nothing to lose
     state = load_backbone(tmp_path / "vanilla").state_dict()

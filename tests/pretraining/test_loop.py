@@ -145,7 +145,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: floa
         time.sleep(0.02)
 
 
-def test_each_signal_saves_and_the_same_command_goes_on(textures, tmp_path):
+def test_each_signal_saves_and_the_same_command_resumes(textures, tmp_path):
     config, run, seen = write_config(textures, tmp_path), tmp_path / "run", {}
     long = ["optim.epochs=20", "data.workers=1"]
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
@@ -237,10 +237,10 @@ def test_a_holder_on_another_machine_is_waited_for(tmp_path, monkeypatch, caplog
     holder.stdout.readline()
     monkeypatch.setattr(run_folder, "LOCK_PATIENCE", 0)
     with pytest.raises(UserError, match=r"process 7 on elsewhere trains in it.*delete"):
-        run_folder.take_lock(tmp_path)
+        run_folder.acquire_lock(tmp_path)
     monkeypatch.setattr(run_folder, "LOCK_PATIENCE", 300)
     monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: holder.communicate())  # it ends meanwhile
-    run_folder.take_lock(tmp_path).close()
+    run_folder.acquire_lock(tmp_path).close()
     assert "waiting for it to end" in caplog.text
 
 
@@ -282,7 +282,7 @@ def test_a_probe_at_two_temperatures_or_without_test_images_ends_well(tiny, tmp_
     assert set(summary["knn"]) == {"init", "trained"}
 
 
-def test_a_line_cut_off_by_a_full_disk_is_left_out_and_the_run_goes_on(tiny, caplog):
+def test_a_line_cut_off_by_a_full_disk_is_left_out_and_the_run_resumes(tiny, caplog):
     config = tiny("optim.epochs=1", "export=false")
     pretrain(config)
     run = Path(config.run_dir)

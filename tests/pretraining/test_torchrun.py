@@ -35,7 +35,7 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("option", ["parallel=ddp", "optim.accumulate_steps=2", "parallel=fsdp"])
-def test_two_ranks_go_on_with_a_run_of_one(unbroken, tmp_path, option):
+def test_two_ranks_resume_a_run_of_one(unbroken, tmp_path, option):
     folder, config = unbroken
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
@@ -47,7 +47,7 @@ def test_two_ranks_go_on_with_a_run_of_one(unbroken, tmp_path, option):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_one_rank_goes_on_with_a_run_of_two(unbroken, tmp_path):
+def test_one_rank_resumes_a_run_of_two(unbroken, tmp_path):
     _, config = unbroken
     run(2, config, f"run_dir={tmp_path}/run", *COMMON)
     whole = losses(tmp_path / "run")

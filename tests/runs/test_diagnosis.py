@@ -80,7 +80,7 @@ def test_records_without_a_signal_do_not_break_a_row():
     assert [warning.kind for warning in seen] == ["rank_falling"]
 
 
-def test_early_steps_and_single_spikes_are_not_judged():
+def test_early_steps_and_single_spikes_are_not_checked():
     watch = Diagnosis(512)
     assert not any(watch.check(HEALTHY | SICK["loss_at_ln_k"], step, 1000) for step in range(100))
     for step in range(100, 200, 2):

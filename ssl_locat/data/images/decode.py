@@ -1,4 +1,4 @@
-"""Bytes of one sample -> pixels, label, mask. Every kind of image becomes 8-bit RGB, or a `BadSample` that says why not.
+"""Bytes of one sample -> pixels, label, mask. Every kind of image becomes 8-bit RGB, or a `CorruptSample` that says why not.
 
 Choices, the same for every reader of this package:
   EXIF orientation is applied, as viewers show the photograph; a mask stored like its image gets the same turn (`decode_mask`).
@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from ssl_locat.errors import BadSample
+from ssl_locat.errors import CorruptSample
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: above the largest photographs, far below a decompression bomb
 MAX_LABEL = 9_999_999  # scores are kept per class: one mistaken id must not ask for all memory, nor overflow
@@ -42,7 +42,7 @@ _UPRIGHT = {
 
 
 def decode_image(data: bytes, *, channels: int | None = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """uint8 [H, W, C], upright, contiguous and writable. Raises BadSample for anything that is not a whole image.
+    """uint8 [H, W, C], upright, contiguous and writable. Raises CorruptSample for anything that is not a whole image.
 
     channels: 3, RGB; 1, grey; another number, as stored, if the image has so many; None, as stored in an array and RGB otherwise.
     """
@@ -60,13 +60,13 @@ def _decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
             orientation = image_orientation(data) if b"Exif\0\0" in data[:65536] else 1
             return _turn(pixels, orientation)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF, palettes, sizes: either it decodes or it is a BadSample
+        warnings.simplefilter("ignore")  # odd EXIF, palettes, sizes: either it decodes or it is a CorruptSample
         image = _open(data, max_pixels)
         try:
             orientation = _orientation(image)
             return _turn(_to_rgb(image), orientation)
         except Exception as error:
-            raise BadSample(f"image does not decode: {type(error).__name__}: {error}") from None
+            raise CorruptSample(f"image does not decode: {type(error).__name__}: {error}") from None
 
 
 def _decode_array(data: bytes, max_pixels: int) -> np.ndarray:
@@ -77,15 +77,15 @@ def _decode_array(data: bytes, max_pixels: int) -> np.ndarray:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, columns_first, dtype = read_header(stream)
     except ValueError as error:
-        raise BadSample(f"not a .npy file that can be read: {error}") from None
+        raise CorruptSample(f"not a .npy file that can be read: {error}") from None
     if dtype != np.uint8 or len(shape) not in (2, 3):
-        raise BadSample(
+        raise CorruptSample(
             f"the array is {dtype} {list(shape)}; expected uint8 [height, width, channels]: scale other types to 0..255 first"
         )
     _check_size(shape[1], shape[0], max_pixels)
     values = np.frombuffer(data, np.uint8, offset=stream.tell())
     if len(values) != np.prod(shape):
-        raise BadSample(f"the array's header says {list(shape)}, but {len(values)} bytes follow")
+        raise CorruptSample(f"the array's header says {list(shape)}, but {len(values)} bytes follow")
     return np.array(values.reshape(shape, order="F" if columns_first else "C").reshape(*shape[:2], -1), order="C")
 
 
@@ -96,13 +96,13 @@ def _decode_bands(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
         image = _open(data, max_pixels)
         bands = len(image.getbands())
         if bands != channels or image.mode.startswith("I;16") or image.mode in ("I", "F", "P"):
-            raise BadSample(
+            raise CorruptSample(
                 f"the image has {bands} channels (mode {image.mode}), the backbone takes {channels}: see the guide to channels"
             )
         try:
             return _turn(np.array(image), _orientation(image))
         except Exception as error:
-            raise BadSample(f"image does not decode: {type(error).__name__}: {error}") from None
+            raise CorruptSample(f"image does not decode: {type(error).__name__}: {error}") from None
 
 
 def _with_channels(pixels: np.ndarray, channels: int | None) -> np.ndarray:
@@ -113,7 +113,7 @@ def _with_channels(pixels: np.ndarray, channels: int | None) -> np.ndarray:
         return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
     if have == 1 and channels == 3:
         return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
-    raise BadSample(f"the image has {have} channels, the backbone takes {channels}: set backbone.in_chans={have}")
+    raise CorruptSample(f"the image has {have} channels, the backbone takes {channels}: set backbone.in_chans={have}")
 
 
 def image_orientation(data: bytes) -> int:
@@ -139,13 +139,13 @@ def decode_mask(data: bytes, *, orientation: int = 1, max_pixels: int = MAX_PIXE
         try:
             mask = np.array(image)
         except Exception as error:
-            raise BadSample(f"mask does not decode: {type(error).__name__}: {error}") from None
+            raise CorruptSample(f"mask does not decode: {type(error).__name__}: {error}") from None
     if mask.ndim == 3:
         if (mask[..., :3] != mask[..., :1]).any():
-            raise BadSample(f"mask is in colours (mode {image.mode}); a palette or greyscale image of class ids is needed")
+            raise CorruptSample(f"mask is in colours (mode {image.mode}); a palette or greyscale image of class ids is needed")
         mask = mask[..., 0]
     if mask.dtype.kind == "f":
-        raise BadSample("mask holds floating-point values; a palette or greyscale image of class ids is needed")
+        raise CorruptSample("mask holds floating-point values; a palette or greyscale image of class ids is needed")
     return _turn(mask.astype(np.int64), orientation)
 
 
@@ -167,27 +167,27 @@ def find_image(members: dict[str, bytes], image_key: str | None = None) -> bytes
                 return members[names[name]]
     if ARRAY_EXTENSION in names:
         return members[names[ARRAY_EXTENSION]]
-    raise BadSample(f"no image among the members {_list(members)}; name the one to use with image_key")
+    raise CorruptSample(f"no image among the members {_list(members)}; name the one to use with image_key")
 
 
 def find_label(members: dict[str, bytes], label_key: str | None = None) -> int:
-    """The class id of a sample: an integer from 0 to MAX_LABEL written as text. Raises BadSample if it is missing or no such number."""
+    """The class id of a sample: an integer from 0 to MAX_LABEL written as text. Raises CorruptSample if it is missing or no such number."""
     names = {name.lower(): name for name in members}
     if label_key is not None:
         text = _member(members, names, label_key.lower().lstrip("."), "label_key")
     else:
         found = next((key for key in LABEL_KEYS if key in names), None)
         if found is None:
-            raise BadSample(f"no label ({', '.join(LABEL_KEYS)}) among the members {_list(members)}; name it with label_key")
+            raise CorruptSample(f"no label ({', '.join(LABEL_KEYS)}) among the members {_list(members)}; name it with label_key")
         text = members[names[found]]
     try:
         label = int(bytes(text[:32]).decode("ascii").strip())
     except ValueError:
-        raise BadSample(f"label {bytes(text[:32])!r} is not a number; class ids are integers from 0") from None
+        raise CorruptSample(f"label {bytes(text[:32])!r} is not a number; class ids are integers from 0") from None
     if label < 0:
-        raise BadSample(f"label {label} is negative; class ids are integers from 0")
+        raise CorruptSample(f"label {label} is negative; class ids are integers from 0")
     if label > MAX_LABEL:
-        raise BadSample(f"label {label} is too large; class ids are integers from 0 to {MAX_LABEL}, best without gaps")
+        raise CorruptSample(f"label {label} is too large; class ids are integers from 0 to {MAX_LABEL}, best without gaps")
     return label
 
 
@@ -199,12 +199,12 @@ def find_mask(members: dict[str, bytes], mask_key: str | None = None) -> bytes:
     for key in MASK_KEYS:
         if key in names:
             return members[names[key]]
-    raise BadSample(f"no mask ({', '.join(MASK_KEYS)}) among the members {_list(members)}; name it with mask_key")
+    raise CorruptSample(f"no mask ({', '.join(MASK_KEYS)}) among the members {_list(members)}; name it with mask_key")
 
 
 def _member(members: dict[str, bytes], names: dict[str, str], key: str, option: str) -> bytes:
     if key not in names:
-        raise BadSample(f"{option} is {key!r}, but the members are {_list(members)}")
+        raise CorruptSample(f"{option} is {key!r}, but the members are {_list(members)}")
     return members[names[key]]
 
 
@@ -229,22 +229,22 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
-        raise BadSample("0 bytes")
+        raise CorruptSample("0 bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise BadSample(f"refused from its header: {error}") from None
+        raise CorruptSample(f"refused from its header: {error}") from None
     except Exception as error:
-        raise BadSample(f"not an image of a known format ({', '.join(FORMATS)}): {type(error).__name__}") from None
+        raise CorruptSample(f"not an image of a known format ({', '.join(FORMATS)}): {type(error).__name__}") from None
     _check_size(*image.size, max_pixels)
     return image
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if min(width, height) <= 0:
-        raise BadSample(f"no pixels ({width} x {height})")
+        raise CorruptSample(f"no pixels ({width} x {height})")
     if width * height > max_pixels:
-        raise BadSample(f"refused from its header: {width} x {height} pixels, more than max_pixels = {max_pixels}")
+        raise CorruptSample(f"refused from its header: {width} x {height} pixels, more than max_pixels = {max_pixels}")
 
 
 def _orientation(image: Image.Image) -> int:

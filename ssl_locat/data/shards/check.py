@@ -13,7 +13,7 @@ from ssl_locat.data.shards.shard_index import scan_shard
 from ssl_locat.data.shards.tar import Damage, RawSample, parse
 from ssl_locat.data.stores.objects import Gone, redact
 from ssl_locat.data.stores.store import Store
-from ssl_locat.errors import BadSample, DataError
+from ssl_locat.errors import CorruptSample, DataError
 from ssl_locat.runs.log import progress
 
 _THREADS = 4
@@ -74,7 +74,7 @@ def check(spec: str | list[str], decode: Callable[[RawSample], object] | None = 
     """Read every byte once and report all damage by shard and key.
 
     Args:
-        decode: called with each sample; what it raises as BadSample is damage too (an image that does not decode).
+        decode: called with each sample; what it raises as CorruptSample is damage too (an image that does not decode).
     """
     store, report = store or Store(), Report()
     urls = list(store.expand(_as_pattern(spec, store)))
@@ -111,7 +111,7 @@ def _check_one(store: Store, url: str, decode) -> tuple[Counter, _Found]:
             if isinstance(sample, RawSample) and decode:
                 try:
                     decode(sample)
-                except BadSample as error:
+                except CorruptSample as error:
                     sample = Damage(sample.key, sample.shard, error.reason)
             if isinstance(sample, Damage):
                 found.damage.append(sample)
@@ -119,7 +119,7 @@ def _check_one(store: Store, url: str, decode) -> tuple[Counter, _Found]:
             found.repeated += sample.key in keys
             keys.add(sample.key)
             kinds[tuple(sorted(sample.members))] += 1
-    except (BadSample, Gone, DataError) as error:
+    except (CorruptSample, Gone, DataError) as error:
         found.damage.append(Damage("", redact(url), str(error)))
     return kinds, found
 

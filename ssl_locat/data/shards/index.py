@@ -30,7 +30,7 @@ from ssl_locat.data.shards.shard_index import Shard, load_block, load_key_crcs, 
 from ssl_locat.data.shards.tar import COMPRESSED, Damage, RawSample, parse
 from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, redact, scheme_of
 from ssl_locat.data.stores.store import Store
-from ssl_locat.errors import BadSample, ConfigError, DataError, Outage
+from ssl_locat.errors import ConfigError, CorruptSample, DataError, Outage
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ def read_compressed(url: str, store: Store | None = None) -> Iterator[RawSample 
         stat = local.stat(plain.name)
         try:
             starts, crcs = scan_shard(local, plain.name, stat)
-        except BadSample as error:
+        except CorruptSample as error:
             raise DataError(f"{name} is {error.reason}") from None
         for start, end, crc in zip(starts, starts[1:], crcs, strict=False):
             yield parse(local.read(plain.name, start, end), 0, end - start, crc, name)

@@ -29,7 +29,7 @@ from ssl_locat.config.yaml_files import read_value
 from ssl_locat.data.images.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, decode_mask, find_label, image_orientation
 from ssl_locat.data.shards.pack_sources import Listing, Place, Source, has_labels, list_source, plan_shards
 from ssl_locat.data.stores.objects import redact
-from ssl_locat.errors import BadSample, DataError, UserError, did_you_mean
+from ssl_locat.errors import CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.runs.log import next_steps, progress
 from ssl_locat.seeds import mix64
 
@@ -208,7 +208,7 @@ def _pack_shard(path: Path, samples: list[Source], files: dict[int, str], resize
             content = {place.extension: _read(files[place.file], place) for place in sample.places}
             try:
                 content = _resized(content, resize, max_pixels) if resize else content
-            except BadSample as error:
+            except CorruptSample as error:
                 skipped.append(f"{sample.key}\t{error.reason}")
                 continue
             if sample.label is not None:
@@ -284,7 +284,7 @@ def _labelled_by_csv(samples: list[Source], path: str) -> tuple[list[str], list[
     if all(value.isascii() and value.isdecimal() for value in used):
         try:
             numbers = {value: find_label({"cls": value.encode()}) for value in used}
-        except BadSample as error:
+        except CorruptSample as error:
             raise DataError(f"{path}: {error.reason}") from None
         return [], [sample._replace(label=numbers[named[sample.name]]) for sample in samples]
     return used, [sample._replace(label=used.index(named[sample.name])) for sample in samples]

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from ssl_locat.data.shards.tar import DAMAGED, Scan, scan
 from ssl_locat.data.stores.objects import Denied, Gone, Stat, join, redact, scheme_of
 from ssl_locat.data.stores.store import Store
-from ssl_locat.errors import BadSample, DataError, did_you_mean
+from ssl_locat.errors import CorruptSample, DataError, did_you_mean
 from ssl_locat.runs.log import progress
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def default_cache_dir() -> Path:
 
 
 def scan_shard(store: Store, url: str, stat: Stat) -> Scan:
-    """Read one shard's headers. Raises BadSample if it is no tar, Gone or Outage as the store does."""
+    """Read one shard's headers. Raises CorruptSample if it is no tar, Gone or Outage as the store does."""
     size = _LOCAL_BLOCK if scheme_of(url) == "file" else _REMOTE_BLOCK
     buffer, low = b"", 0
 
@@ -217,7 +217,7 @@ def _scan_all(store: Store, missing: dict[str, Stat], cached: list[Shard], path:
                     shard, block = job.result()
                     known[shard.url] = index.add(shard.url, shard, block)
                     bar.update(1)
-            except BadSample as error:
+            except CorruptSample as error:
                 raise DataError(
                     f"{redact(jobs[job])} is {error.reason}. Remove it from the data pattern, or fetch it again "
                     "('ssl-locat shards check' lists all damage)."

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from ssl_locat.errors import BadSample
+from ssl_locat.errors import CorruptSample
 
 BLOCK = 512
 ZERO = bytes(BLOCK)
@@ -25,7 +25,7 @@ _REGULAR, _SKIPPED = b"0\0007", b"123456g"  # types: files; links, devices, fold
 _EXTENDED = b"xLK"  # headers that describe the next member: pax, GNU long name, GNU long link
 
 
-class BadTar(BadSample):
+class CorruptTar(CorruptSample):
     """No valid tar structure at byte `at`."""
 
     def __init__(self, at: int, reason: str):
@@ -85,7 +85,7 @@ def _number(field: bytes, at: int) -> int:
     except ValueError:
         number = -1
     if number < 0:  # would lead backwards, and round and round
-        raise BadTar(at, f"unreadable number {field!r} in the tar header")
+        raise CorruptTar(at, f"unreadable number {field!r} in the tar header")
     return number
 
 
@@ -110,14 +110,14 @@ def _pax(records: bytes, at: int) -> dict[str, bytes]:
             name, value = record.split(b"=", 1)
             found[name.decode()] = value
     except ValueError:
-        raise BadTar(at, "unreadable pax header") from None
+        raise CorruptTar(at, "unreadable pax header") from None
     return found
 
 
 def members(fetch: Callable[[int, int], bytes], at: int, end: int) -> Iterator[Member]:
     """Regular members from byte `at` to `end`; a zero block ends it too, and is yielded last as a member without a name.
 
-    Raises BadTar at the first thing that is neither. A member whose data runs past `end` is yielded before that: its name tells
+    Raises CorruptTar at the first thing that is neither. A member whose data runs past `end` is yielded before that: its name tells
     which sample is cut short.
     """
     start, name, size = at, None, None
@@ -127,7 +127,7 @@ def members(fetch: Callable[[int, int], bytes], at: int, end: int) -> Iterator[M
             yield Member(at, at, 0, "")
             return
         if len(block) < BLOCK or not is_header(block):
-            raise BadTar(at, "cut inside a tar header" if len(block) < BLOCK else "no valid tar header")
+            raise CorruptTar(at, "cut inside a tar header" if len(block) < BLOCK else "no valid tar header")
         kind = block[156]
         length = _number(block[124:136], at) if size is None or kind in _EXTENDED else size
         data = at + BLOCK
@@ -139,7 +139,7 @@ def members(fetch: Callable[[int, int], bytes], at: int, end: int) -> Iterator[M
             elif kind == b"x"[0]:
                 fields = _pax(text[:length], data)
                 if any(field.startswith("GNU.sparse") for field in fields):
-                    raise BadTar(start, "sparse tar members are not supported")
+                    raise CorruptTar(start, "sparse tar members are not supported")
                 name = fields.get("path", name)
                 size = _number(fields["size"].ljust(20, b"\0"), data) if "size" in fields else size
             continue
@@ -151,20 +151,20 @@ def members(fetch: Callable[[int, int], bytes], at: int, end: int) -> Iterator[M
             if not name.endswith(b"/"):  # a folder, as very old tars write it
                 yield Member(start, data, length, name.decode("utf-8", "surrogateescape"))
         elif kind not in _SKIPPED:
-            raise BadTar(start, f"tar member of unsupported type {chr(kind)!r}")
+            raise CorruptTar(start, f"tar member of unsupported type {chr(kind)!r}")
         start, name, size = at, None, None
     if start != at or at > end:
-        raise BadTar(start, "the archive ends in the middle of a member")
+        raise CorruptTar(start, "the archive ends in the middle of a member")
 
 
 def scan(fetch: Callable[[int, int], bytes], size: int) -> Scan:
     """Slots of the whole archive of `size` bytes. `fetch(at, n)` returns n bytes, or what there is up to the end.
 
-    Raises BadSample if it does not begin as a tar at all. Damage further on never ends the scan: it goes on at the next valid header.
+    Raises CorruptSample if it does not begin as a tar at all. Damage further on never ends the scan: it goes on at the next valid header.
     The slot before the damage is flagged: nobody can tell whether it lost a member. A missing end marker counts as damage.
     """
     if size < BLOCK or not ((first := fetch(0, BLOCK)) == ZERO or is_header(first)):
-        raise BadSample(f"not a tar archive ({size} bytes, beginning with {fetch(0, 24)!r})")
+        raise CorruptSample(f"not a tar archive ({size} bytes, beginning with {fetch(0, 24)!r})")
     starts, crcs = array("Q"), array("I")
     key, extensions, at = None, set(), 0
     while at < size:
@@ -182,7 +182,7 @@ def scan(fetch: Callable[[int, int], bytes], size: int) -> Scan:
                         starts.append(member.start)
                         crcs.append(key_crc(key))
                     extensions.add(parts[1])
-        except BadTar as error:
+        except CorruptTar as error:
             resume = error.at + BLOCK
         if not crcs:
             starts.append(0)
@@ -230,7 +230,7 @@ def parse(data: bytes, start: int, end: int, crc: int, shard: str) -> RawSample 
                 if parts[0] != key or parts[1] in found:
                     return Damage(key, shard, f"{name!r} is mixed into it")
                 found[parts[1]] = data[at : at + size]
-    except BadTar as error:
+    except CorruptTar as error:
         return Damage(key, shard, error.reason)
     if crc == DAMAGED:
         return Damage(key, shard, "it may lack members: the archive is damaged or cut right behind it")

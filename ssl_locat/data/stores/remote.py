@@ -12,7 +12,7 @@ import fsspec
 from fsspec.asyn import sync
 
 from ssl_locat.data.stores.objects import Gone, Stat, redact
-from ssl_locat.data.stores.web import Answer, Web
+from ssl_locat.data.stores.web import Response, Web
 from ssl_locat.errors import DataError
 
 _MAX_WHOLE = 64 << 20  # bytes taken at most from a server that ignores Range and sends the whole object
@@ -142,7 +142,7 @@ class Http(_Listing):
                 raise DataError(f"{redact(url)}: the server answers HTTP {answer.status} ({answer.reason}). Check the URL.")
             raise ConnectionError(f"HTTP {answer.status}")
 
-    def _whole(self, answer: Answer, start: int, end: int, version: str, url: str) -> tuple[bytes, Stat]:
+    def _whole(self, answer: Response, start: int, end: int, version: str, url: str) -> tuple[bytes, Stat]:
         """The server ignored Range. A small object is taken whole; of a large one each sample would cost a download."""
         size = answer.size
         if self.ranges_work:  # a proxy's or a busy server's mood

@@ -39,7 +39,7 @@ _PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, err
 _reading = threading.local()  # what only reading threads have: `stopped`, an event that ends their patience
 
 
-def let_stop(stopped: threading.Event) -> None:
+def stop_waiting_when(stopped: threading.Event) -> None:
     """For a thread that reads ahead: once the event is set, it no longer waits for a store, so that the process can end."""
     _reading.stopped = stopped
 
@@ -152,12 +152,12 @@ class Store:
             except Exception as error:
                 if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno in _PERMANENT):
                     raise Gone(url, None) from None
-                if _is_refused(error):
+                if _is_access_denied(error):
                     raise Denied(
                         f"{redact(url)}: access denied ({error}). Check the rights, and the credentials: they may be missing or have "
                         "expired. Then start the same command again."
                     ) from None
-                if _is_misused(error):
+                if _is_usage_error(error):
                     raise DataError(
                         f"{redact(url)} cannot be used: {error}. Check the URL and the settings of its store."
                     ) from None
@@ -192,7 +192,7 @@ def _matches(name: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
-def _is_refused(error: Exception) -> bool:
+def _is_access_denied(error: Exception) -> bool:
     """Credentials are missing, wrong or expired, in each library's words."""
     kinds = _kinds(error)
     return (
@@ -204,7 +204,7 @@ def _is_refused(error: Exception) -> bool:
     )
 
 
-def _is_misused(error: Exception) -> bool:
+def _is_usage_error(error: Exception) -> bool:
     """A bucket name, an endpoint, a region that cannot be."""
     kinds = _kinds(error)
     return isinstance(error, ValueError) or ("BotoCoreError" in kinds and not kinds & _HEALING)

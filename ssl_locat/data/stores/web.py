@@ -25,7 +25,7 @@ _buffers = threading.local()
 _SAFE = "%/:=&?~+!$,;'@()*[]"  # stays as it is in a path or query that somebody may have quoted already
 
 
-class Answer:
+class Response:
     """Status and headers; the body on demand. What remains unread closes the connection."""
 
     def __init__(self, response: HTTPResponse, deadline: float):
@@ -81,7 +81,7 @@ class Web:
         self._lock, self._tls = threading.Lock(), None
 
     @contextmanager
-    def get(self, url: str, headers: dict[str, str]) -> Iterator[Answer]:
+    def get(self, url: str, headers: dict[str, str]) -> Iterator[Response]:
         """The answer, after redirects. Raises OSError (ConnectionError, TimeoutError ...) for everything that a network does."""
         deadline = time.monotonic() + 6 * self.timeout
         for _ in range(_REDIRECTS):
@@ -99,7 +99,7 @@ class Web:
         raise ConnectionError(f"redirected more than {_REDIRECTS} times")
 
     @contextmanager
-    def _exchange(self, url: str, headers: dict[str, str], deadline: float) -> Iterator[Answer]:
+    def _exchange(self, url: str, headers: dict[str, str], deadline: float) -> Iterator[Response]:
         parts = urlsplit(url)
         server = (parts.scheme, parts.hostname)
         if server not in self._proxies:
@@ -117,7 +117,7 @@ class Web:
                         raise
                     connection.close()
                     connection = None
-            answer = Answer(response, deadline)
+            answer = Response(response, deadline)
             yield answer
             reusable = answer.whole and not response.will_close
             response.close()

@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ssl_locat.data.shards.tar import Damage, RawSample
-from ssl_locat.data.stores.store import let_stop
+from ssl_locat.data.stores.store import stop_waiting_when
 from ssl_locat.data.stream.workers import Failure, as_is, context, next_of, start_worker, starting, stop_workers
-from ssl_locat.errors import BadSample, DataBudgetExceeded, Outage, UserError
+from ssl_locat.errors import CorruptSample, DataBudgetExceeded, Outage, UserError
 
 READ_BYTES = 3 << 20  # of one range read
 AHEAD_BYTES = 32 << 20  # read ahead by each worker, besides the batch that it decodes
@@ -53,7 +53,7 @@ class _Batches(IterableDataset):
         batches = iter(range(number * self.batch_size, len(self.indices), stride * self.batch_size))
         stopped = threading.Event()
         threads = _THREADS if self.dataset.remote else _LOCAL_THREADS
-        pool = ThreadPoolExecutor(threads, "read", initializer=let_stop, initargs=(stopped,))
+        pool = ThreadPoolExecutor(threads, "read", initializer=stop_waiting_when, initargs=(stopped,))
         ahead = 1 + int(AHEAD_BYTES / max(1, self.batch_size * self.dataset.mean_bytes))
         try:
             waiting = deque(self._request(pool, start) for start in islice(batches, min(ahead, 16)))
@@ -81,7 +81,7 @@ class _Batches(IterableDataset):
         if isinstance(raw, RawSample):
             try:
                 return self.prepare(raw, index)
-            except BadSample as error:
+            except CorruptSample as error:
                 raw = Damage(raw.key, raw.shard, error.reason)
         return Unread(index, raw.shard, raw.key, raw.reason)
 

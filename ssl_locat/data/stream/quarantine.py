@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from ssl_locat.errors import DataBudgetExceeded
 
-TOLERATED = 10  # bad samples that stop no run: the share of a handful says nothing yet
+TOLERATED = 10  # corrupt samples that stop no run: the share of a handful says nothing yet
 
 
-class Bad(NamedTuple):
+class QuarantineEntry(NamedTuple):
     """One damaged sample, as a worker met it."""
 
     position: int  # in the stream
@@ -25,11 +25,11 @@ class Bad(NamedTuple):
 
 
 class Quarantine:
-    """Appends to `path` (None: counts only) and judges.
+    """Appends to `path` (None: counts only) and checks the budget.
 
     Args:
         max_bad: tolerated share of damaged samples among those of the data that were read so far. 0 tolerates none at all; any other
-            share is judged only once more than TOLERATED samples were bad.
+            share is checked only once more than TOLERATED samples were corrupt.
         total: samples of all datasets.
     """
 
@@ -42,11 +42,11 @@ class Quarantine:
             with open(path, "rb") as file:
                 self._catch_up(file)
 
-    def add(self, found: list[Bad]) -> None:
+    def add(self, found: list[QuarantineEntry]) -> None:
         """List those that are new."""
         # a stand-in may be sought at many positions of one batch, and meet the same damage each time
-        distinct = {(bad.dataset, bad.index): bad for bad in reversed(found)}.values()
-        new = [bad for bad in distinct if (bad.dataset, bad.index) not in self.known]
+        distinct = {(entry.dataset, entry.index): entry for entry in reversed(found)}.values()
+        new = [entry for entry in distinct if (entry.dataset, entry.index) not in self.known]
         if not new:
             return
         if self.path is None:
@@ -56,24 +56,24 @@ class Quarantine:
         with open(self.path, "ab+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)  # other ranks append too, from other nodes perhaps
             partial = self._catch_up(file)
-            new = [bad for bad in new if (bad.dataset, bad.index) not in self.known]
+            new = [entry for entry in new if (entry.dataset, entry.index) not in self.known]
             names = ("position", "dataset", "index", "shard", "key", "error")
-            lines = [json.dumps({name: getattr(bad, name) for name in names}) + "\n" for bad in new]
+            lines = [json.dumps({name: getattr(entry, name) for name in names}) + "\n" for entry in new]
             file.write(b"\n" * bool(partial) + "".join(lines).encode())
             self._count(new)
 
-    def judge(self, samples_read: int) -> None:
-        """Raises DataBudgetExceeded if too many of the data seen so far were bad; `samples_read`: positions, by all ranks."""
-        bad, seen = len(self.known), min(self.total, max(1, samples_read))
-        if bad <= (TOLERATED if self.max_bad > 0 else 0) or bad <= self.max_bad * seen:
+    def check_budget(self, samples_read: int) -> None:
+        """Raises DataBudgetExceeded if too many of the data seen so far were corrupt; `samples_read`: positions, by all ranks."""
+        corrupt, seen = len(self.known), min(self.total, max(1, samples_read))
+        if corrupt <= (TOLERATED if self.max_bad > 0 else 0) or corrupt <= self.max_bad * seen:
             return
         raise DataBudgetExceeded(
-            f"{bad} of about {seen} samples are damaged ({100 * bad / seen:.2g} %), data.max_bad allows {100 * self.max_bad:.2g} %. They are "
+            f"{corrupt} of about {seen} samples are damaged ({100 * corrupt / seen:.2g} %), data.max_bad allows {100 * self.max_bad:.2g} %. They are "
             f"listed in {self.path or 'no file'}; 'ssl-locat shards check' finds all damage. Mend or leave out those shards, or raise data.max_bad."
         )
 
-    def _count(self, new: list[Bad]) -> None:
-        self.known.update((bad.dataset, bad.index) for bad in new)
+    def _count(self, new: list[QuarantineEntry]) -> None:
+        self.known.update((entry.dataset, entry.index) for entry in new)
         self.added += len(new)
 
     def _catch_up(self, file) -> bytes:

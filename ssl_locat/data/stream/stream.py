@@ -27,12 +27,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
-from ssl_locat.data.stores.store import let_stop
+from ssl_locat.data.stores.store import stop_waiting_when
 from ssl_locat.data.stream.plan import Plan, Slot, micro_batch_size
-from ssl_locat.data.stream.quarantine import Bad, Quarantine
+from ssl_locat.data.stream.quarantine import Quarantine, QuarantineEntry
 from ssl_locat.data.stream.workers import Failure, as_is, next_of, start_worker, starting, stop_workers
 from ssl_locat.data.stream.workers import context as workers_context
-from ssl_locat.errors import EXPECTED, BadSample, DataBudgetExceeded, Outage, UserError
+from ssl_locat.errors import EXPECTED, CorruptSample, DataBudgetExceeded, Outage, UserError
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     positions: np.ndarray  # int64 [b], in the stream
     keys: list[str]  # of the samples used: a substitute shows its own
     seconds: float  # that a worker spent on it
-    damaged: list[Bad]  # met for this batch
+    damaged: list[QuarantineEntry]  # met for this batch
 
 
 class _Window:
@@ -88,7 +88,7 @@ class Reader:
         remote = any(dataset.remote for dataset in datasets)
         self.stopped = threading.Event()
         self.pool = ThreadPoolExecutor(
-            _THREADS if remote else _LOCAL_THREADS, "read", initializer=let_stop, initargs=(self.stopped,)
+            _THREADS if remote else _LOCAL_THREADS, "read", initializer=stop_waiting_when, initargs=(self.stopped,)
         )
         self.windows: dict[tuple[int, int], dict[tuple, _Window]] = {}  # (dataset, lane) -> its current and next window
 
@@ -116,12 +116,12 @@ class Reader:
             window.followed = True
             self.request(self.plan.following(slot))
 
-    def take(self, position: int, damaged: list[Bad]) -> tuple[str, Any]:
+    def take(self, position: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
         """(key, prepared sample) at a position; what is damaged is added to the list and replaced by the next good sample."""
         positions = range(position, position + 1)
         return self.take_all(positions, self.plan.slots(positions), damaged)[0]
 
-    def take_all(self, positions: range, slots: list[Slot], damaged: list[Bad]) -> list[tuple[str, Any]]:
+    def take_all(self, positions: range, slots: list[Slot], damaged: list[QuarantineEntry]) -> list[tuple[str, Any]]:
         """`take` for each position of a batch, quicker: runs of positions share a window."""
         found: list[tuple[str, Any]] = []
         name, window = None, None
@@ -132,21 +132,21 @@ class Reader:
                 self._follow(slot, window)
             raw = window[slot.offset]
             if isinstance(raw, RawSample):
-                with suppress(BadSample):
+                with suppress(CorruptSample):
                     found.append((raw.key, self.prepare(raw, seed)))
                     continue
             found.append(self._search(position, slot, seed, damaged))
         return found
 
-    def _search(self, position: int, slot: Slot, seed: int, damaged: list[Bad]) -> tuple[str, Any]:
+    def _search(self, position: int, slot: Slot, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
         dataset = self.datasets[slot.dataset]
         for number, raw in self._from(slot):
             if isinstance(raw, RawSample):
                 try:
                     return raw.key, self.prepare(raw, seed)
-                except BadSample as error:
+                except CorruptSample as error:
                     raw = Damage(raw.key, raw.shard, error.reason)
-            damaged.append(Bad(position, dataset.name, int(number), raw.shard, raw.key, raw.reason))
+            damaged.append(QuarantineEntry(position, dataset.name, int(number), raw.shard, raw.key, raw.reason))
         raise DataBudgetExceeded(
             f"all {len(damaged)} samples tried for position {position} are damaged; the last: {raw.shard} {raw.key}: {raw.reason}. "
             "'ssl-locat shards check' lists all damage."
@@ -194,7 +194,7 @@ class _MicroBatches(IterableDataset):
                 for name in dict.fromkeys(slot[:4] for slot in slots + ahead):
                     reader.request(name)  # the next batch keeps the pool busy while this one is decoded
                 began = time.perf_counter()
-                damaged: list[Bad] = []
+                damaged: list[QuarantineEntry] = []
                 taken = reader.take_all(self.positions(number), slots, damaged)
                 payload = self.collate([sample for _, sample in taken])
                 if worker is not None:
@@ -240,7 +240,7 @@ class TrainStream:
     (a * world_size + r) of it. Use as a context manager, or call `close`.
 
     Args:
-        prepare: (RawSample, seed) -> sample; runs in workers, may raise BadSample.
+        prepare: (RawSample, seed) -> sample; runs in workers, may raise CorruptSample.
         collate: list of samples -> payload; runs in workers.
         start_samples: positions consumed so far by all ranks: the whole state of the stream.
         workers: processes of this rank; 0 works in the trainer's own process, in the same order.
@@ -312,7 +312,7 @@ class TrainStream:
             consumed += self.micro_batch * self.world_size
             if batch.damaged:
                 self.quarantine.add(batch.damaged)
-                self.quarantine.judge(consumed)
+                self.quarantine.check_budget(consumed)
             yield batch
 
     def _start(self) -> Iterator:

@@ -51,7 +51,7 @@ def evaluate(
     found = {}
     for name, model in models.items():
         (batch,) = pictures(model, data, limit=images, image_size=image_size, batch_size=images, workers=0)
-        found[name] = (batch.images, *look(model, batch.images.to(device), layer, patches))
+        found[name] = (batch.images, *maps_and_metrics(model, batch.images.to(device), layer, patches))
     if out is not None and is_main():
         write(Path(out), models, found, patches, layer)
     metrics = {}
@@ -60,7 +60,7 @@ def evaluate(
     return metrics
 
 
-def look(backbone: nn.Module, images: Tensor, layer: int, patches: list | tuple) -> tuple[Tensor, dict[str, float]]:
+def maps_and_metrics(backbone: nn.Module, images: Tensor, layer: int, patches: list | tuple) -> tuple[Tensor, dict[str, float]]:
     """-> maps [B, Q, rows, cols], one for the class token (if there is one) and one per chosen patch; the two numbers."""
     (weights,) = attention_maps(backbone, images, [layer])
     weights, prefix = weights.mean(1).cpu(), backbone.num_prefix_tokens

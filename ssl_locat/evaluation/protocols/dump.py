@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
-from ssl_locat.errors import BadSample, ConfigError, DataError, UserError, did_you_mean
+from ssl_locat.errors import ConfigError, CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.shared.features import check_image_size, default_resize
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
 from ssl_locat.evaluation.shared.options import Count, Flag, Shards, Text, Whole
@@ -40,11 +40,11 @@ class _Images(Dataset):
         for sample in self.members.fetch(indices):
             try:
                 image = self.view(decode_image(find_image(sample.members, self.image_key), channels=self.channels), 0)
-            except BadSample as error:
+            except CorruptSample as error:
                 raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
             try:
                 label = find_label(sample.members, self.label_key)
-            except BadSample:
+            except CorruptSample:
                 label = NO_LABEL
             found.append((image, sample.key, label))
         return found

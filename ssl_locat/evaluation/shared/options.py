@@ -138,8 +138,8 @@ def describe(kind: Any) -> str:
     """A type in words."""
     inside = get_args(kind)
     if get_origin(kind) is Annotated:
-        told = [part.description for part in kind.__metadata__ if isinstance(part, FieldInfo) and part.description]
-        return told[0] if told else describe(inside[0])
+        descriptions = [part.description for part in kind.__metadata__ if isinstance(part, FieldInfo) and part.description]
+        return descriptions[0] if descriptions else describe(inside[0])
     if get_origin(kind) is Literal:
         return f"one of {', '.join(inside)}"
     if get_origin(kind) is tuple:

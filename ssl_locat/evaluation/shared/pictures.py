@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ssl_locat.data.images.decode import decode_image, find_image
-from ssl_locat.errors import BadSample, DataError
+from ssl_locat.errors import CorruptSample, DataError
 from ssl_locat.evaluation.shared.features import check_image_size, default_resize, split
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
 from ssl_locat.evaluation.shared.samples import Members, load_in_order, share
@@ -31,7 +31,7 @@ class _Views(Dataset):
     def _view(self, sample) -> Tensor:
         try:
             return self.view(decode_image(find_image(sample.members, self.image_key), channels=self.channels), 0)
-        except BadSample as error:
+        except CorruptSample as error:
             raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
 
 

@@ -23,7 +23,7 @@ from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.shards.index import is_compressed, open_dataset, open_mix
 from ssl_locat.data.shards.tar import Damage, RawSample, parse, scan
 from ssl_locat.data.stores.store import Store
-from ssl_locat.errors import BadSample, DataError, UserError
+from ssl_locat.errors import CorruptSample, DataError, UserError
 from ssl_locat.runs.distributed import all_gather_cat, rank, world_size
 from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
@@ -122,7 +122,7 @@ class CompressedShard:
         self.data = self.OPENERS[suffix](Store().read_all(url))
         try:
             self.starts, self.crcs = scan(lambda at, length: self.data[at : at + length], len(self.data))
-        except BadSample as error:
+        except CorruptSample as error:
             raise DataError(f"{url}: {error.reason}.") from None
 
     def __len__(self) -> int:
@@ -213,7 +213,7 @@ class LabelledSamples(Dataset):
             label = find_label(sample.members, self.label_key)
             image = decode_image(find_image(sample.members, self.image_key), channels=self.channels)
             return self.prepare(image, seed), label
-        except BadSample as error:
+        except CorruptSample as error:
             raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
 
     def _prepared_or_blank(self, index: int, seed: int) -> tuple[Tensor, int]:
@@ -235,7 +235,7 @@ class _Labels(Dataset):
     def _label(self, sample: RawSample) -> int:
         try:
             return find_label(sample.members, self.label_key)
-        except BadSample as error:
+        except CorruptSample as error:
             raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ssl_locat.data.images.decode import decode_image, decode_mask, find_image, find_mask, image_orientation
-from ssl_locat.errors import BadSample, ConfigError, DataError, did_you_mean
+from ssl_locat.errors import ConfigError, CorruptSample, DataError, did_you_mean
 from ssl_locat.evaluation.shared.metrics import VOID
 from ssl_locat.evaluation.shared.options import SceneData
 from ssl_locat.evaluation.shared.samples import Members
@@ -146,7 +146,7 @@ class ShardPairs(Sequence):
                 find_mask(sample.members, self.mask_key),
                 f"{sample.shard}: {sample.key}",
             )
-        except BadSample as error:
+        except CorruptSample as error:
             raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
 
 
@@ -166,7 +166,7 @@ class Scenes:
         try:
             image = decode_image(pair.image)
             stored = decode_mask(pair.mask, orientation=image_orientation(pair.image))
-        except BadSample as error:
+        except CorruptSample as error:
             raise DataError(f"{pair.name}: {error.reason}.") from None
         if image.shape[:2] != stored.shape:
             raise DataError(

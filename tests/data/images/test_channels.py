@@ -12,7 +12,7 @@ from ssl_locat.data.images.crops import MultiCrop
 from ssl_locat.data.images.decode import decode_image
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.doctor.init import init
-from ssl_locat.errors import BadSample, ConfigError, UserError
+from ssl_locat.errors import ConfigError, CorruptSample, UserError
 from ssl_locat.evaluation.evaluate import evaluate
 from ssl_locat.export.export import export
 from ssl_locat.measure import step as step_measure
@@ -63,7 +63,7 @@ def test_arrays_come_out_as_they_are(channels):
     ],
 )  # fmt: skip
 def test_what_is_no_image_of_so_many_channels_says_why(data, says):
-    with pytest.raises(BadSample, match=says):
+    with pytest.raises(CorruptSample, match=says):
         decode_image(data, channels=2)
 
 

@@ -1,4 +1,4 @@
-"""Every kind of image becomes 8-bit RGB; what does not is a BadSample with a reason."""
+"""Every kind of image becomes 8-bit RGB; what does not is a CorruptSample with a reason."""
 
 import io
 import tarfile
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from ssl_locat.data.images.decode import decode_image, decode_mask, find_image, find_label, find_mask, image_orientation
-from ssl_locat.errors import BadSample
+from ssl_locat.errors import CorruptSample
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -89,7 +89,7 @@ def test_mask_keeps_palette_indices_and_16_bit_values():
     assert decode_mask(encode(palette, "PNG")).tolist() == [[0, 3, 255]]
     wide = Image.fromarray(np.array([[0, 300, 65535]], np.uint16))
     assert decode_mask(encode(wide, "PNG")).tolist() == [[0, 300, 65535]]
-    with pytest.raises(BadSample, match="colours"):
+    with pytest.raises(CorruptSample, match="colours"):
         decode_mask(encode(photo(), "PNG"))
 
 
@@ -118,8 +118,8 @@ def test_odd_images_of_the_shared_set_decode(shared_data, name, shape, mean):
 @pytest.mark.parametrize(
     ("name", "reason"), [("truncated-jpeg", "truncated"), ("zero-byte-image", "0 bytes"), ("bomb-png-header", "from its header")]
 )
-def test_damaged_images_of_the_shared_set_are_bad_samples(shared_data, name, reason):
-    with pytest.raises(BadSample, match=reason):
+def test_damaged_images_of_the_shared_set_are_corrupt_samples(shared_data, name, reason):
+    with pytest.raises(CorruptSample, match=reason):
         decode_image(broken(shared_data("broken"), name))
 
 
@@ -127,15 +127,15 @@ def test_jpeg_bomb_is_refused_from_its_header():
     data = bytearray(encode(photo(), "JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = (60000).to_bytes(2, "big") * 2
-    with pytest.raises(BadSample, match="60000 x 60000"):
+    with pytest.raises(CorruptSample, match="60000 x 60000"):
         decode_image(bytes(data))
-    with pytest.raises(BadSample, match="max_pixels = 100"):
+    with pytest.raises(CorruptSample, match="max_pixels = 100"):
         decode_image(encode(photo(), "PNG"), max_pixels=100)
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
-def test_what_is_no_image_is_a_bad_sample(data):
-    with pytest.raises(BadSample):
+def test_what_is_no_image_is_a_corrupt_sample(data):
+    with pytest.raises(CorruptSample):
         decode_image(data)
 
 
@@ -149,7 +149,7 @@ def test_random_damage_never_raises_anything_else(format):
             damaged[position] = rng.integers(256)
         try:
             assert decode_image(bytes(damaged), max_pixels=10**6).shape[2] == 3
-        except BadSample as error:
+        except CorruptSample as error:
             assert error.reason
 
 
@@ -159,13 +159,13 @@ def test_image_is_found_under_foreign_names():
     assert find_image({"seg.png": b"m", "image.jpg": b"a"}) == b"a"
     assert find_image({"left.png": b"l", "seg.png": b"m"}) == b"l"
     assert find_image({"left.png": b"l", "Right.png": b"r"}, "right.png") == b"r"
-    with pytest.raises(BadSample, match=r"seg\.png"):
+    with pytest.raises(CorruptSample, match=r"seg\.png"):
         find_image({"seg.png": b"m", "cls": b"1"})
-    with pytest.raises(BadSample, match="image_key is 'jpg'"):
+    with pytest.raises(CorruptSample, match="image_key is 'jpg'"):
         find_image({"png": b"p"}, "jpg")
 
 
-def test_label_is_a_number_or_a_bad_sample():
+def test_label_is_a_number_or_a_corrupt_sample():
     assert find_label({"cls": b"7\n", "jpg": b""}) == 7
     assert find_label({"y": b"12"}, "y") == 12
     for members, reason in [
@@ -177,11 +177,11 @@ def test_label_is_a_number_or_a_bad_sample():
         ({"cls": b"1" * 5000}, "too large"),
         ({"cls": b"10000000"}, "too large"),
     ]:
-        with pytest.raises(BadSample, match=reason):
+        with pytest.raises(CorruptSample, match=reason):
             find_label(members)
 
 
 def test_mask_is_found():
     assert find_mask({"jpg": b"a", "seg.png": b"m"}) == b"m"
-    with pytest.raises(BadSample, match="no mask"):
+    with pytest.raises(CorruptSample, match="no mask"):
         find_mask({"jpg": b"a"})

@@ -16,7 +16,7 @@ from ssl_locat.data.shards.check import check_command, show_command
 from ssl_locat.data.shards.index import open_dataset, open_mix, read_compressed
 from ssl_locat.data.shards.tar import Damage, RawSample, parse, scan, split_name
 from ssl_locat.data.stores.store import Store
-from ssl_locat.errors import BadSample, ConfigError, DataError
+from ssl_locat.errors import ConfigError, CorruptSample, DataError
 
 
 def read_bytes(data: bytes) -> list[RawSample | Damage]:
@@ -156,7 +156,7 @@ def test_headers_that_lead_backwards_are_damage(trap):
 
 
 def test_what_is_no_tar_is_refused():
-    with pytest.raises(BadSample, match="not a tar"):
+    with pytest.raises(CorruptSample, match="not a tar"):
         read_bytes(b"<html>" * 500)
 
 

@@ -103,7 +103,7 @@ def test_shards_keep_their_size_and_hold_mixed_classes(tmp_path):
     assert len(packed(tmp_path / "out")) == 60
 
 
-def test_an_interrupted_packing_goes_on_and_gives_the_same_shards(tmp_path):
+def test_an_interrupted_packing_resumes_and_gives_the_same_shards(tmp_path):
     write_class_folders(tmp_path / "in", per_class=30)
     pack(str(tmp_path / "in"), tmp_path / "out", max_shard_mb=0.02, workers=1)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("shard-*.tar")}

@@ -12,7 +12,7 @@ from ssl_locat.data.shards.selections import Chosen, Joined, choose_by_key, some
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.ordered import Unread, read_in_order
 from ssl_locat.data.stream.workers import choose_workers
-from ssl_locat.errors import BadSample, DataError
+from ssl_locat.errors import CorruptSample, DataError
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ class CountingStore(Store):
 
 def keyed(raw, index):
     if raw.key.endswith("13"):
-        raise BadSample("thirteen")
+        raise CorruptSample("thirteen")
     return index, raw.key
 
 

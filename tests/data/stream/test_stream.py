@@ -19,9 +19,9 @@ from shards import as_list, fingerprint, write_shards
 from ssl_locat.data.shards.index import open_dataset, open_mix
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import Plan, choose_plan, resume_plan
-from ssl_locat.data.stream.quarantine import Bad, Quarantine
+from ssl_locat.data.stream.quarantine import Quarantine, QuarantineEntry
 from ssl_locat.data.stream.stream import Reader, TrainStream
-from ssl_locat.errors import BadSample, DataBudgetExceeded, Outage, UserError
+from ssl_locat.errors import CorruptSample, DataBudgetExceeded, Outage, UserError
 
 SIZES = {"global_batch_size": 24, "world_size": 1, "accumulate_steps": 1, "workers": 0}
 
@@ -82,7 +82,7 @@ def test_a_pass_contains_every_sample_once(shards):
         assert len(mine) == len(set(mine)) == 241
 
 
-def test_a_resumed_stream_goes_on_exactly(shards):
+def test_a_resumed_stream_resumes_exactly(shards):
     expected = read(*shards, 480)
     for start in (24, 100, 333):
         resumed = read(*shards, 96, start=start, world_size=2, workers=1)
@@ -212,7 +212,7 @@ def test_many_kills_over_many_passes(tmp_path):
 
 def reject_some(raw, seed):
     if raw.key.endswith("7"):
-        raise BadSample("ends in seven")
+        raise CorruptSample("ends in seven")
     return fingerprint(raw, seed)
 
 
@@ -245,23 +245,23 @@ def test_too_much_damage_stops_the_run(shards, tmp_path):
         read(*shards, 480, prepare=reject_some, max_bad=0.001, workers=1, quarantine_path=tmp_path / "q2.jsonl")
 
 
-def test_a_handful_of_bad_samples_stops_no_run_unless_none_is_tolerated():
-    bad = [Bad(i, "d", i, "s", "k", "e") for i in range(10)]
+def test_a_handful_of_corrupt_samples_stops_no_run_unless_none_is_tolerated():
+    bad = [QuarantineEntry(i, "d", i, "s", "k", "e") for i in range(10)]
     quarantine = Quarantine(None, 0.001, 1000)
     quarantine.add(bad)
-    quarantine.judge(10)
-    quarantine.add([Bad(99, "d", 99, "s", "k", "e")])
+    quarantine.check_budget(10)
+    quarantine.add([QuarantineEntry(99, "d", 99, "s", "k", "e")])
     with pytest.raises(DataBudgetExceeded):
-        quarantine.judge(10)
+        quarantine.check_budget(10)
     strict = Quarantine(None, 0.0, 1000)
     strict.add(bad[:1])
     with pytest.raises(DataBudgetExceeded):
-        strict.judge(10**6)
+        strict.check_budget(10**6)
 
 
 def test_a_wholly_damaged_window_stops_the_run(shards):
     def never(raw, seed):
-        raise BadSample("no")
+        raise CorruptSample("no")
 
     with pytest.raises(DataBudgetExceeded, match=r"all .* samples tried for position 0"):
         read(*shards, 24, prepare=never)
@@ -270,11 +270,11 @@ def test_a_wholly_damaged_window_stops_the_run(shards):
 def test_quarantine_survives_a_line_cut_by_a_kill(tmp_path):
     path = tmp_path / "q.jsonl"
     first = Quarantine(path, 1, 100)
-    first.add([Bad(0, "d", 1, "s", "k", "e")])
+    first.add([QuarantineEntry(0, "d", 1, "s", "k", "e")])
     with open(path, "a") as file:
         file.write('{"position": 3, "da')
     again = Quarantine(path, 1, 100)
-    again.add([Bad(0, "d", 1, "s", "k", "e"), Bad(5, "d", 2, "s", "k", "e")])
+    again.add([QuarantineEntry(0, "d", 1, "s", "k", "e"), QuarantineEntry(5, "d", 2, "s", "k", "e")])
     assert again.added == 1
     assert len(Quarantine(path, 1, 100).known) == 2
 
