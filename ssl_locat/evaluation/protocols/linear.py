@@ -9,7 +9,7 @@ Features are what the head saw: each block that is read goes through final norm 
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -218,6 +218,40 @@ class Task:
         return heads
 
 
+# arguments that both protocols hand to Task as they are
+TASK_KEYS = ("image_size", "resize_size", "train_fraction", "augment", "batch_size", "workers", "seed")
+
+
+def train_and_test(
+    protocol: str, arguments: dict[str, Any], settings: Sequence[Setting], *, held_out: float, epoch_decay: bool
+) -> tuple[dict[str, float], Setting, float | None]:
+    """What both protocols do: train all classifiers in one pass, choose one on the held-out images, test that one alone.
+
+    Args:
+        arguments: of the protocol's function, its `locals()` at the start.
+        held_out: share of the training images to choose by; 0 where there is but one classifier.
+
+    Returns the test scores, the setting that was chosen, and its top1 on the held-out images (None without any).
+    """
+    purpose = purpose_of(protocol, arguments)
+    # the deepest classifier decides what is read; the others read a part of its columns
+    task = Task(
+        arguments["backbone"], arguments["data"], blocks=max(setting.blocks for setting in settings), held_out=held_out,
+        **{name: arguments[name] for name in TASK_KEYS},
+    )  # fmt: skip
+    heads = task.fit(
+        settings, arguments["epochs"], epoch_decay=epoch_decay, resume_file=arguments["resume_file"], purpose=purpose
+    )
+    best, best_top1 = 0, None
+    if held_out:
+        validation = accuracies(heads, settings, task.layout, task.features(task.plain, task.validation), task.device)
+        best = max(range(len(settings)), key=lambda index: validation[index]["top1"])
+        best_top1 = validation[best]["top1"]
+    one = slice(best, best + 1)  # the test images are read once, after the choice
+    (scores,) = accuracies(heads[one], settings[one], task.layout, task.features(task.test), task.device)
+    return scores, settings[best], best_top1
+
+
 def evaluate(
     backbone: nn.Module,
     *,
@@ -245,14 +279,9 @@ def evaluate(
         train_fraction: share of each class's labels that is used (0.01, 0.1).
         resume_file: progress is kept there after every epoch, and the same command goes on from it.
     """
-    purpose = purpose_of("linear", locals())
-    task = Task(
-        backbone, data, blocks=blocks, image_size=image_size, resize_size=resize_size, train_fraction=train_fraction, held_out=0.0,
-        augment=augment, batch_size=batch_size, workers=workers, seed=seed,
-    )  # fmt: skip
-    settings = [Setting(blocks, patch_mean, lr)]
-    heads = task.fit(settings, epochs, epoch_decay=True, resume_file=resume_file, purpose=purpose)
-    return accuracies(heads, settings, task.layout, task.features(task.test), task.device)[0]
+    arguments = dict(locals())  # a copy: a debugger refreshes the one that locals() gives
+    scores, _, _ = train_and_test("linear", arguments, [Setting(blocks, patch_mean, lr)], held_out=0.0, epoch_decay=True)
+    return scores
 
 
 def sweep(
@@ -278,22 +307,14 @@ def sweep(
     The best is chosen on `held_out` of the training images; the test images are read once, after the choice. Also returns
     validation_top1, and the choice as best_blocks, best_patch_mean (0 or 1) and best_lr. The other keys are those of `evaluate`.
     """
-    purpose = purpose_of("linear_sweep", locals())
+    arguments = dict(locals())  # a copy: a debugger refreshes the one that locals() gives
     if not 0 < held_out < 1:
         raise ConfigError(f"held_out is {held_out}; expected a share of the training images in (0, 1) to choose by, such as 0.1.")
     settings = [Setting(count, mean, lr) for count in blocks for mean in patch_mean for lr in lrs]
-    task = Task(
-        backbone, data, blocks=max(blocks), image_size=image_size, resize_size=resize_size, train_fraction=train_fraction,
-        held_out=held_out, augment=augment, batch_size=batch_size, workers=workers, seed=seed,
-    )  # fmt: skip
-    heads = task.fit(settings, epochs, epoch_decay=False, resume_file=resume_file, purpose=purpose)
-    validation = accuracies(heads, settings, task.layout, task.features(task.plain, task.validation), task.device)
-    best = max(range(len(settings)), key=lambda index: validation[index]["top1"])
-    scores = accuracies(heads[best : best + 1], settings[best : best + 1], task.layout, task.features(task.test), task.device)[0]
-    chosen = settings[best]
+    scores, chosen, validation_top1 = train_and_test("linear_sweep", arguments, settings, held_out=held_out, epoch_decay=False)
     return {
         **scores,
-        "validation_top1": validation[best]["top1"],
+        "validation_top1": validation_top1,
         "best_blocks": chosen.blocks,
         "best_patch_mean": float(chosen.patch_mean),
         "best_lr": chosen.lr,
