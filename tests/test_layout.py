@@ -12,11 +12,11 @@ from ssl_locat.config.yaml_files import names, shipped
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ssl_locat"
 
-# The floors of the house, the ground first. A room may import its own floor's... no: its own modules, and rooms on floors below it.
+# The floors of the house, the ground first. A room may import its own modules, and rooms on floors below it.
 FLOORS = [
     {"shown", "seeds"},
     {"errors"},
-    {"config", "optim"},
+    {"config", "optim", "label_free"},
     {"runs"},
     {"data.stores", "data.images"},
     {"data.shards"},

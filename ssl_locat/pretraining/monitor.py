@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_locat.label_free.rankme import rankme
 from ssl_locat.models.tokens import Tokens
 from ssl_locat.pretraining.parts import Rates
 from ssl_locat.pretraining.setup import Run
 from ssl_locat.runs import distributed
-from ssl_locat.runs.diagnosis import feature_std, not_finite, patch_cls_similarity, rankme, save_replay
+from ssl_locat.runs.diagnosis import feature_std, not_finite, patch_cls_similarity, save_replay
 from ssl_locat.runs.distributed import rank, world_size
 
 log = logging.getLogger(__name__)

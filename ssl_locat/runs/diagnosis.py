@@ -30,16 +30,6 @@ def feature_std(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rankme(features: Tensor) -> Tensor:
-    """features [B, D] -> []: effective rank, from 1 to min(B, D) (RankMe, arXiv:2210.02885, eq. 1): exp of the singular values' entropy.
-
-    The decomposition is small but not free (and CUDA waits for it): once per log interval, not once per step."""
-    values = torch.linalg.svdvals(features.float())
-    shares = values / values.sum().clamp_min(1e-12) + 1e-7
-    return torch.exp(-(shares * shares.log()).sum())
-
-
-@torch.no_grad()
 def patch_cls_similarity(class_token: Tensor, patches: Tensor) -> Tensor:
     """class_token [B, D], patches [B, N, D] -> []: mean cosine of every patch with its image's class token (the paper's Appendix F)."""
     return F.cosine_similarity(patches.float(), class_token.float().unsqueeze(1), dim=-1).mean()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ssl_locat.errors import ConfigError, Diverged, UserError
+from ssl_locat.label_free.rankme import rankme
 from ssl_locat.models.backbone import create_backbone
 from ssl_locat.objectives import Progress
 from ssl_locat.objectives.dino import DINO
@@ -22,9 +23,9 @@ def test_feature_std_is_one_for_isotropic_and_zero_for_equal_features():
 def test_rankme_counts_directions():
     generator = torch.Generator().manual_seed(0)
     orthogonal = torch.linalg.qr(torch.randn(64, 32, generator=generator)).Q
-    assert diagnosis.rankme(orthogonal).item() == pytest.approx(32, rel=1e-3)
+    assert rankme(orthogonal).item() == pytest.approx(32, rel=1e-3)
     three = torch.linalg.qr(torch.randn(64, 3, generator=generator)).Q @ torch.eye(3, 32)
-    assert diagnosis.rankme(three).item() == pytest.approx(3, rel=1e-3)
+    assert rankme(three).item() == pytest.approx(3, rel=1e-3)
 
 
 def test_patch_cls_similarity_is_the_mean_cosine():
@@ -141,7 +142,7 @@ def train(steps: int = 40, lr: float = 3e-3, num_images: int = 32, **options) ->
         signals = {
             "loss": loss.detach(),
             "feature_std": diagnosis.feature_std(classes),
-            "rankme": diagnosis.rankme(classes),
+            "rankme": rankme(classes),
             "patch_cls_similarity": diagnosis.patch_cls_similarity(classes, tokens.patches),
         }
         record = {name: float(value) for name, value in {**signals, **metrics, **dino.finish_step()}.items()}
