@@ -15,4 +15,5 @@ PROTOCOLS = {
     "locality": "ssl_locat.evaluation.protocols.locality:evaluate",
     "attention": "ssl_locat.evaluation.protocols.attention:evaluate",
     "efficiency": "ssl_locat.evaluation.protocols.efficiency:evaluate",
+    "unlabelled": "ssl_locat.evaluation.protocols.unlabelled:evaluate",
 }
