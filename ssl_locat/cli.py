@@ -1,20 +1,27 @@
-"""The commands; dispatch only. Each imports its program when it is called, so that `ssl-locat --help` needs no torch.
+"""The commands; dispatch only. Each imports its program when it is called, so that `ssl-locat --help` needs no torch, and says before
+that what can be known without it (doctor/early.py).
 
 Exit codes: 0 done, 2 the user's mistake (one message, no trace), 3 data budget exceeded, 4 outage or preempted (start it again),
 5 diverged. People's text goes to stderr; stdout belongs to `--json`.
 """
 
+import atexit
 import json
 import logging
 import os
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from safetensors import SafetensorError
+from typer.core import TyperCommand
 
 from ssl_locat import __version__
+from ssl_locat.config.habits import HABITS, in_our_words, plain
+from ssl_locat.config.yaml_files import names
 from ssl_locat.errors import EXPECTED, Outage, UserError, disk_error_message
 from ssl_locat.runs import log
 
@@ -22,17 +29,52 @@ app = typer.Typer(
     name="ssl-locat",
     help="Pretrain vision backbones without labels: DINO-style self-distillation with LocAtViT.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="--quiet (warnings only) and --verbose work with every command.",
+    rich_markup_mode=None,  # plain help: rich's takes as long to import as all the rest
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\b\nExamples:\n  ssl-locat init path/to/images\n  ssl-locat pretrain images.yaml\n  ssl-locat COMMAND --help\n\n"
+    "--quiet (warnings only) and --verbose work with every command.",
 )
-shards = typer.Typer(help="WebDataset shards: pack folders, build indexes, look for damage.", no_args_is_help=True)
+shards = typer.Typer(
+    help="WebDataset shards: pack folders, build indexes, look for damage.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(shards, name="shards")
+
+
+def _examples(*commands: str) -> str:
+    """An epilog; `\\b` keeps its lines as they are."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def _among(folder: str):
+    """Completes shipped names; where none fits, the shell goes on with files."""
+    return lambda incomplete: [name for name in names(folder) if name.startswith(incomplete)]
+
+
+class _Evaluate(TyperCommand):
+    """`evaluate PROTOCOL --help` ends with the protocol's keys."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        ctx.meta["protocol"] = next((word for word in args if not word.startswith("-")), None)
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx, formatter) -> None:
+        super().format_epilog(ctx, formatter)
+        if protocol := ctx.meta.get("protocol"):
+            from ssl_locat.evaluation.evaluate import describe_keys
+
+            formatter.write("\n" + describe_keys(protocol) + "\n")
+
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, over what the YAML says", metavar="[key=value ...]")]
 On = Annotated[
     str | None,
-    typer.Option("--on", help="where it runs: a launch profile (local, torchrun, slurm, ...) or a YAML", metavar="PROFILE"),
+    typer.Option(
+        "--on",
+        help=f"where it runs: a launch profile ({', '.join(names('launch'))}) or a YAML; NAME,key=value changes a key",
+        metavar="PROFILE",
+        autocompletion=_among("launch"),
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show what would run, run nothing")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
@@ -45,24 +87,45 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
     pass
 
 
-@app.command()
+@app.command(epilog=_examples("ssl-locat init path/to/images", "ssl-locat init 's3://bucket/train-*.tar' --out mine.yaml"))
 def init(
-    source: Annotated[str, typer.Argument(metavar="FOLDER_OR_URL")],
+    source: Annotated[str, typer.Argument(metavar="FOLDER_OR_URL", help="a folder of images, or shards")],
     out: Annotated[str | None, typer.Option(help="the YAML to write; default: NAME.yaml here")] = None,
 ) -> None:
     """Look at your images and this machine, and write a commented YAML that `pretrain` runs."""
+    from ssl_locat.doctor.early import check_data, yaml_to_write
+
+    yaml_to_write(source, out)
+    check_data(source)
     from ssl_locat.doctor.init import init
 
     init(source, out)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "ssl-locat pretrain path/to/images                  what init and pretrain do, in one command",
+        "ssl-locat pretrain images.yaml                     resumes from the newest checkpoint, if there is one",
+        "ssl-locat pretrain images.yaml optim.epochs=200 run_dir=runs/longer",
+        "ssl-locat pretrain images.yaml --on slurm,nodes=2",
+        "torchrun --nproc-per-node 8 --no-python ssl-locat pretrain images.yaml",
+    )
+)
 def pretrain(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML, or the name of a shipped recipe (quickstart, ...)")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG|IMAGES",
+            help=f"a YAML, a shipped recipe ({', '.join(names('configs/pretrain'))}), or a folder of images or shards",
+            autocompletion=_among("configs/pretrain"),
+        ),
+    ],
     overrides: Overrides = None,
     on: On = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint", metavar="auto|never|PATH")] = "auto",
@@ -71,10 +134,13 @@ def pretrain(
         Path | None, typer.Option(help="run one saved batch again and say where it stops being finite", metavar="FILE")
     ] = None,
 ) -> None:
-    """Pretrain a backbone; the same command again goes on where it stopped."""
+    """Pretrain a backbone. The same command again resumes from the newest checkpoint."""
     from ssl_locat.config.schema import load
+    from ssl_locat.doctor.early import check_config, config_for
 
-    loaded = load(config, overrides or [])
+    with config_for(config, overrides or [], dry_run) as path:
+        loaded = load(path, overrides or [])
+    check_config(loaded, on)
     if replay and (on or dry_run or loaded.sweep):
         raise UserError("--replay looks at one saved batch here and now: it goes with neither --on nor --dry-run nor a sweep.")
     if on and (on != "local" or loaded.sweep):
@@ -102,16 +168,31 @@ def pretrain(
     print_summary(loaded, run(loaded, resume))
 
 
-@app.command()
+@app.command(
+    cls=_Evaluate,
+    epilog=_examples(
+        "ssl-locat evaluate knn --help                      the protocol's keys",
+        "ssl-locat evaluate knn runs/mine data.train=photos/train data.test=photos/val",
+        "ssl-locat evaluate linear timm:vit_small_patch16_224.dino?pretrained data.train=... data.test=... --json",
+    ),
+)
 def evaluate(
-    protocol: Annotated[str, typer.Argument(metavar="PROTOCOL", help="knn, linear, segmentation, hummingbird, ... or a YAML")],
+    protocol: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROTOCOL", help=f"{', '.join(names('eval'))}, or a YAML of your own", autocompletion=_among("eval")
+        ),
+    ],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="run or export folder, checkpoint, timm:NAME, hf-hub:NAME")],
     overrides: Overrides = None,
     on: On = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Judge a frozen backbone by one protocol."""
+    """Evaluate a frozen backbone by one protocol. `evaluate PROTOCOL --help` lists its keys."""
+    from ssl_locat.doctor.early import check_evaluation
+
+    check_evaluation(protocol, model, overrides or [], on)
     if on not in (None, "local"):
         from ssl_locat.cluster.launch import submit_evaluate
 
@@ -128,9 +209,16 @@ def evaluate(
     _print_json(result) if as_json else show(result)
 
 
-@app.command()
+@app.command(epilog=_examples("ssl-locat table quickstart", "ssl-locat table dino runs/mine --dry-run"))
 def table(
-    name: Annotated[str, typer.Argument(metavar="TABLE", help="a shipped table or a YAML")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE",
+            help=f"{', '.join(names('eval/tables'))}, or a YAML of your own",
+            autocompletion=_among("eval/tables"),
+        ),
+    ],
     models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL ...]")] = None,
     on: On = None,
     dry_run: DryRun = False,
@@ -147,9 +235,13 @@ def table(
     show_plan(name, models or []) if dry_run else run(name, models or [])
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "ssl-locat export runs/mine backbone/", "ssl-locat export runs/mine backbone/ --format onnx --which student --step 2000"
+    )
+)
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a run folder, a checkpoint, a file of weights, timm:NAME")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write")],
     format: Annotated[Literal["timm", "onnx", "pt2"], typer.Option(help="what the folder is for")] = "timm",
     which: Annotated[Literal["teacher", "student"] | None, typer.Option(help="which network of a run; default: teacher")] = None,
@@ -160,6 +252,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a backbone that timm, Hugging Face or ONNX users load."""
+    from ssl_locat.doctor.early import check_model
+
+    check_model(model)
     from ssl_locat.export.export import export
 
     target = export(model, out, format=format, which=which, step=step, with_head=with_head, push_to_hub=push_to_hub)
@@ -169,20 +264,32 @@ def export(
     )
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "ssl-locat features runs/mine path/to/images features/",
+        "ssl-locat features runs/mine path/to/images features/ patches=false format=parquet max_bad=0.01",
+    )
+)
 def features(
-    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="run or export folder, checkpoint, timm:NAME, hf-hub:NAME")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="shards (brace, glob, URL) or a folder")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write")],
     overrides: Overrides = None,
 ) -> None:
-    """Write class and patch tokens of images."""
+    """Write class and patch tokens of images; keys as in eval/features.yaml."""
+    from ssl_locat.doctor.early import check_data, check_model
+
+    check_model(model)
+    check_data(data)
     from ssl_locat.evaluation.evaluate import features
 
     features(model, data, out, overrides or [])
 
 
-@shards.command("pack")
+@shards.command(
+    "pack",
+    epilog=_examples("ssl-locat shards pack path/to/images shards/", "ssl-locat shards pack photos shards/ resize=256 workers=8"),
+)
 def shards_pack(
     source: Annotated[str, typer.Argument(metavar="FOLDER", help="images, class folders, or tars of tars")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the shards")],
@@ -195,13 +302,13 @@ def shards_pack(
         ),
     ] = None,
 ) -> None:
-    """Pack images into WebDataset shards; started again, it goes on."""
+    """Pack images into WebDataset shards. Interrupted, the same command resumes."""
     from ssl_locat.data.shards.pack import pack_command
 
     pack_command(source, out, options or [])
 
 
-@shards.command("index")
+@shards.command("index", epilog=_examples("ssl-locat shards index 'shards/*.tar'"))
 def shards_index(data: Annotated[list[str], typer.Argument(metavar="DATA...")]) -> None:
     """Write the index beside the shards, so that opening them takes no scan."""
     from ssl_locat.data.shards.index import write_index
@@ -209,7 +316,7 @@ def shards_index(data: Annotated[list[str], typer.Argument(metavar="DATA...")]) 
     write_index(data if len(data) > 1 else data[0])
 
 
-@shards.command("check")
+@shards.command("check", epilog=_examples("ssl-locat shards check 'shards/*.tar'", "ssl-locat shards check path/to/images"))
 def shards_check(data: Annotated[list[str], typer.Argument(metavar="DATA...")], as_json: Json = False) -> None:
     """Read everything once and report damage by shard and key; exit 3 if there is any."""
     from ssl_locat.data.shards.check import check_command
@@ -217,7 +324,7 @@ def shards_check(data: Annotated[list[str], typer.Argument(metavar="DATA...")], 
     raise typer.Exit(check_command(data if len(data) > 1 else data[0], as_json))
 
 
-@shards.command("show")
+@shards.command("show", epilog=_examples("ssl-locat shards show 'shards/*.tar'"))
 def shards_show(data: Annotated[list[str], typer.Argument(metavar="DATA...")], as_json: Json = False) -> None:
     """Print counts, sizes and the first samples."""
     from ssl_locat.data.shards.check import show_command
@@ -225,7 +332,11 @@ def shards_show(data: Annotated[list[str], typer.Argument(metavar="DATA...")], a
     show_command(data if len(data) > 1 else data[0], as_json)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "ssl-locat report runs/mine", "ssl-locat report runs/a runs/b --out compare.html", "ssl-locat report runs/mine --watch"
+    )
+)
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...")],
     out: Annotated[str | None, typer.Option(help="the page to write; default: RUN/report.html")] = None,
@@ -233,14 +344,17 @@ def report(
     port: Annotated[int, typer.Option(help="for --watch; 0: any free one")] = 0,
 ) -> None:
     """One self-contained HTML page about one run, or several compared."""
+    from ssl_locat.doctor.early import check_runs
+
+    check_runs(runs)
     from ssl_locat.report.page import report
 
     report(runs, out=out, watch=watch, port=port)
 
 
-@app.command()
+@app.command(epilog=_examples("ssl-locat doctor", "ssl-locat doctor images.yaml", "ssl-locat doctor runs/mine"))
 def doctor(
-    target: Annotated[str | None, typer.Argument(metavar="[CONFIG|RUN]")] = None,
+    target: Annotated[str | None, typer.Argument(metavar="[CONFIG|RUN]", help="default: this machine alone")] = None,
     overrides: Overrides = None,
     on: On = None,
 ) -> None:
@@ -250,9 +364,9 @@ def doctor(
     raise typer.Exit(doctor(target, overrides or [], on))
 
 
-@app.command()
+@app.command(epilog=_examples("ssl-locat bench attention --quick", "ssl-locat bench all --json > here.json"))
 def bench(
-    what: Annotated[Literal["attention", "step", "crops", "stream", "all"], typer.Argument()] = "all",
+    what: Annotated[Literal["attention", "step", "crops", "stream", "start", "all"], typer.Argument()] = "all",
     as_json: Json = False,
     compare: Annotated[Path | None, typer.Option(help="show beside the numbers of an earlier --json", metavar="FILE")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a short look: fewer cases and repeats")] = False,
@@ -267,7 +381,7 @@ def bench(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=_examples("ssl-locat jobs", "ssl-locat jobs logs runs/mine", "ssl-locat jobs stop 1234"))
 def jobs(
     action: Annotated[Literal["list", "logs", "stop", "requeue"], typer.Argument()] = "list",
     names: Annotated[list[str] | None, typer.Argument(metavar="[JOB|RUN ...]")] = None,
@@ -287,18 +401,44 @@ def _print_json(value: dict[str, Any]) -> None:
         print(json.dumps(value))
 
 
-def main() -> None:
-    """The console script. A user's mistake is one message; a stack trace means our own."""
-    arguments = sys.argv[1:]
+def _corrected(error: Exception, arguments: list[str]) -> str | None:
+    """What to type in place of an option that is none: `--lr 0.1`, `--optim.lr=0.1`, `--batch-size 64`."""
+    option = getattr(error, "option_name", None) or ""
+    if not option.startswith("--"):
+        return None
+    at = next((place for place, word in enumerate(arguments) if word.partition("=")[0] == option), None)
+    value = None
+    if at is not None:
+        _, equals, value = arguments[at].partition("=")
+        following = arguments[at + 1] if at + 1 < len(arguments) else "-"
+        value = value if equals else None if following.startswith("-") else following
+    name = option.lstrip("-")
+    if "." in name:
+        return f"What a YAML says is overridden without dashes: {name}={value or 'VALUE'}"
+    if arguments[:1] in (["evaluate"], ["features"]):
+        return f"Keys of a protocol are given without dashes: {plain(name)}={value or 'VALUE'}"
+    if words := in_our_words(name, value or ("VALUE" if plain(name) in HABITS else None)):
+        return f"{words.strip()} Keys are given without dashes."
+    return None
+
+
+def main() -> NoReturn:
+    """The console script."""
+    leave(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """One command line -> its exit code. A user's mistake is one message; a stack trace means our own."""
     quiet, verbose = "--quiet" in arguments, "--verbose" in arguments
     log.setup(quiet=quiet, verbose=verbose)
+    words = [word for word in arguments if word not in ("--quiet", "--verbose")]
     try:
-        code = app([word for word in arguments if word not in ("--quiet", "--verbose")], standalone_mode=False)
+        code = app(words, standalone_mode=False)
     except _Usage as error:
         error.show()
         code = error.exit_code
-        if (option := getattr(error, "option_name", "") or "").startswith("--") and "." in option:
-            print(f"What a YAML says is overridden without dashes: {option.lstrip('-')}=VALUE", file=sys.stderr)
+        if correction := _corrected(error, words):
+            print(correction, file=sys.stderr)
     except EXPECTED as error:
         print(f"ssl-locat: {error}", file=sys.stderr)
         code = error.exit_code
@@ -314,8 +454,20 @@ def main() -> None:
         code = 0
     if code == 130:  # typer turns Ctrl-C into this, too
         print("ssl-locat: stopped.", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process as Python does, up to the last exit handler: threads are waited for, children ended, streams flushed. What comes after,
+    taking torch apart module by module, is left out: it took half of the CPU time of a short command (docs/performance.md)."""
+    threading._shutdown()  # waits for threads, those of executors too; multiprocessing's own children end like this
+    with suppress(Exception):  # a handler's error is printed, and changes no exit code
+        atexit._run_exitfuncs()
     logging.shutdown()
-    sys.exit(code if isinstance(code, int) else 0)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader has gone; closed
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

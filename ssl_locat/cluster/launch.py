@@ -163,7 +163,7 @@ def submit_evaluate(
     from ssl_locat.evaluation.evaluate import check
 
     profile = load_profile(on)
-    own, resolved = check(protocol, model, overrides, model_may_come=_waits_for_a_job(profile))
+    own, resolved = check(protocol, model, overrides, model_may_come=waits_for_a_job(profile))
     _submit_evaluation("evaluate", protocol, resolved, [model, *own, *(["--json"] if as_json else [])], profile, dry_run)
 
 
@@ -172,7 +172,7 @@ def submit_table(name: str, arguments: list[str], on: str, dry_run: bool = False
     from ssl_locat.evaluation.table import check
 
     profile = load_profile(on)
-    _submit_evaluation("table", name, check(name, arguments, model_may_come=_waits_for_a_job(profile)), [], profile, dry_run)
+    _submit_evaluation("table", name, check(name, arguments, model_may_come=waits_for_a_job(profile)), [], profile, dry_run)
 
 
 def _submit_evaluation(
@@ -187,7 +187,7 @@ def _submit_evaluation(
     _start([[command, str(own), *arguments]], profile, snapshot, [str(folder)], dry_run)
 
 
-def _waits_for_a_job(profile: Profile) -> bool:
+def waits_for_a_job(profile: Profile) -> bool:
     """A run folder that does not exist yet may be what the job waits for."""
     return profile.launcher == "slurm" and bool(slurm_names(profile.options).get("dependency"))
 

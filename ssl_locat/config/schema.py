@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ssl_locat.config.habits import in_our_words, our_value
 from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, did_you_mean
 
@@ -221,10 +222,15 @@ class Log(Section):
 
 
 class Probes(Options):
-    """Protocols that run during training on the teacher; each further key is a protocol and its options."""
+    """Protocols that run during training on the teacher; each further key is a protocol and its options, or null: off."""
 
     every_epochs: float | None = Field(default=None, gt=0)
     every_steps: int | None = Field(default=None, gt=0)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The probes that run: one set to null is off, so that `probes.knn=null` takes away what a base or a recipe has."""
+        return {name: options for name, options in super().options.items() if options is not None}
 
 
 class Config(Section):
@@ -340,12 +346,15 @@ def _explain(schema: type[BaseModel], item: dict, loaded: LoadedYaml) -> str:
     kind, message = item["type"], item["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         known = _known_keys(schema, item["loc"][:-1])
-        return f"{place}: unknown key {name!r}.{did_you_mean(str(key[-1]), known)} Known here: {', '.join(known)}."
+        ours = in_our_words(str(key[-1]), item["input"]) if schema is Config else ""
+        return f"{place}: unknown key {name!r}.{ours or did_you_mean(str(key[-1]), known)} Known here: {', '.join(known)}."
     if kind == "missing":
         return f"{loaded.place(key[:-1]) if key[:-1] else loaded.name}: the key {name!r} is missing. It must be given: {_description(schema, item['loc'])}."
     if kind == "value_error":
         return f"{place}: {name}: {message}."
     expected = message[0].lower() + message[1:]
+    if (ours := our_value(name, item["input"])) != item["input"]:
+        return f"{place}: {name} is {item['input']!r}, which is {ours} here: {name}={ours}."
     return f"{place}: {name} is {item['input']!r}; {expected.replace('input should', 'it should')}."
 
 

@@ -12,7 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from ssl_locat.config.schema import Config, load
+from ssl_locat.doctor.early import check_config
 from ssl_locat.errors import UserError
+from ssl_locat.measure.machine import Load, band
 from ssl_locat.runs.history import explain, is_run, open_run
 from ssl_locat.runs.log import console, duration, progress
 
@@ -34,11 +36,15 @@ def doctor(target: str | None = None, overrides: list[str] | None = None, on: st
             raise UserError(f"{target} is a run folder, which doctor explains as it is; overrides and --on belong to a config.")
         _section("Run", *_run_lines(target))
         return 0
+    config = load(target, overrides or []) if target else None
+    if config:
+        check_config(config, on)
+    load_before = Load.now()
     _section("Environment", environment_lines())
-    if target is None:
+    if config is None:
         _section("Advice", ["Next: ssl-locat doctor CONFIG, or ssl-locat init FOLDER_OF_IMAGES."])
         return 0
-    return _examine(load(target, overrides or []), on)
+    return _examine(config, on, load_before)
 
 
 def _section(title: str, *groups: list[str]) -> None:
@@ -129,7 +135,7 @@ def _optional_lines() -> list[str]:
 # --- a config -------------------------------------------------------------------------------------------------------------
 
 
-def _examine(config: Config, on: str | None) -> int:
+def _examine(config: Config, on: str | None, load_before: Load) -> int:
     from ssl_locat.measure.images import sample_data
     from ssl_locat.measure.step import step_device
     from ssl_locat.pretraining.parts import check
@@ -152,7 +158,7 @@ def _examine(config: Config, on: str | None) -> int:
     micro_batch = config.optim.global_batch_size // (ranks * config.optim.accumulate_steps)
     with progress("measuring a few steps"):
         times = step_times(config, sample.payload, micro_batch)
-    lines, more = _run_section(config, length, ranks, micro_batch, sample, times)
+    lines, more = _run_section(config, length, ranks, micro_batch, sample, times, load_before)
     _section("Run", lines)
     advice = sorted([*advice, *more], key=lambda item: -item.worth)
     _section("Advice", [f"{number}. {item.text}" for number, item in enumerate(advice, 1)] or ["Nothing: start it."])
@@ -213,16 +219,19 @@ def _data_advice(config: Config, sample, datasets) -> list[Advice]:
     return advice
 
 
-def _run_section(config: Config, length, ranks: int, micro_batch: int, sample, times) -> tuple[list[str], list[Advice]]:
+def _run_section(
+    config: Config, length, ranks: int, micro_batch: int, sample, times, load_before: Load
+) -> tuple[list[str], list[Advice]]:
     import torch
 
+    from ssl_locat.pretraining.step_times import seconds_per_image, shares_cores, usable_workers
+
     advice = []
-    workers = max(1, min(config.data.workers, (os.cpu_count() or 1) // ranks if ranks <= (os.cpu_count() or 1) else 1))
+    workers = usable_workers(config, ranks)
     loader = sample.read_seconds + sample.decode_seconds + sample.crop_seconds
     feed, model = loader / workers, times.transfer + times.step
-    alone = config.data.workers == 0 or times.device.type == "cpu"  # a CPU shares its cores between loading and training
-    per_image = feed + model if alone else max(feed, model)
-    speed = ranks / per_image
+    alone = shares_cores(config, times)
+    speed = ranks / seconds_per_image(config, sample, times, ranks)
     total = length.total_steps * config.optim.global_batch_size
     seconds = total / speed
     parts = {
@@ -247,7 +256,7 @@ def _run_section(config: Config, length, ranks: int, micro_batch: int, sample, t
         f"{config.backbone.name}: {times.backbone_params / 1e6:.2f} M parameters, heads {times.head_params / 1e6:.2f} M; {config.precision} on {times.device}",
         f"Memory per rank: about {memory:.1f} GB ({times.memory_per_image / 1e6:.0f} MB an image)",
         f"Measured on this machine: model {1 / model:.0f} images/s per rank, loader {workers / loader:.0f} images/s with {_count(workers, 'worker')}",
-        f"Expected: {speed:.0f} images/s, {duration(seconds)} in all, without probes",
+        f"Expected: {speed:.0f} images/s, {band(seconds, load_before)} in all, without probes{load_before.words()}",
         f"First bottleneck: {bottleneck}. Milliseconds an image: "
         + ", ".join(f"{name} {1000 * value:.2f}" for name, value in parts.items()),
     ]

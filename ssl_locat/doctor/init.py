@@ -12,19 +12,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssl_locat.config.schema import load
-from ssl_locat.data.images.decode import decode_image, find_image
+from ssl_locat.config.schema import Config, load
+from ssl_locat.data.images.decode import LABEL_KEYS, decode_image, find_image
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.tar import Damage
+from ssl_locat.doctor.early import name_of, yaml_to_write
 from ssl_locat.errors import CorruptSample, UserError
 from ssl_locat.measure.images import kind_of, sample_data
+from ssl_locat.measure.machine import Load, band
 from ssl_locat.measure.step import step_device
-from ssl_locat.pretraining.step_times import step_times
-from ssl_locat.runs.log import console, duration, next_steps, progress
+from ssl_locat.pretraining.step_times import seconds_per_image, step_times
+from ssl_locat.runs.log import console, next_steps, progress
 
 NUM_SAMPLED = 64
 TEST_NAMES = ("val", "valid", "validation", "test")
 CPU_HOURS = 1.0  # what a first run on a CPU may take
+FEWEST, FEW = 8, 500  # images: below the first there is nothing to compare, below the second little to learn
+SAVE_SECONDS = 300  # from one checkpoint to the next: what a kill may cost
 
 
 class DataStats(NamedTuple):
@@ -51,27 +55,30 @@ class Sizes(NamedTuple):
     patch_size: int
 
 
-def init(source: str, out: str | None = None) -> Path:
+def init(source: str, out: str | None = None, then_pretrain: bool = False) -> Path:
     """Write the YAML (`out`, or NAME.yaml here) for the images at `source` and return its path.
 
-    Raises UserError if the file exists or its folder cannot hold it, DataError if there are no images.
+    then_pretrain: the run follows at once, so that nothing is said about what to do next.
+
+    Raises UserError if the file exists or its folder cannot hold it, or for too few images; DataError if there are none.
     """
-    name = re.sub(r"[^\w-]+", "_", source.rstrip("/").rpartition("/")[2].partition(".")[0]).strip("_") or "images"
-    target = Path(out or f"{name}.yaml")
-    if target.exists():
-        raise UserError(f"{target} exists; give another file with --out, or remove it.")
-    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise UserError(
-            f"{target} cannot be written: its folder is missing or read-only. Give the path of a file with --out, or make the folder."
-        )
+    target = yaml_to_write(source, out)
+    load_before = Load.now()
     train, test = split(source)
     with progress("looking at the images"):
         seen = inspect_data(train)
+        test, unlabelled = usable_test(train, test)
+    if seen.count < FEWEST:
+        raise UserError(
+            f"{source} holds {seen.count} image{'s' * (seen.count > 1)}. Pretraining compares images with each other: at least {FEWEST}, better "
+            "thousands. With so few, take released weights as they are: ssl-locat features timm:NAME?pretrained ..."
+        )
     try:
-        target.write_text(compose(name, train, test, seen), encoding="utf-8")
+        target.write_text(compose(target, train, test, seen), encoding="utf-8")
+        config = load(str(target))
         with progress("trying a few steps"):
-            seconds = expected_seconds(str(target))
-        fit_time(target, seconds)
+            seconds, steps_per_epoch = expected_seconds(config)
+        fit_time(target, seconds, steps_per_epoch, load_before)
         config = load(str(target))
     except BaseException:
         target.unlink(missing_ok=True)  # a YAML that was never tried is worse than none
@@ -80,12 +87,23 @@ def init(source: str, out: str | None = None) -> Path:
     say(
         f"{seen.count:,} images of {_channels(len(seen.mean))}, {min(seen.short_sides)} to {max(seen.short_sides)} px (shorter side), {' and '.join(sorted(set(seen.formats)))}"
     )
+    if seen.count < FEW:
+        say(f"{seen.count} images are few: expect little, or start from released weights (backbone.init).")
     if test:
-        say(f"Found labelled images to measure on: {test}", markup=False)
+        say(f"Found labelled images to measure k-NN on: {test}", markup=False)
+    if unlabelled:
+        say(unlabelled, markup=False)
     if seen.damage:
         say(f"{100 * seen.damaged:.0f} % of those looked at cannot be read, such as {seen.damage}", markup=False)
-    say(f"Wrote {target}.", markup=False)
-    next_steps(f"ssl-locat doctor {target}", f"ssl-locat pretrain {target}", f"ssl-locat report {config.run_dir} --watch")
+    total = config.optim.epochs * seconds
+    say(
+        f"Wrote {target}: {config.optim.epochs:g} epochs, {band(total, load_before)} on this machine{load_before.words()}; a checkpoint every "
+        f"{config.checkpoint.every_steps} steps.",
+        markup=False,
+        soft_wrap=True,
+    )
+    if not then_pretrain:
+        next_steps(f"ssl-locat doctor {target}", f"ssl-locat pretrain {target}", f"ssl-locat report {config.run_dir} --watch")
     return target
 
 
@@ -102,6 +120,25 @@ def split(source: str) -> tuple[str, str | None]:
     if tests and any("train" in name for name in tars):
         return f"{source.rstrip('/')}/*train*.tar", f"{source.rstrip('/')}/*{tests[0]}*.tar"
     return source, None
+
+
+def usable_test(train: str, test: str | None) -> tuple[str | None, str]:
+    """(the test images if k-NN can be measured on them, why not): both sets need labels, and the same class folders."""
+    if not test:
+        return None, ""
+    sets = {"training": open_dataset(train), "test": open_dataset(test)}
+    for name, dataset in sets.items():
+        sample = dataset.read(0, 1)[0]
+        if isinstance(sample, Damage) or not {*LABEL_KEYS} & {key.lower() for key in sample.members}:
+            return (
+                None,
+                f"{test}: not measured on. k-NN needs class folders (cats/, dogs/) in both sets; the {name} images have no labels.",
+            )
+    mine, theirs = (getattr(dataset, "classes", None) or [] for dataset in sets.values())
+    if mine and theirs and mine != theirs:
+        odd = sorted({*mine} ^ {*theirs})
+        return None, f"{test}: not measured on. k-NN needs the same class folders in both sets; {odd[0]}/ is in one alone."
+    return test, ""
 
 
 def inspect_data(source: str) -> DataStats:
@@ -209,12 +246,14 @@ def compose_objective(prototypes: int, gpu: bool, quick: bool, epochs: int) -> l
     return [f"  - {dino[0]}", *(f"    {line}" for line in dino[1:]), koleo]
 
 
-def compose(name: str, train: str, test: str | None, seen: DataStats) -> str:
+def compose(target: Path, train: str, test: str | None, seen: DataStats) -> str:
     """The YAML, with the reason beside each choice."""
     gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
     gpu, cores = gpu_gb > 0, os.cpu_count() or 1
     sizes, (backbone, why) = choose_sizes(seen.short_sides, gpu), choose_backbone(gpu_gb)
-    batch = min(256 if gpu else 128, max(16, 2 ** int(np.log2(seen.count / 4)) if seen.count >= 64 else 16))
+    name = name_of(target.name)
+    # a power of two, a quarter of the images at most: a batch must not hold an image twice
+    batch = min(256 if gpu else 128, max(16 if seen.count >= 16 else 8, 2 ** int(np.log2(seen.count / 4))))
     per_image = (
         (sizes.global_size / 224) ** 2 * (16 / sizes.patch_size) ** 2 * (0.35 if gpu_gb >= 16 else 0.2)
     )  # GB, roughly, in bf16
@@ -227,14 +266,15 @@ def compose(name: str, train: str, test: str | None, seen: DataStats) -> str:
     gray = f"{_channels(channels)}, no colours" if channels != 3 else "the images are grey" if seen.gray > 0.9 else ""
     quick = not gpu and batch >= 64  # Sinkhorn targets and KoLeo compare the images of a batch
     objective = compose_objective(choose_prototypes(seen.count), gpu, quick, epochs)
+    knn = " and a k-NN above the untrained network's" if labelled else ""
     lines = [
         f"# Written by `ssl-locat init` for {seen.count:,} images in {train}: {min(seen.short_sides)} to {max(seen.short_sides)} px",
         f"# on the shorter side, {max(seen.ratios):.1f} the longest ratio of sides, about {seen.mean_bytes / 1000:.0f} kB each.",
-        "# Expected: a loss that leaves ln(num_prototypes) and a k-NN above the untrained network's; no published number fits your images.",
-        f"# Command: ssl-locat pretrain {name}.yaml      (look first: ssl-locat doctor {name}.yaml)",
+        f"# Expected: a loss that leaves ln(num_prototypes){knn}; no published number fits your images.",
+        f"# Command: ssl-locat pretrain {target.name}      (look first: ssl-locat doctor {target.name})",
         "# Read by: ssl_locat/pretraining/loop.py (keys: docs/config.md)",
         "",
-        f"run_dir: runs/{name}   # the same command with the same folder goes on where it stopped",
+        f"run_dir: runs/{name}   # the same command with the same folder resumes from the newest checkpoint",
         "data:",
         f"  train: {_quoted(train)}",
         *([f"  test: {_quoted(test)}   # labelled: k-NN is measured on it during training"] if test else []),
@@ -263,6 +303,7 @@ def compose(name: str, train: str, test: str | None, seen: DataStats) -> str:
         f"  warmup_epochs: {max(1, epochs // 20)}",
         f"teacher: {{momentum: [{0.996 if seen.count * epochs / batch > 50_000 else 0.99 if gpu else 0.9 if quick else 0.98}, 1.0]}}   # nearer to 1 for longer runs",
         f"precision: {'bf16' if gpu else 'fp32'}",
+        "checkpoint: {every_steps: 1000}",
         *(
             ["probes:", f"  every_epochs: {max(1, epochs // 20)}", f"  knn: {{k: [20], image_size: {sizes.global_size}}}"]
             if labelled
@@ -293,27 +334,34 @@ def _quoted(text: str) -> str:
 # --- time -----------------------------------------------------------------------------------------------------------------
 
 
-def expected_seconds(path: str) -> float:
-    """Seconds of one epoch of this config on this machine, by a few steps."""
+def expected_seconds(config: Config) -> tuple[float, int]:
+    """(seconds of one epoch of this config on this machine, by a few steps; steps of an epoch)."""
     from ssl_locat.pretraining.parts import check
 
-    config = load(path)
     datasets, _, length = check(config)
     sample = sample_data(datasets, config, step_device(config.device), 32)
     times = step_times(config, sample.payload, config.optim.global_batch_size // config.optim.accumulate_steps)
-    loader = (sample.read_seconds + sample.decode_seconds + sample.crop_seconds) / max(1, config.data.workers)
-    model = times.transfer + times.step
-    per_image = loader + model if times.device.type == "cpu" else max(loader, model)
-    return per_image * length.steps_per_epoch * config.optim.global_batch_size
+    per_image = seconds_per_image(config, sample, times)
+    return per_image * length.steps_per_epoch * config.optim.global_batch_size, length.steps_per_epoch
 
 
-def fit_time(path: Path, epoch_seconds: float) -> None:
-    """Write the expected time beside `epochs`; on a CPU choose as many as fit into CPU_HOURS (10 to 400)."""
+def fit_time(path: Path, epoch_seconds: float, steps_per_epoch: int, load_before: Load) -> None:
+    """Write the expected time beside `epochs`; on a CPU choose as many as fit into CPU_HOURS (10 to 400). Checkpoints come every five minutes,
+    in a shorter run five times."""
     text = path.read_text(encoding="utf-8")
     epochs = int(re.search(r"^  epochs: (\d+)$", text, re.M)[1])
     if not torch.cuda.is_available():
         epochs = int(min(400, max(10, CPU_HOURS * 3600 // max(epoch_seconds, 1e-3))))
         for key in ("warmup_epochs", "every_epochs"):
             text = re.sub(rf"^  {key}: \d+$", f"  {key}: {max(1, epochs // 20)}", text, flags=re.M)
-    note = f"  epochs: {epochs}   # about {duration(epochs * epoch_seconds)} on this machine, by a few measured steps"
-    path.write_text(re.sub(r"^  epochs: \d+$", note, text, flags=re.M), encoding="utf-8")
+    said = f"{band(epochs * epoch_seconds, load_before)} on this machine, by a few measured steps{load_before.words()}"
+    text = re.sub(r"^  epochs: \d+$", f"  epochs: {epochs}   # {said}", text, flags=re.M)
+    step_seconds = max(epoch_seconds / steps_per_epoch, 1e-3)
+    every = max(1, min(_two_digits(SAVE_SECONDS / step_seconds), epochs * steps_per_epoch // 5))
+    saves = f"checkpoint: {{every_steps: {every}}}   # {band(every * step_seconds, load_before)}: what a kill may cost"
+    path.write_text(re.sub(r"^checkpoint: .*$", saves, text, flags=re.M), encoding="utf-8")
+
+
+def _two_digits(value: float) -> int:
+    """1234.5 -> 1200: no more digits than were measured."""
+    return int(float(f"{max(1.0, value):.1e}"))

@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from rich.table import Table
-
+from ssl_locat.config.models import check_exists
 from ssl_locat.config.schema import keyword_names
 from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
-from ssl_locat.evaluation.shared.options import check_arguments
+from ssl_locat.evaluation.shared.options import annotations, check_arguments, describe
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import console
 
+DUMP = "ssl_locat.evaluation.protocols.dump:dump"  # `ssl-locat features`
 CARD_START, CARD_END = "<!-- scores -->", "<!-- end of scores -->"
 
 
@@ -66,7 +66,7 @@ def _check_data(protocol: str, loaded: LoadedYaml) -> None:
         )
 
 
-def _divide(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+def divide(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Those that choose a network of a run folder, and the protocol's."""
     own = [item for item in overrides if item.partition("=")[0] in ("which", "step")]
     for item in own:
@@ -84,7 +84,7 @@ def check(
     Returns the overrides that choose a network of a run folder, and the rest resolved, as a protocol's YAML that says the same.
     `model_may_come`: a job that runs before this one may yet write the model.
     """
-    own, overrides = _divide(overrides)
+    own, overrides = divide(overrides)
     name, options = load_protocol(protocol, overrides)
     check_inputs(model, name, options, model_may_come)
     return own, {"protocol": name, **options}
@@ -92,14 +92,15 @@ def check(
 
 def check_inputs(model: str, protocol: str, options: dict[str, Any], model_may_come: bool = False) -> None:
     """UserError if the model or a data set is not there; data is opened as the protocol will open it, and not read."""
+    if not model_may_come:
+        check_exists(model)
+
     import timm
 
     from ssl_locat.evaluation.shared.samples import Members
     from ssl_locat.evaluation.shared.seg_datasets import open_scenes
-    from ssl_locat.models.backbone import check_exists, split_options
+    from ssl_locat.models.backbone import split_options
 
-    if not model_may_come:
-        check_exists(model)
     if model.startswith("timm:"):
         name, _ = split_options(model.removeprefix("timm:"))
         if not timm.is_model(name):
@@ -116,6 +117,23 @@ def dry_run(protocol: str, model: str, overrides: Sequence[str] = ()) -> None:
     print(dump_yaml(check(protocol, model, overrides)[1]), end="")
 
 
+def describe_keys(protocol: str) -> str:
+    """The keys of a protocol with what they take and their values in its YAML, a line each: the end of `evaluate PROTOCOL --help`."""
+    loaded = load_yaml(protocol, "eval")
+    target = DUMP if protocol == "features" else PROTOCOLS[take_protocol(loaded)]
+    kinds = annotations(target)
+    lines = [f"Keys of {protocol} (KEY=VALUE; values of {loaded.name}):"]
+    for name in keyword_names(target) or []:
+        if name in ("backbone", "data", "out"):
+            continue
+        value = f"   {loaded.data[name]}" if loaded.data.get(name) is not None else ""
+        lines.append(f"  {name:<22}{describe(kinds[name]) if name in kinds else 'anything'}{value}")
+    if "data" in kinds and protocol != "features":
+        inside = next((part for part in (kinds["data"], *get_args(kinds["data"])) if hasattr(part, "__annotations__")), None)
+        lines += [f"  data.{name}" for name in inside.__annotations__] if inside else []
+    return "\n".join(lines)
+
+
 def function_of(protocol: str) -> Callable[..., dict[str, float]]:
     """The `evaluate(backbone, *, ...)` of a protocol."""
     module, _, name = PROTOCOLS[protocol].partition(":")
@@ -128,7 +146,7 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
     Keys beside the protocol's own: `which` (teacher or student) and `step`, of a run folder. If MODEL is an export folder, its model card
     gets a row.
     """
-    own, overrides = _divide(overrides)
+    own, overrides = divide(overrides)
     name, options = load_protocol(protocol, overrides)
     chosen = dict(item.split("=", 1) for item in own)
     if "step" in chosen:
@@ -196,6 +214,8 @@ def show(result: dict[str, Any]) -> None:
     """The result as a small table for people, once."""
     if int(os.environ.get("RANK", 0)):
         return
+    from rich.table import Table
+
     table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -230,18 +250,18 @@ def add_to_card(folder: Path, result: dict[str, Any]) -> None:
 def features(model: str, data: str, out: str, overrides: Sequence[str] = ()) -> None:
     """`ssl-locat features MODEL DATA OUT`: class and patch tokens of every image, in shards; keys as in eval/features.yaml."""
     loaded = load_yaml("features", "eval", overrides)
-    check_arguments("ssl_locat.evaluation.protocols.dump:dump", loaded.data, loaded)
+    check_arguments(DUMP, loaded.data, loaded)
     for name in ("data", "out"):
         if name in loaded.data:
             raise ConfigError(
                 f"{loaded.place((name,))}: {name} is given twice. Its place is before the keys: features MODEL DATA OUT."
             )
 
+    check_exists(model)
     from ssl_locat.evaluation.protocols.dump import check_out, dump
-    from ssl_locat.models.backbone import check_exists, load_backbone
+    from ssl_locat.models.backbone import load_backbone
     from ssl_locat.runs.distributed import setup, shutdown
 
-    check_exists(model)
     check_out(out)
     device = setup()
     try:

@@ -15,6 +15,7 @@ import timm
 import yaml
 from torch import nn
 
+from ssl_locat.config.models import check_exists
 from ssl_locat.config.yaml_files import load_yaml
 from ssl_locat.errors import CheckpointError, UserError, did_you_mean
 from ssl_locat.models.official import HALF, recognise
@@ -84,16 +85,6 @@ def load_backbone(model: str | Path, which: str | None = None, step: int | None 
 def is_run_or_checkpoint(model: str | Path) -> bool:
     """Whether MODEL is a run folder or one of its checkpoints: what has a teacher, a student and their heads."""
     return any(Path(model, name).is_file() for name in ("config.yaml", "checkpoint.json"))
-
-
-def check_exists(model: str) -> None:
-    """UserError if MODEL is a path and nothing is there."""
-    if model.startswith(("timm:", "hf-hub:")) or Path(model).exists() or Path(model.partition("?")[0]).is_file():
-        return
-    raise UserError(
-        f"there is no {model}; a MODEL is a run folder, a checkpoint folder, an export folder, a file of weights, "
-        "timm:NAME or hf-hub:NAME"
-    )
 
 
 def init_weights(backbone: nn.Module, source: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The parts of a pretraining run, made from its config: data and length, rates, model and losses, how they are distributed, the summed loss."""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +19,17 @@ from ssl_locat.data.stores.cache import CachedStore
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import micro_batch_size
 from ssl_locat.errors import ConfigError
+from ssl_locat.evaluation.probe_options import check_probes
 from ssl_locat.models.attach import LocAtModel
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.schedules import cosine
-from ssl_locat.pretraining.probes import check_probes
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 from ssl_locat.runs import distributed
 from ssl_locat.runs.distributed import is_main, world_size
 from ssl_locat.seeds import mix64
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,7 +74,20 @@ def check(config: Config, ranks: int = 1) -> tuple[list[Dataset], list[float], L
             "data.train mixes several data sets: say how many samples count as an epoch, such as data.epoch_samples=1281167."
         )
     epoch_samples = config.data.epoch_samples or len(datasets[0])
+    images = sum(map(len, datasets))
+    if batch > images and is_main():
+        log.warning(
+            "optim.global_batch_size is %d, but data.train holds %d images: every batch holds some of them twice. Give at most %d.",
+            batch,
+            images,
+            max(1, images // 2),
+        )
     steps_per_epoch = max(1, epoch_samples // batch)
+    if config.optim.epochs and config.optim.epochs * steps_per_epoch < 0.5:
+        raise ConfigError(
+            f"optim.epochs is {config.optim.epochs:g}: of {epoch_samples:,} images ({steps_per_epoch:,} steps of {batch} an epoch) that is not one "
+            f"step. Give at least {1 / steps_per_epoch:.2g}, or optim.total_steps."
+        )
     total_steps = config.optim.total_steps or max(1, round(config.optim.epochs * steps_per_epoch))
     return datasets, weights, Length(epoch_samples, steps_per_epoch, total_steps)
 

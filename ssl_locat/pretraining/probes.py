@@ -8,25 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from ssl_locat.config.schema import Config
-from ssl_locat.evaluation.online import probe, resolve
+from ssl_locat.evaluation.online import probe
+from ssl_locat.evaluation.probe_options import own_data
 from ssl_locat.evaluation.protocols.knn import raw_pixel_knn
 from ssl_locat.runs.distributed import is_main
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import EventLog, read_jsonl
 
 log = logging.getLogger(__name__)
-
-
-def check_probes(config: Config) -> None:
-    """ConfigError for a probe that is none, and for options that its protocol does not take."""
-    for name, options in config.probes.options.items():
-        resolve(name, options or {}, own_data(config))
-
-
-def own_data(config: Config) -> dict:
-    """The run's own sets, which probes read unless they name others."""
-    data = config.data.model_dump(mode="json")
-    return {name: data[name] for name in ("train", "test", "num_classes", "image_key", "label_key", "max_bad")}
 
 
 class Probes:

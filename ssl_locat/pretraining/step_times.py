@@ -1,13 +1,33 @@
 """The training step of a config, built and measured on this machine: what `doctor` and `init` estimate hours and memory from."""
 
+import os
+
 import torch
 from torch import Tensor
 
 from ssl_locat.config.schema import Config
 from ssl_locat.data.images.crops import MultiCrop, Sample
+from ssl_locat.measure.images import DataSample
 from ssl_locat.measure.step import StepTimes, measure_step, step_device
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, total_loss
+
+
+def usable_workers(config: Config, ranks: int = 1) -> int:
+    """Loader processes per rank that have a core: more do not read faster."""
+    return max(1, min(config.data.workers, (os.cpu_count() or 1) // ranks))
+
+
+def seconds_per_image(config: Config, sample: DataSample, times: StepTimes, ranks: int = 1) -> float:
+    """Of one rank, loading and training together: one after the other where they share cores, else the slower of both."""
+    feed = (sample.read_seconds + sample.decode_seconds + sample.crop_seconds) / usable_workers(config, ranks)
+    model = times.transfer + times.step
+    return feed + model if shares_cores(config, times) else max(feed, model)
+
+
+def shares_cores(config: Config, times: StepTimes) -> bool:
+    """Whether loading takes its time from training: on a CPU, and without workers."""
+    return config.data.workers == 0 or times.device.type == "cpu"
 
 
 def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepTimes:

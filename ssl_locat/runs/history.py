@@ -89,12 +89,18 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "config.yaml").is_file()
 
 
-def open_run(path: str | Path) -> Run:
-    """Read a run folder. Raises UserError if it is none."""
+def check_run(path: str | Path) -> None:
+    """UserError if it is no run folder."""
     path = Path(path)
     if not is_run(path):
         there = "has no config.yaml" if path.is_dir() else "is no folder"
         raise UserError(f"{path} {there}; expected a run folder, as `ssl-locat pretrain` makes it (its `run_dir`).")
+
+
+def open_run(path: str | Path) -> Run:
+    """Read a run folder. Raises UserError if it is none."""
+    path = Path(path)
+    check_run(path)
     return Run(
         path=path,
         config=load_yaml(str(path / "config.yaml")).data,

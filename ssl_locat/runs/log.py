@@ -16,17 +16,18 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from typing import TYPE_CHECKING
 
 from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, UserError, did_you_mean
+
+if TYPE_CHECKING:  # rich is a third of the time that `--help` takes: it is imported by what shows something
+    from rich.console import Console
+    from rich.progress import Progress
 
 _PLAIN_EVERY_SECONDS = (5, 60)  # first plain progress line after 5 s, then ever more seldom, at least one a minute
 
 _quiet = False
-_live: Progress | None = None  # the bar on screen; an inner progress() becomes a second line of it
+_live: "Progress | None" = None  # the bar on screen; an inner progress() becomes a second line of it
 
 
 def _rank() -> int:
@@ -35,8 +36,10 @@ def _rank() -> int:
 
 
 @cache
-def console() -> Console:
+def console() -> "Console":
     """The one console, on stderr. rich respects NO_COLOR; bars and log lines share it, so as not to overwrite each other."""
+    from rich.console import Console
+
     found = Console(stderr=True)
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = 160  # a log file has no width; rich takes 80, which breaks tables
@@ -59,6 +62,8 @@ def setup(quiet: bool = False, verbose: bool = False) -> None:
     level = logging.DEBUG if verbose else logging.WARNING if quiet or rank else logging.INFO
     prefix = f"[rank {rank} on {socket.gethostname()}] " if "RANK" in os.environ and rank else ""
     if console().is_terminal:
+        from rich.logging import RichHandler
+
         handler: logging.Handler = RichHandler(console=console(), show_path=False, markup=False, log_time_format="%H:%M:%S")
         handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
     else:  # one event per line, never wrapped: people grep it
@@ -117,7 +122,7 @@ class _Bar:
 
 
 class _RichBar(_Bar):
-    def __init__(self, live: Progress, *args):
+    def __init__(self, live: "Progress", *args):
         super().__init__(*args)
         self.live = live
         self.task = live.add_task(self.description, total=self.total, completed=self.done, words="")
@@ -176,6 +181,8 @@ def progress(description: str, total: int | None = None, unit: str = "", start: 
         return
     outermost = _live is None
     if outermost:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}"))
         _live = Progress(*columns, console=console(), refresh_per_second=4)
         _live.start()

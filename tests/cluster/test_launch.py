@@ -139,21 +139,15 @@ def test_sweep_is_every_combination_each_in_its_folder(here):
         launch.expand_sweep(load("config.yaml", ["sweep={optim.rate: [1]}"]))
 
 
-def test_sweep_runs_here_one_after_the_other_when_asked(here, capsys, monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["ssl-locat", "pretrain", "config.yaml", "sweep={seed: [0, 1]}", "--on", "local", "--dry-run"]
-    )
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0 and capsys.readouterr().out.count("1 processes: ssl-locat pretrain") == 2
+def test_sweep_runs_here_one_after_the_other_when_asked(here, capsys):
+    assert cli.run_command(["pretrain", "config.yaml", "sweep={seed: [0, 1]}", "--on", "local", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("1 processes: ssl-locat pretrain") == 2
 
 
 @pytest.mark.parametrize("also", [["--dry-run"], ["--on", "slurm"], ["sweep={seed: [0, 1]}"]])
-def test_replay_goes_alone(here, capsys, monkeypatch, also):
-    monkeypatch.setattr(sys, "argv", ["ssl-locat", "pretrain", "config.yaml", "--replay", "batch.safetensors", *also])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2 and "--replay looks at one saved batch" in capsys.readouterr().err
+def test_replay_goes_alone(here, capsys, also):
+    assert cli.run_command(["pretrain", "config.yaml", "--replay", "batch.safetensors", *also]) == 2
+    assert "--replay looks at one saved batch" in capsys.readouterr().err
 
 
 def test_jobs_are_found_by_number_and_folder_and_unknown_ones_named(here):

@@ -1,0 +1,168 @@
+"""What a command can say before torch is imported, which takes seconds: missing paths, unknown profiles, protocols, models, probes.
+
+Only what is quick to know: nothing is read but names. The programs themselves check again, and more (pretraining/parts.py, evaluation/evaluate.py).
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ssl_locat.config.habits import in_our_words
+from ssl_locat.config.models import check_exists, doubt
+from ssl_locat.config.schema import Config, load
+from ssl_locat.errors import ConfigError, DataError, UserError, did_you_mean
+from ssl_locat.evaluation.probe_options import check_probes
+
+log = logging.getLogger(__name__)
+
+
+def yaml_to_write(source: str, out: str | None = None) -> Path:
+    """Where `init` writes the YAML for the images at `source`. UserError if it exists, or its folder cannot hold it."""
+    target = Path(out or f"{name_of(source)}.yaml")
+    if target.exists():
+        raise UserError(f"{target} exists; give another file with --out, or remove it.")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise UserError(
+            f"{target} cannot be written: its folder is missing or read-only. Give the path of a file with --out, or make the folder."
+        )
+    return target
+
+
+def name_of(source: str) -> str:
+    """A name for the YAML and the run: the last part of the path, without what files and shells do not like."""
+    last = source.rstrip("/").rpartition("/")[2]
+    last = Path(source).resolve().name if last in ("", ".", "..") else last
+    return re.sub(r"[^\w-]+", "_", last.partition(".")[0]).strip("_") or "images"
+
+
+@contextmanager
+def config_for(given: str, overrides: Sequence[str], dry_run: bool) -> Iterator[str]:
+    """The YAML that `pretrain GIVEN` means. For images it is written first, as `init` does, and kept; with `dry_run` it goes again."""
+    if not is_images(given):
+        yield given
+        return
+    for override in overrides:  # a misspelt key is answered before the machine is measured
+        name, _, value = override.partition("=")
+        if (first := name.partition(".")[0]) not in Config.model_fields:
+            words = in_our_words(first, value) or did_you_mean(first, Config.model_fields)
+            raise ConfigError(f"{override!r}: unknown key {name!r}.{words} Known here: {', '.join(Config.model_fields)}.")
+    target = Path(f"{name_of(given)}.yaml")
+    if target.exists():
+        if (train := load(str(target)).data.train) not in (given, *(f"{given.rstrip('/')}{end}" for end in ("", "/train"))):
+            raise UserError(
+                f"{target} exists, for {train}. Run it as it is (ssl-locat pretrain {target}), or write another one: "
+                f"ssl-locat init {given} --out OTHER.yaml"
+            )
+        log.info("%s was written for these images before, and is used as it is", target)
+        yield str(target)
+        return
+    check_data(given)
+    if not dry_run:
+        yaml_to_write(given)
+    from ssl_locat.doctor.init import init
+
+    with TemporaryDirectory() as folder:
+        yield str(init(given, str(Path(folder, target.name)) if dry_run else None, then_pretrain=True))
+
+
+def is_images(given: str) -> bool:
+    """Whether `pretrain GIVEN` names images or shards, not a config."""
+    path = Path(given)
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{given} is a run folder. Resume it with its config: ssl-locat pretrain {path / 'config.yaml'}")
+    if path.suffix in (".yaml", ".yml"):
+        return False
+    return path.is_dir() or "://" in given or ".tar" in path.name or any(letter in given for letter in "{*")
+
+
+def check_config(config: Config, on: str | None = None) -> None:
+    """UserError for what a run could not start with."""
+    if on:
+        from ssl_locat.cluster.launch import load_profile
+
+        load_profile(on)
+    check_probes(config)
+    suspect(config.backbone.name)
+    init = config.backbone.init
+    if init and not init.startswith(("timm:", "hf-hub:")):
+        check_exists(init)
+    made = config.data.make.folder if config.data.make else None
+    for name in ("train", "test"):
+        check_data(getattr(config.data, name), made)
+
+
+def check_model(model: str) -> None:
+    """UserError if MODEL is a path and nothing is there; a word about a name that timm hardly knows."""
+    check_exists(model)
+    if model.startswith("timm:"):
+        suspect(model.removeprefix("timm:").partition("?")[0])
+
+
+def check_evaluation(protocol: str, model: str, overrides: Sequence[str], on: str | None) -> None:
+    """UserError for a protocol, a key, a profile, a model or data that is not there."""
+    from ssl_locat.evaluation.evaluate import divide, load_protocol
+
+    may_come = False
+    if on not in (None, "local"):
+        from ssl_locat.cluster.launch import load_profile, waits_for_a_job
+
+        may_come = waits_for_a_job(load_profile(on))
+    _, options = load_protocol(protocol, divide(overrides)[1])
+    if not may_come:
+        check_model(model)
+    data = options.get("data") or {}
+    for name in ("train", "test"):
+        check_data(data.get(name))
+
+
+def suspect(name: str) -> None:
+    """Say at once that a model's name looks wrong. timm is asked later and has the last word."""
+    if odd := doubt(name):
+        log.warning("%s timm itself is asked now, which takes some seconds.", odd)
+
+
+def check_data(spec: object, made: str | None = None) -> None:
+    """DataError if a local path is not there, a pattern meets nothing, or a folder may not be read. Stores are asked later.
+
+    made: a folder that the run itself will fill.
+    """
+    parts = spec if isinstance(spec, list | tuple) else [spec]
+    for part in parts:
+        shards = getattr(part, "shards", part.get("shards") if isinstance(part, dict) else part)
+        for source in shards if isinstance(shards, list | tuple) else [shards]:
+            if isinstance(source, str | os.PathLike) and not (made and str(source).startswith(made)):
+                _check_source(str(source))
+
+
+def _check_source(source: str) -> None:
+    if "://" in source and not source.startswith("file://"):
+        return
+    path = Path(source.removeprefix("file://")).expanduser()
+    if path.is_dir():
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise UserError(f"{source}: this folder may not be read (permission denied). Mend it: chmod -R u+rX {source}")
+        return
+    if path.exists():
+        return
+    if not any(letter in source for letter in "{*?["):
+        folder = path.absolute().parent
+        near = did_you_mean(path.name, os.listdir(folder)) if os.path.isdir(folder) else ""
+        raise DataError(f"{source} does not exist.{near} Expected a folder of images, tar shards, or a quoted pattern of them.")
+    from ssl_locat.data.shards.index import open_dataset
+    from ssl_locat.data.stores.store import Store
+
+    urls = list(Store().expand(source))  # DataError for a pattern that meets nothing
+    if not all(os.path.exists(url) for url in (urls[0], urls[-1])):
+        open_dataset(source)  # says what is missing, and what has nearly its name
+
+
+def check_runs(runs: list[str]) -> None:
+    """UserError unless all are run folders."""
+    from ssl_locat.runs.history import check_run
+
+    for run in runs:
+        check_run(run)

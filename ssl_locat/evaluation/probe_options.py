@@ -1,0 +1,48 @@
+"""The `probes` section of a config: which protocols may run during training, and their options. Imports no torch."""
+
+from typing import Any
+
+from ssl_locat.config.schema import Config
+from ssl_locat.config.yaml_files import LoadedYaml
+from ssl_locat.errors import ConfigError, did_you_mean
+from ssl_locat.evaluation import PROTOCOLS
+from ssl_locat.evaluation.shared.options import check_arguments
+
+ONLINE = [
+    name for name in PROTOCOLS if name not in ("supervised", "attention", "efficiency")
+]  # frozen backbone, numbers that move
+
+DENSE = ("segmentation", "hummingbird")
+
+
+def check_probes(config: Config) -> None:
+    """ConfigError for a probe that is none, and for options that its protocol does not take."""
+    for name, options in config.probes.options.items():
+        resolve(name, options or {}, own_data(config))
+
+
+def own_data(config: Config) -> dict:
+    """The run's own sets, which probes read unless they name others."""
+    data = config.data.model_dump(mode="json")
+    return {name: data[name] for name in ("train", "test", "num_classes", "image_key", "label_key", "max_bad")}
+
+
+def resolve(name: str, options: dict[str, Any], data_defaults: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The protocol of a probe and its arguments. Raises ConfigError for what the protocol does not take.
+
+    Args:
+        name: a protocol. An option `protocol` overrides it, so that one protocol can run twice under two names.
+        options: the protocol's keys; `data` is laid over `data_defaults` key by key.
+        data_defaults: the run's own train and test sets.
+    """
+    options = dict(options)
+    protocol = options.pop("protocol", name)
+    if protocol not in ONLINE:
+        raise ConfigError(f"probes.{name}: {protocol!r} is no probe; known: {', '.join(ONLINE)}.{did_you_mean(protocol, ONLINE)}")
+    inherited = data_defaults
+    if protocol in DENSE:  # classes of masks are not those of images
+        inherited = {key: value for key, value in data_defaults.items() if key in ("train", "test", "image_key")}
+    data = {**inherited, **(options.pop("data", None) or {})}
+    arguments = {**options, "data": {key: value for key, value in data.items() if value is not None}}
+    check_arguments(PROTOCOLS[protocol], arguments, LoadedYaml("the config", {}), ("probes", name))
+    return protocol, arguments
