@@ -136,7 +136,8 @@ def pretrain(
 ) -> None:
     """Pretrain a backbone. The same command again resumes from the newest checkpoint."""
     from ssl_locat.config.schema import load
-    from ssl_locat.doctor.early import check_config, config_for
+    from ssl_locat.doctor.early import check_config
+    from ssl_locat.doctor.from_images import config_for
 
     with config_for(config, overrides or [], dry_run) as path:
         loaded = load(path, overrides or [])
