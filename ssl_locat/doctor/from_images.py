@@ -1,0 +1,54 @@
+"""`ssl-locat pretrain IMAGES`: the YAML is written first, as `init` does, and kept."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ssl_locat.config.habits import in_our_words
+from ssl_locat.config.schema import Config, load
+from ssl_locat.doctor.early import check_data, name_of, yaml_to_write
+from ssl_locat.errors import ConfigError, UserError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def config_for(given: str, overrides: Sequence[str], dry_run: bool) -> Iterator[str]:
+    """The YAML that `pretrain GIVEN` means. For images it is written first, as `init` does, and kept; with `dry_run` it goes again."""
+    if not is_images(given):
+        yield given
+        return
+    for override in overrides:  # a misspelt key is answered before the machine is measured
+        name, _, value = override.partition("=")
+        if (first := name.partition(".")[0]) not in Config.model_fields:
+            words = in_our_words(first, value) or did_you_mean(first, Config.model_fields)
+            raise ConfigError(f"{override!r}: unknown key {name!r}.{words} Known here: {', '.join(Config.model_fields)}.")
+    target = Path(f"{name_of(given)}.yaml")
+    if target.exists():
+        if (train := load(str(target)).data.train) not in (given, *(f"{given.rstrip('/')}{end}" for end in ("", "/train"))):
+            raise UserError(
+                f"{target} exists, for {train}. Run it as it is (ssl-locat pretrain {target}), or write another one: "
+                f"ssl-locat init {given} --out OTHER.yaml"
+            )
+        log.info("%s was written for these images before, and is used as it is", target)
+        yield str(target)
+        return
+    check_data(given)
+    if not dry_run:
+        yaml_to_write(given)
+    from ssl_locat.doctor.init import init
+
+    with TemporaryDirectory() as folder:
+        yield str(init(given, str(Path(folder, target.name)) if dry_run else None, then_pretrain=True))
+
+
+def is_images(given: str) -> bool:
+    """Whether `pretrain GIVEN` names images or shards, not a config."""
+    path = Path(given)
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{given} is a run folder. Resume it with its config: ssl-locat pretrain {path / 'config.yaml'}")
+    if path.suffix in (".yaml", ".yml"):
+        return False
+    return path.is_dir() or "://" in given or ".tar" in path.name or any(letter in given for letter in "{*")
