@@ -120,7 +120,7 @@ def dry_run(protocol: str, model: str, overrides: Sequence[str] = ()) -> None:
 def describe_keys(protocol: str) -> str:
     """The keys of a protocol with what they take and their values in its YAML, a line each: the end of `evaluate PROTOCOL --help`."""
     loaded = load_yaml(protocol, "eval")
-    target = DUMP if protocol == "features" else PROTOCOLS[take_protocol(loaded)]
+    target = DUMP if protocol == "features" else PROTOCOLS[pop_protocol(loaded)]
     kinds = annotations(target)
     lines = [f"Keys of {protocol} (KEY=VALUE; values of {loaded.name}):"]
     for name in keyword_names(target) or []:

@@ -41,6 +41,6 @@ def band(seconds: float, load: Load) -> str:
 
 
 def _range(low: float, high: float, unit: str) -> str:
-    """Two digits above 20, one below; of one value alone where both are the same."""
-    shown = [f"{float(f'{value:.2g}'):.0f}" if value >= 10 else f"{value:.1f}".removesuffix(".0") for value in (low, high)]
+    """Two digits; of one value alone where both are the same."""
+    shown = [f"{float(f'{value:.2g}'):.0f}" if value >= 5 else f"{value:.1f}".removesuffix(".0") for value in (low, high)]
     return f"{shown[0]} to {shown[1]} {unit}" if shown[0] != shown[1] else f"{shown[0]} {unit}"
