@@ -6,11 +6,11 @@ Exit codes: 0 done, 2 the user's mistake (one message, no trace), 3 data budget 
 """
 
 import atexit
-import json
 import logging
 import os
 import sys
 import threading
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -24,6 +24,7 @@ from ssl_locat.config.habits import HABITS, in_our_words, plain
 from ssl_locat.config.yaml_files import names
 from ssl_locat.errors import EXPECTED, Outage, UserError, disk_error_message
 from ssl_locat.runs import log
+from ssl_locat.shown import redact, to_json
 
 app = typer.Typer(
     name="ssl-locat",
@@ -399,7 +400,13 @@ _Usage = typer.BadParameter.__mro__[2]
 
 def _print_json(value: dict[str, Any]) -> None:
     if not int(os.environ.get("RANK", 0)):  # one object, however many processes
-        print(json.dumps(value))
+        print(to_json(value))
+
+
+def _report_fault(error: Exception) -> int:
+    """The trace of a mistake of ours, which may quote a URL; Python's own exit code for it."""
+    log.say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
+    return 1
 
 
 def _corrected(error: Exception, arguments: list[str]) -> str | None:
@@ -436,23 +443,26 @@ def run_command(arguments: list[str]) -> int:
     try:
         code = app(words, standalone_mode=False)
     except _Usage as error:
+        error.message = redact(str(error.message))
         error.show()
         code = error.exit_code
         if correction := _corrected(error, words):
-            print(correction, file=sys.stderr)
+            log.say(correction, sys.stderr)
     except EXPECTED as error:
-        print(f"ssl-locat: {error}", file=sys.stderr)
+        log.say(f"ssl-locat: {error}", sys.stderr)
         code = error.exit_code
     except (OSError, SafetensorError) as error:
-        if verbose or not (refusal := disk_error_message(error)):
-            raise
-        print(f"ssl-locat: {refusal}", file=sys.stderr)
-        code = Outage.exit_code
+        refusal = None if verbose else disk_error_message(error)
+        code = _report_fault(error) if refusal is None else Outage.exit_code
+        if refusal:
+            log.say(f"ssl-locat: {refusal}", sys.stderr)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
         code = 0
+    except Exception as error:
+        code = _report_fault(error)
     if code == 130:  # typer turns Ctrl-C into this, too
         print("ssl-locat: stopped.", file=sys.stderr)
     return code if isinstance(code, int) else 0

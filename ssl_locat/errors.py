@@ -5,8 +5,17 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from ssl_locat.shown import printable, redact, shown
 
-class UserError(ValueError):
+
+class Told(Exception):
+    """Its message is for people: without credentials, which URLs carry, and without what acts on a terminal."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(redact(str(message))))
+
+
+class UserError(Told, ValueError):
     """Wrong input. The message says what was wrong, what was expected and how to mend it."""
 
     exit_code = 2
@@ -24,33 +33,33 @@ class CheckpointError(UserError):
     """A checkpoint or an export is missing, damaged or belongs to another model."""
 
 
-class CorruptSample(Exception):
+class CorruptSample(Told):
     """One sample is damaged: it is quarantined, counted and replaced; the run goes on."""
 
     def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+        self.reason = shown(reason)
+        super().__init__(self.reason)
 
 
-class DataBudgetExceeded(RuntimeError):
+class DataBudgetExceeded(Told, RuntimeError):
     """More samples were damaged than `data.max_bad` allows."""
 
     exit_code = 3
 
 
-class Outage(RuntimeError):
+class Outage(Told, RuntimeError):
     """A store did not answer within its time budget. Nothing is lost: start the same command again."""
 
     exit_code = 4
 
 
-class Preempted(RuntimeError):
+class Preempted(Told, RuntimeError):
     """The run was asked to stop, and saved itself first."""
 
     exit_code = 4
 
 
-class Diverged(RuntimeError):
+class Diverged(Told, RuntimeError):
     """The loss became NaN or infinite, or a collapse that the YAML names as fatal was seen."""
 
     exit_code = 5

@@ -11,13 +11,15 @@ from typing import Any
 
 MARK = "REDACTED"  # stands in files where credentials stood: a URL that carries it cannot be opened, and says so
 
+# Every repetition is bounded, or begins where no other does: a hostile text of any length takes linear time.
 # a scheme and its slashes, one being a common slip; without any only for schemes that nothing else looks like
-_SCHEME = r"(?:(?!file:)[A-Za-z][A-Za-z0-9+.-]*:/+|\b(?:https?|s3|gs|hf|ftp):)"
+_SCHEME = r"(?:(?<![A-Za-z0-9+.-])(?!file:)[A-Za-z][A-Za-z0-9+.-]*:/+|\b(?:https?|s3|gs|hf|ftp):)"
 # user:password@, also with a password that holds slashes, which a port never does; "@" further on is part of a path (hf://.../NAME@REVISION)
-_USER = re.compile(rf"""({_SCHEME})(?:[^\s/?#"<>@]*@|[^\s/?#"<>:@]+:(?!\d+(?:/|$))[^\s"<>@]*@)+""")
+_USER = re.compile(rf"""({_SCHEME})(?:[^\s/?#"<>@]{{0,1024}}@|[^\s/?#"<>:@]{{1,128}}:(?!\d+(?:/|$))[^\s"<>@]{{0,128}}@)+""")
 # in http(s) everything behind "?" or "#" may be a signature; in object stores "?" is a wildcard, and a query has key=value
 _QUERY = re.compile(
-    r"""(\bhttps?:/*[^\s"'<>?#]*)[?#][^\s"'<>]*|([A-Za-z][A-Za-z0-9+.-]*:/+[^\s"'<>?]*)\?(?:[\w.-]+=|REDACTED\b)[^\s"'<>]*"""
+    r"""(\bhttps?:/*(?:[^\s"'<>?#:]|:(?![/h]))*)[?#][^\s"'<>]*"""
+    r"""|((?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*:/+(?:[^\s"'<>?:]|:(?!/))*)\?(?:[\w.-]{1,64}=|REDACTED\b)[^\s"'<>]*"""
 )
 _PARAMETER = re.compile(
     r"\b(x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|signature|sig|(?:access_?|auth_?)?token|api_?key|"

@@ -82,3 +82,9 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz-factor", type=int, default=1, help="cases of a fuzz campaign, as a multiple of those in the quick suite"
+    )

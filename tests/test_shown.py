@@ -1,6 +1,7 @@
 """What is shown or written holds no credentials and nothing that acts on a terminal."""
 
 import json
+import time
 
 import pytest
 
@@ -87,3 +88,25 @@ def test_files_obey_the_umask_and_private_ones_are_the_owners(tmp_path):
     (tmp_path / "plain").write_text("x")
     assert (tmp_path / "shared").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert (tmp_path / "own").stat().st_mode & 0o777 == 0o600
+
+
+def test_hostile_texts_take_linear_time():
+    """Names in a shard may be what somebody wrote to make this slow."""
+    for piece in (
+        "a",
+        "http:",
+        "http:x",
+        "https:/",
+        "a://b:c",
+        "s3://?",
+        "x@",
+        "a=",
+        "://",
+        "token",
+        "Authorization: ",
+        "http://a?b#",
+    ):
+        text = piece * (200_000 // len(piece))
+        began = time.process_time()
+        shown(text + "@?#=")
+        assert time.process_time() - began < 3, piece  # 0.3 s at most; quadratic takes minutes

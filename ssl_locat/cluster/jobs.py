@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_locat.errors import UserError
+from ssl_locat.shown import to_json
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def add(job: str, folder: str, run: str, command: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"job": job, "folder": folder, "run": str(Path(run).absolute()), "command": command, "submitted": time.time()}
     with path.open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+        stream.write(to_json(record) + "\n")
 
 
 def records() -> list[dict[str, Any]]:
@@ -96,7 +97,7 @@ def write_status(folder: str, job: str, **fields) -> None:
     """What this job last said of itself: the word that counts where Slurm has forgotten the job and keeps no accounts."""
     path = Path(folder, f"{job}.json")
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"time": time.time(), **fields}))
+    partial.write_text(to_json({"time": time.time(), **fields}))
     partial.replace(path)
 
 

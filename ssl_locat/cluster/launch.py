@@ -31,6 +31,8 @@ from ssl_locat.cluster import jobs as registry
 from ssl_locat.config.schema import Config, load
 from ssl_locat.config.yaml_files import dump_yaml, load_yaml, shipped
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
+from ssl_locat.runs.folder import write_atomically
+from ssl_locat.shown import carries_credentials
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +153,7 @@ def submit_pretrain(config: Config, on: str, resume: str = "auto", dry_run: bool
     for index, run in enumerate(runs):
         own_config = snapshot / (f"config-{index}.yaml" if len(runs) > 1 else "config.yaml")
         if not dry_run:
-            own_config.write_text(run.to_yaml(), encoding="utf-8")
+            write_atomically(own_config, run.to_yaml(), private=carries_credentials(run.model_dump(mode="json")))
         commands.append(["pretrain", str(own_config), "--resume", resume])
     _start(commands, profile, snapshot, [run.run_dir for run in runs], dry_run)
 
@@ -183,7 +185,7 @@ def _submit_evaluation(
     snapshot = _snapshot(folder, dry_run)
     own = snapshot / f"{Path(name).stem}.yaml"
     if not dry_run:
-        own.write_text(dump_yaml(resolved), encoding="utf-8")
+        write_atomically(own, dump_yaml(resolved), private=carries_credentials(resolved))
     _start([[command, str(own), *arguments]], profile, snapshot, [str(folder)], dry_run)
 
 

@@ -22,7 +22,9 @@ from ssl_locat.measure.images import kind_of, sample_data
 from ssl_locat.measure.machine import Load, band
 from ssl_locat.measure.step import step_device
 from ssl_locat.pretraining.step_times import seconds_per_image, step_times
+from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import console, next_steps, progress
+from ssl_locat.shown import carries_credentials
 
 NUM_SAMPLED = 64
 TEST_NAMES = ("val", "valid", "validation", "test")
@@ -74,7 +76,7 @@ def init(source: str, out: str | None = None, then_pretrain: bool = False) -> Pa
             "thousands. With so few, take released weights as they are: ssl-locat features timm:NAME?pretrained ..."
         )
     try:
-        target.write_text(compose(target, train, test, seen), encoding="utf-8")
+        write_atomically(target, compose(target, train, test, seen), private=carries_credentials([train, test]))
         config = load(str(target))
         with progress("trying a few steps"):
             seconds, steps_per_epoch = expected_seconds(config)

@@ -19,7 +19,8 @@ from ssl_locat.errors import ConfigError, UserError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.shared.options import annotations, check_arguments, describe
 from ssl_locat.runs.folder import write_atomically
-from ssl_locat.runs.log import console
+from ssl_locat.runs.log import console, say
+from ssl_locat.shown import redacted, to_json
 
 DUMP = "ssl_locat.evaluation.protocols.dump:dump"  # `ssl-locat features`
 CARD_START, CARD_END = "<!-- scores -->", "<!-- end of scores -->"
@@ -114,7 +115,7 @@ def check_inputs(model: str, protocol: str, options: dict[str, Any], model_may_c
 
 def dry_run(protocol: str, model: str, overrides: Sequence[str] = ()) -> None:
     """Check everything and print the resolved protocol, without running it."""
-    print(dump_yaml(check(protocol, model, overrides)[1]), end="")
+    say(dump_yaml(redacted(check(protocol, model, overrides)[1])).rstrip())
 
 
 def describe_keys(protocol: str) -> str:
@@ -228,10 +229,10 @@ def show(result: dict[str, Any]) -> None:
 def add_to_card(folder: Path, result: dict[str, Any]) -> None:
     """Write a result into an export: one entry of scores.json, one row of the table in README.md. The same protocol and data replace theirs."""
     path, card = folder / "scores.json", folder / "README.md"
-    entry = {name: result[name] for name in ("name", "protocol", "tokens", "data", "metrics")}
+    entry = redacted({name: result[name] for name in ("name", "protocol", "tokens", "data", "metrics")})
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     known = [old for old in known if (old["name"], old["data"]) != (entry["name"], entry["data"])] + [entry]
-    write_atomically(path, json.dumps(known, indent=1) + "\n")
+    write_atomically(path, to_json(known, indent=1) + "\n")
     rows = ["| protocol | read from | data | scores |", "|---|---|---|---|"]
     for item in known:
         data = "; ".join(f"{name}: {value}" for name, value in item["data"].items() if name in ("train", "test"))

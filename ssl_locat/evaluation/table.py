@@ -23,7 +23,8 @@ from ssl_locat.evaluation.evaluate import check_inputs, pop_protocol, run_protoc
 from ssl_locat.evaluation.shared.options import check_arguments
 from ssl_locat.evaluation.table_text import Cell, write_table
 from ssl_locat.runs.folder import write_atomically
-from ssl_locat.runs.log import console, progress
+from ssl_locat.runs.log import console, progress, say
+from ssl_locat.shown import to_json
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ def dry_run(name: str, arguments: Sequence[str] = ()) -> None:
     table = load_table(name, arguments)
     for row, column, model, protocol, options in cells(table):
         state = "done" if finished(cell_file(table, model, protocol, options)) else "to do"
-        print(f"{state:<6} {row}, {column}: {protocol} of {model}")
+        say(f"{state:<6} {row}, {column}: {protocol} of {model}")
 
 
 def fingerprint(model: str) -> str:
@@ -252,7 +253,7 @@ def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], lis
                     barrier()
                     if is_main():
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        write_atomically(path, json.dumps(result, indent=1) + "\n")
+                        write_atomically(path, to_json(result, indent=1) + "\n")
                 metric = table.columns[column].metric
                 if metric not in result["metrics"]:
                     known = result["metrics"]

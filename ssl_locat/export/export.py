@@ -8,7 +8,6 @@ pt2    model.pt2 besides: the same, as a torch.export program that loads with to
 What is written is opened again and compared with what was trained, before the folder appears.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -32,6 +31,7 @@ from ssl_locat.models.backbone import find_checkpoint, is_run_or_checkpoint, loa
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
 from ssl_locat.runs.checkpoint import read_weights
 from ssl_locat.runs.history import Run, is_run, open_run
+from ssl_locat.shown import redacted, shown, to_json
 
 log = logging.getLogger(__name__)
 
@@ -254,6 +254,11 @@ def _write_onnx(module: nn.Module, images: Tensor, dynamic: dict, path: Path) ->
 # --- model card ----------------------------------------------------------------------------------------------------------
 
 
+def _safe(value: object) -> object:
+    """Of everything that the card says: it is made to be published, so no credentials."""
+    return value if isinstance(value, int | float) else shown(redacted(value) if isinstance(value, dict | list) else value)
+
+
 def model_card(
     backbone: nn.Module,
     name: str,
@@ -265,7 +270,8 @@ def model_card(
     differences: dict[str, float],
 ) -> str:
     """README.md of the export: what it is, how to load it, data, recipe, scores, and how near it is to what was trained."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # Markdown: nothing to escape
+    # Markdown: nothing to escape but line breaks, which would begin a paragraph of their own
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_safe)
     template = environment.from_string(files("ssl_locat").joinpath("export/model_card.md").read_text(encoding="utf-8"))
     is_locat = bool(getattr(backbone, "has_gaug", False) or getattr(backbone, "prr", None))
     return template.render(
@@ -286,5 +292,5 @@ def model_card(
         step=step if step is not None else run and run.last["step"],
         scores={protocol: records[-1] for protocol, records in run.probes.items() if records} if run else {},
         knn=(run.summary.get("knn") or {}) if run else {},
-        config=json.dumps(run.config.get("optim", {})) if run else None,
+        config=to_json(run.config.get("optim", {})) if run else None,
     )

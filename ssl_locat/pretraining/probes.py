@@ -1,6 +1,5 @@
 """Protocols that watch a run: at a period, on the teacher's backbone, without touching its random state or its data."""
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from ssl_locat.evaluation.protocols.knn import raw_pixel_knn
 from ssl_locat.runs.distributed import is_main
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import EventLog, read_jsonl
+from ssl_locat.shown import to_json
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Probes:
             self.results[name].append({"step": step, **scores})
             if is_main():
                 self.folder.mkdir(exist_ok=True)
-                lines = "".join(json.dumps(record) + "\n" for record in self.results[name])
+                lines = "".join(to_json(record) + "\n" for record in self.results[name])
                 write_atomically(self.folder / f"{name}.jsonl", lines)
             self.events.add("probe", step=step, name=name, seconds=round(time.monotonic() - began, 2), **scores)
             log.info("step %d  %s: %s", step, name, "  ".join(f"{key} {value:.2f}" for key, value in scores.items()))

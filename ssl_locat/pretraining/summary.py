@@ -1,6 +1,5 @@
 """How a run ends: stopped before its last step, or with a summary and an export; and what would run, without running it (`--dry-run`)."""
 
-import json
 import sys
 import time
 from typing import Any, NoReturn
@@ -8,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 
 from ssl_locat.config.schema import Config
+from ssl_locat.config.yaml_files import dump_yaml
 from ssl_locat.errors import Preempted
 from ssl_locat.export.export import export
 from ssl_locat.pretraining.parts import build_model, check, describe
@@ -15,7 +15,8 @@ from ssl_locat.pretraining.setup import Run
 from ssl_locat.runs import distributed
 from ssl_locat.runs.distributed import is_main, world_size
 from ssl_locat.runs.folder import write_atomically
-from ssl_locat.runs.log import next_steps
+from ssl_locat.runs.log import next_steps, say
+from ssl_locat.shown import redacted, to_json
 
 
 def stop_early(run: Run, reason: str) -> NoReturn:
@@ -40,7 +41,7 @@ def finish(run: Run) -> dict[str, Any]:
         "restarts": run.restarts,
     }
     if is_main():
-        write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
+        write_atomically(run.folder / "summary.json", to_json(summary, indent=1))
     if run.config.export and is_main():
         export(str(run.folder), str(run.folder / "export"))
     distributed.barrier()
@@ -53,8 +54,8 @@ def dry_run(config: Config) -> None:
     """Check everything and say what would run, without running it."""
     datasets, _, length = check(config, world_size())
     model, _ = build_model(config, torch.device("cpu"))
-    print(describe(config, model, length, datasets, torch.device(config.device if config.device != "auto" else "cpu")))
-    print(config.to_yaml(), end="")
+    say(describe(config, model, length, datasets, torch.device(config.device if config.device != "auto" else "cpu")))
+    say(dump_yaml(redacted(config.model_dump(mode="json"))).rstrip())
 
 
 def print_summary(config: Config, summary: dict[str, Any]) -> None:
@@ -68,7 +69,7 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
         names = {"raw_pixels": "raw pixels", "init": "random initialisation", "trained": "trained backbone"}
         lines += [f"  {names[name]:<24}{value:5.1f} %" for name, value in knn.items()]
     lines += [f"Run folder: {run}" + (f"   exported backbone: {run}/export" if config.export else "")]
-    print("\n".join(lines), file=sys.stderr)
+    say("\n".join(lines), sys.stderr)
     train, test = (split if isinstance(split, str) else "DATA" for split in (config.data.train, config.data.test))
     own_images = ["ssl-locat init FOLDER_OF_YOUR_IMAGES"] if config.data.make else []
     next_steps(f"ssl-locat report {run}", f"ssl-locat evaluate linear {run} data.train='{train}' data.test='{test}'", *own_images)

@@ -21,6 +21,7 @@ from ssl_locat.errors import UserError
 from ssl_locat.report.charts import Line, Mark, chart
 from ssl_locat.runs.history import Run, explain, flatten, is_run, open_run
 from ssl_locat.runs.log import duration
+from ssl_locat.shown import printable, redact, redacted
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def render(runs: list[Run], live: str = "") -> str:
     """The page as a string. `live`: the version that a served page is of; it asks its server for a newer one."""
     from ssl_locat.report.pictures import pictures  # imports torch
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_safe)
     template = environment.from_string(files("ssl_locat").joinpath("report/page.html").read_text(encoding="utf-8"))
     return template.render(
         live=live,
@@ -90,11 +91,16 @@ def render(runs: list[Run], live: str = "") -> str:
         charts=_charts(runs),
         pictures=[{"name": run.name, **pictures(run)} for run in runs],
         differences=_differences(runs),
-        configs=[(run.name, dump_yaml(run.config)) for run in runs],
+        configs=[(run.name, dump_yaml(redacted(run.config))) for run in runs],
         environments=[(run.name, flatten(run.environment)) for run in runs],
         events=[(run.name, _event_rows(run)) for run in runs],
         quarantines=[(run.name, run.quarantine[:500], len(run.quarantine)) for run in runs if run.quarantine],
     )
+
+
+def _safe(value: object) -> object:
+    """Of everything that the page says: without credentials and control characters. SVG of our own passes as it is."""
+    return value if hasattr(value, "__html__") or isinstance(value, int | float) else printable(redact(str(value)))
 
 
 def _facts(number: int, run: Run) -> dict:

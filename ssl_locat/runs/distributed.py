@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ssl_locat.errors import ConfigError
+from ssl_locat.shown import printable, redact, to_json
 
 log = logging.getLogger(__name__)
 
@@ -350,9 +351,9 @@ def fault(error: BaseException, folder: str | Path | None = None) -> str:
     that followed ("connection closed by peer").
     """
     trace = "".join(traceback.format_exception(error))
-    text = f"{rank_and_host()}: {type(error).__name__}: {error}\n{trace}"
+    text = printable(redact(f"{rank_and_host()}: {type(error).__name__}: {error}\n{trace}"))
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         record = {"time": time.time(), "rank": rank(), "host": socket.gethostname(), "error": f"{type(error).__name__}: {error}"}
-        Path(folder, f"fault-rank{rank()}.json").write_text(json.dumps(record | {"trace": trace}))
+        Path(folder, f"fault-rank{rank()}.json").write_text(to_json(record | {"trace": trace}))
     return text

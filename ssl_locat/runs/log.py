@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, UserError, did_you_mean
+from ssl_locat.shown import printable, redact, redacted, shown, to_json
 
 if TYPE_CHECKING:  # rich is a third of the time that `--help` takes: it is imported by what shows something
     from rich.console import Console
@@ -35,12 +36,36 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+class _Formatter(logging.Formatter):
+    """Records without credentials and control characters; a name or an error in them forges no second line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):
+            safe = tuple(arg if isinstance(arg, int | float) else shown(arg) for arg in record.args)
+            record = logging.makeLogRecord(record.__dict__ | {"args": safe})
+        return printable(redact(super().format(record)))
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Text for people on stdout (or `file`). Names need not be UTF-8, and a terminal may know ASCII only: what it cannot show is shown by
+    its number."""
+    file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
+    print(printable(redact(text)).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
 @cache
 def console() -> "Console":
     """The one console, on stderr. rich respects NO_COLOR; bars and log lines share it, so as not to overwrite each other."""
     from rich.console import Console
 
-    found = Console(stderr=True)
+    class Redacting(Console):
+        """Whatever text it is given, in tables too, comes out without credentials and control characters."""
+
+        def render_str(self, text: str, **options):
+            return super().render_str(printable(redact(text)), **options)
+
+    found = Redacting(stderr=True)
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = 160  # a log file has no width; rich takes 80, which breaks tables
     return found
@@ -65,10 +90,11 @@ def setup(quiet: bool = False, verbose: bool = False) -> None:
         from rich.logging import RichHandler
 
         handler: logging.Handler = RichHandler(console=console(), show_path=False, markup=False, log_time_format="%H:%M:%S")
-        handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+        handler.setFormatter(_Formatter(prefix + "%(message)s"))
     else:  # one event per line, never wrapped: people grep it
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logging.lastResort.setFormatter(_Formatter())  # what other packages warn about
     logger = logging.getLogger("ssl_locat")
     logger.handlers[:] = [handler]
     logger.setLevel(level)
@@ -154,7 +180,7 @@ class _PlainBar(_Bar):
             self._line()
 
     def _line(self) -> None:
-        print(f"{self.description}: {self.words()}", file=sys.stderr, flush=True)
+        say(f"{self.description}: {self.words()}", sys.stderr)
         self.lines += 1
 
 
@@ -222,7 +248,7 @@ def _append(path: Path, records: list[dict]) -> None:
     with open(path, "ab+") as file:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             file.write(b"\n")
-        file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode())
+        file.write("".join(to_json(record, allow_nan=False) + "\n" for record in records).encode())
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -295,7 +321,7 @@ class MetricsLog:
         for name in [*(["tensorboard"] if tensorboard else []), *trackers]:
             if name not in TRACKERS:
                 raise ConfigError(f"tracker {name!r} is unknown; known: {', '.join(TRACKERS)}.{did_you_mean(name, TRACKERS)}")
-            self._trackers.append(TRACKERS[name](Path(run_dir), resume_step, config or {}))
+            self._trackers.append(TRACKERS[name](Path(run_dir), resume_step, redacted(config or {})))
 
     def add(self, step: int, samples_seen: int, **values) -> list[dict]:
         """Note one step's numbers (float, int, or a tensor of one element). Returns the records that this call wrote, as plain

@@ -1,7 +1,6 @@
 """`ssl-locat shards check|show`: find all damage, tell what is in shards."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,11 @@ from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.index import FolderDataset, ShardDataset, is_compressed, open_dataset, read_compressed
 from ssl_locat.data.shards.shard_index import scan_shard
 from ssl_locat.data.shards.tar import Damage, RawSample, parse
-from ssl_locat.data.stores.objects import Gone, redact
+from ssl_locat.data.stores.objects import Gone
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import CorruptSample, DataError
-from ssl_locat.runs.log import progress
+from ssl_locat.runs.log import progress, say
+from ssl_locat.shown import redact, shown, to_json
 
 _THREADS = 4
 _SHOWN = 3  # samples, as an example of what is there
@@ -38,7 +38,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.shards} shards, {self.samples} samples, {self.bytes / 1e6:.1f} MB"]
-        lines += [f"DAMAGED {bad.shard}{f' [{bad.key}]' if bad.key else ''}: {bad.reason}" for bad in self.damage]
+        lines += [
+            f"DAMAGED {shown(bad.shard)}{f' [{shown(bad.key)}]' if bad.key else ''}: {shown(bad.reason)}" for bad in self.damage
+        ]
         if self.repeated_keys:
             lines.append(
                 f"note: {self.repeated_keys} samples have the key of an earlier one in their shard; each is read as a sample of its own"
@@ -53,16 +55,10 @@ def check_command(spec: str | list[str], as_json: bool) -> int:
     report = check(spec, decode=_decode_images)
     if as_json:
         report_dict = {name: getattr(report, name) for name in ("shards", "samples", "bytes", "repeated_keys", "unusual")}
-        print(json.dumps(report_dict | {"damage": [bad._asdict() for bad in report.damage]}))
+        print(to_json(report_dict | {"damage": [bad._asdict() for bad in report.damage]}))
     else:
-        _print(str(report))
+        say(str(report))
     return report.exit_code
-
-
-def _print(text: str) -> None:
-    """Names in a tar need not be UTF-8, and a terminal may know ASCII only: what it cannot show is shown by its number."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _decode_images(sample: RawSample) -> None:
@@ -88,7 +84,7 @@ def check(spec: str | list[str], decode: Callable[[RawSample], object] | None = 
             if len(samples) > 1:
                 usual, count = samples.most_common(1)[0]
                 report.unusual.append(
-                    f"{redact(url)}: {sum(samples.values()) - count} samples lack or add members ({', '.join(usual)} is usual)"
+                    f"{shown(url)}: {sum(samples.values()) - count} samples lack or add members ({shown(', '.join(usual))} is usual)"
                 )
             bar.update(1)
     return report
@@ -120,7 +116,7 @@ def _check_one(store: Store, url: str, decode) -> tuple[Counter, _Found]:
             keys.add(sample.key)
             kinds[tuple(sorted(sample.members))] += 1
     except (CorruptSample, Gone, DataError) as error:
-        found.damage.append(Damage("", redact(url), str(error)))
+        found.damage.append(Damage("", shown(url), str(error)))
     return kinds, found
 
 
@@ -143,12 +139,12 @@ def show_command(spec: str | list[str], as_json: bool) -> None:
     dataset = open_dataset(spec)
     if as_json:
         shards = [
-            {"url": redact(s.url), "samples": s.count, "bytes": s.stat.size, "damaged": s.damaged}
+            {"url": shown(s.url), "samples": s.count, "bytes": s.stat.size, "damaged": s.damaged}
             for s in getattr(dataset, "shards", [])
         ]
-        print(json.dumps({"data": dataset.name, "samples": len(dataset), "manifest": dataset.manifest_hash, "shards": shards}))
+        print(to_json({"data": dataset.name, "samples": len(dataset), "manifest": dataset.manifest_hash, "shards": shards}))
     else:
-        _print(show(dataset))
+        say(show(dataset))
 
 
 def show(dataset: ShardDataset | FolderDataset) -> str:
@@ -159,19 +155,22 @@ def show(dataset: ShardDataset | FolderDataset) -> str:
     ]
     if isinstance(dataset, ShardDataset):
         lines += [
-            f"  {redact(shard.url)}  {shard.count} samples  {shard.stat.size / 1e6:.1f} MB{f'  {shard.damaged} DAMAGED' * bool(shard.damaged)}"
+            f"  {shown(shard.url)}  {shard.count} samples  {shard.stat.size / 1e6:.1f} MB{f'  {shard.damaged} DAMAGED' * bool(shard.damaged)}"
             for shard in dataset.shards[:20]
         ]
         if len(dataset.shards) > 20:
             lines.append(f"  ... and {len(dataset.shards) - 20} more shards")
     elif dataset.classes:
-        lines.append(f"{len(dataset.classes)} classes: {', '.join(dataset.classes[:10])}{' ...' * (len(dataset.classes) > 10)}")
+        lines.append(
+            f"{len(dataset.classes)} classes: {shown(', '.join(dataset.classes[:10]))}{' ...' * (len(dataset.classes) > 10)}"
+        )
     for sample in dataset.read(0, min(_SHOWN, len(dataset))):
         if isinstance(sample, Damage):
-            lines.append(f"[{sample.key}] DAMAGED: {sample.reason}")
+            lines.append(f"[{shown(sample.key)}] DAMAGED: {shown(sample.reason)}")
         else:
             lines.append(
-                f"[{sample.key}]  " + "  ".join(f"{name} {_describe(data)}" for name, data in sorted(sample.members.items()))
+                f"[{shown(sample.key)}]  "
+                + "  ".join(f"{shown(name)} {_describe(data)}" for name, data in sorted(sample.members.items()))
             )
     return "\n".join(lines)
 
@@ -190,6 +189,6 @@ def _as_pattern(spec: str | list[str], store: Store) -> str | list[str]:
     if isinstance(spec, str) and ".tar" not in spec:
         names = [name for name in store.walk(spec) if "/" not in name and ".tar" in name]
         if not names:
-            raise DataError(f"{redact(spec)} holds no .tar shards to check")
+            raise DataError(f"{shown(spec)} holds no .tar shards to check")
         return [f"{spec.rstrip('/')}/{name}" for name in names]
     return spec

@@ -26,11 +26,13 @@ from typing import Protocol
 import numpy as np
 
 from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS
+from ssl_locat.data.images.names import has_extension, warn_of_unread
 from ssl_locat.data.shards.shard_index import Shard, load_block, load_key_crcs, open_shards, scan_shard, write_sidecars
 from ssl_locat.data.shards.tar import COMPRESSED, Damage, RawSample, parse
-from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, redact, scheme_of
+from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, scheme_of
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import ConfigError, CorruptSample, DataError, Outage
+from ssl_locat.shown import redact, shown
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +180,7 @@ class FolderDataset:
         try:
             members = {extension.lower(): self.store.read_all(join(self.folder, path))}
         except Gone as error:
-            return Damage(key, redact(self.folder), str(error))
+            return Damage(key, shown(self.folder), str(error))
         if self.classes:
             members["cls"] = str(self.classes.index(path.partition("/")[0])).encode()
         return RawSample(members, key, redact(self.folder))
@@ -208,8 +210,8 @@ def open_dataset(
         found = store.expand(spec)
     if packed := next((url for url in found if is_compressed(url)), None):
         raise DataError(
-            f"{redact(packed)} is compressed: samples inside cannot be reached by offset, as training does. Repack it once: "
-            f"ssl-locat shards pack {redact(packed)} OUT_FOLDER (or unpack it to a plain .tar). Evaluation reads it as it is."
+            f"{shown(packed)} is compressed: samples inside cannot be reached by offset, as training does. Repack it once: "
+            f"ssl-locat shards pack {shown(packed)} OUT_FOLDER (or unpack it to a plain .tar). Evaluation reads it as it is."
         )
     dataset = ShardDataset(name, store, open_shards(store, found, cache_dir))
     if not len(dataset):
@@ -237,7 +239,7 @@ def write_index(spec: str | list[str]) -> list[str]:
             f"{dataset.name} is a folder of images: only tar shards have an index. Pack it first: ssl-locat shards pack FOLDER OUT"
         )
     written = write_sidecars(dataset.store, dataset.shards)
-    log.info("indexed %d samples in %d shards: %s", len(dataset), len(dataset.shards), ", ".join(map(redact, written)))
+    log.info("indexed %d samples in %d shards: %s", len(dataset), len(dataset.shards), ", ".join(map(shown, written)))
     return written
 
 
@@ -288,11 +290,16 @@ def _as_folder(spec: str) -> str | None:
 def _list_folder(store: Store, folder: str) -> tuple[dict[str, Stat | None], list[str]]:
     """({URL of a shard at the top: Stat}, relative paths of images at any depth)"""
     files = store.walk(folder)
-    tars = {join(folder, name): stat for name, stat in files.items() if "/" not in name and name.endswith(".tar")}
-    images = [name for name in files if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
-    images = images or [name for name in files if name.lower().endswith(f".{ARRAY_EXTENSION}")]
+    tars = {
+        join(folder, name): stat
+        for name, stat in files.items()
+        if "/" not in name and name.endswith(".tar") and not name.startswith("._")
+    }
+    images = [name for name in files if has_extension(name, IMAGE_EXTENSIONS)]
+    images = images or [name for name in files if has_extension(name, (ARRAY_EXTENSION,))]
+    warn_of_unread(folder, files)
     if not tars and not images:
         raise DataError(
-            f"{redact(folder)} holds neither .tar shards nor images ({len(files)} files; images end in {', '.join(IMAGE_EXTENSIONS)})"
+            f"{shown(folder)} holds neither .tar shards nor images ({len(files)} files; images end in {', '.join(IMAGE_EXTENSIONS)})"
         )
     return tars, images

@@ -28,10 +28,10 @@ import simplejpeg
 from ssl_locat.config.yaml_files import read_value
 from ssl_locat.data.images.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, decode_mask, find_label, image_orientation
 from ssl_locat.data.shards.pack_sources import Listing, Place, Source, has_labels, list_source, plan_shards
-from ssl_locat.data.stores.objects import redact
 from ssl_locat.errors import CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.runs.log import next_steps, progress
 from ssl_locat.seeds import mix64
+from ssl_locat.shown import shown
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def _number(name: str, value: object, least: float, whole: bool = True) -> int |
 def _make_folder(out: str | Path) -> Path:
     if "://" in str(out):
         raise UserError(
-            f"OUT is {redact(str(out))!r}, but shards are packed into a local folder. Pack there, then copy the folder with the store's own "
+            f"OUT is {shown(str(out))!r}, but shards are packed into a local folder. Pack there, then copy the folder with the store's own "
             "tool (aws s3 cp --recursive, gcloud storage cp -r, hf upload): shards are read from anywhere."
         )
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS, LABEL_KEYS
+from ssl_locat.data.images.names import has_extension, warn_of_unread
 from ssl_locat.data.shards.tar import COMPRESSED, split_name
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import DataError
@@ -73,11 +74,13 @@ def _is_archive(path: Path) -> bool:
 def _list_folder(folder: str, extensions: tuple[str, ...]) -> Listing:
     files, samples, ignored, broken = [], [], 0, []
     # the files that training on this folder finds, folder by folder
-    for relative in sorted(Store().walk(folder), key=lambda name: (name.split("/")[:-1], name)):
-        extension = relative.rpartition(".")[2].lower()
-        if extension not in extensions:
+    names = sorted(Store().walk(folder), key=lambda name: (name.split("/")[:-1], name))
+    warn_of_unread(folder, names)
+    for relative in names:
+        if not has_extension(relative, extensions):
             ignored += 1
             continue
+        extension = relative.rpartition(".")[2].lower()
         path = os.path.join(folder, relative)
         try:
             size = os.path.getsize(path)
@@ -107,13 +110,14 @@ def _list_tars(paths: list[str], unpacked: Path) -> Listing:
 
 
 def _list_tar(path: str, file: int) -> tuple[list[Source], int]:
-    samples, ignored = [], 0
+    samples, ignored, names = [], 0, []
     try:
         stream = open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     with stream:
         for name, offset, _ in _members(stream, 0, path):
+            names.append(name)
             if name.lower().endswith(".tar"):  # ImageNet: one inner tar per class
                 inner = os.path.basename(name)[:-4]
                 stream.seek(offset)
@@ -123,6 +127,7 @@ def _list_tar(path: str, file: int) -> tuple[list[Source], int]:
                 ignored += skipped
         if not samples:
             samples, ignored = _group(list(_members(stream, 0, path)), file, None)
+    warn_of_unread(path, names)
     return samples, ignored
 
 

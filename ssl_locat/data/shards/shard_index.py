@@ -7,11 +7,13 @@ offsets of a shard are read when its samples are, so that a hundred thousand sha
 An index file: a first line; one block per shard (uint64 starts [n + 1], then uint32 crcs [n]); a JSON list of shards; its length.
 """
 
+import atexit
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
@@ -22,10 +24,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssl_locat.data.shards.tar import DAMAGED, Scan, scan
-from ssl_locat.data.stores.objects import Denied, Gone, Stat, join, redact, scheme_of
+from ssl_locat.data.stores import private
+from ssl_locat.data.stores.objects import Denied, Gone, Stat, folder_and_name, join, scheme_of
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import CorruptSample, DataError, did_you_mean
 from ssl_locat.runs.log import progress
+from ssl_locat.shown import redact, shown
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,8 @@ class IndexFile:
     def __init__(self, path: Path):
         self.path, self.lines = path, []
         self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self.file = open(self.temporary, "wb")  # noqa: SIM115
+        self.temporary.unlink(missing_ok=True)
+        self.file = open(private.create(self.temporary), "wb")  # noqa: SIM115
         self.file.write(_MAGIC)
 
     def add(self, name: str, shard: Shard, block: bytes) -> Shard:
@@ -82,18 +87,40 @@ def read_index(store: Store, url: str) -> dict[str, Shard]:
     except (Gone, Denied):  # stores that may not be listed answer 403 for what is missing
         return {}
     if stat.size < len(_MAGIC) + _TAIL or store.read(url, 0, len(_MAGIC), stat) != _MAGIC:
-        raise DataError(f"{redact(url)} is no index of this release: delete it, and write it again with 'ssl-locat shards index'")
+        raise DataError(f"{shown(url)} is no index of this release: delete it, and write it again with 'ssl-locat shards index'")
     end = stat.size - _TAIL
     length = int.from_bytes(store.read(url, end, stat.size, stat), "little")
     if length > end:
-        raise DataError(f"{redact(url)} is damaged: delete it, and write it again with 'ssl-locat shards index'")
-    lines = json.loads(store.read(url, end - length, end, stat))
-    return {name: Shard(name, Stat(size, version), *rest[:3], url, rest[3]) for name, size, version, *rest in lines}
+        raise DataError(f"{shown(url)} is damaged: delete it, and write it again with 'ssl-locat shards index'")
+    try:
+        lines = json.loads(store.read(url, end - length, end, stat))
+        return {line[0]: _shard_of(line, url, end - length) for line in lines}
+    except (ValueError, TypeError, IndexError, RecursionError):
+        raise DataError(f"{shown(url)} is damaged: delete it, and write it again with 'ssl-locat shards index'") from None
+
+
+def _shard_of(line: list, source: str, end: int) -> Shard:
+    """A line of an index as a Shard, if it can be true: the file ends at `end`. ValueError or TypeError if not."""
+    name, size, version, count, damaged, digest, at = line
+    numbers = (size, count, damaged, at)
+    if not all(isinstance(text, str) for text in (name, version, digest)) or not all(type(number) is int for number in numbers):
+        raise TypeError
+    shard = Shard(name, Stat(size, version), count, damaged, digest, source, at)
+    if not 0 <= damaged <= count or size < 0 or at < len(_MAGIC) or at + shard.block_size > end:
+        raise ValueError
+    return shard
 
 
 def load_block(store: Store, shard: Shard) -> tuple[array, array]:
-    """(starts uint64 [n + 1], crcs uint32 [n])"""
-    block = store.read(shard.source, shard.at, shard.at + shard.block_size)
+    """(starts uint64 [n + 1], crcs uint32 [n]), which the shard's digest vouches for; scanned again where the index was damaged."""
+    block = _read_block(store, shard)
+    if _digest(shard.url, block) != shard.digest:
+        log.warning("the index %s is damaged: %s is scanned again", shown(shard.source), shown(shard.url))
+        rescanned, block = _scan_one(store, shard.url, store.stat(shard.url))
+        if rescanned.digest != shard.digest:
+            raise DataError(
+                f"{shown(shard.source)} does not describe {shown(shard.url)}: delete it; a run's shards must then be the same as at its start"
+            )
     starts, crcs = array("Q"), array("I")
     starts.frombytes(block[: 8 * (shard.count + 1)])
     crcs.frombytes(block[8 * (shard.count + 1) :])
@@ -120,6 +147,18 @@ def load_key_crcs(store: Store, shards: list[Shard]) -> array:
     return crcs
 
 
+def _block_bytes(store: Store, shard: Shard) -> bytes:
+    starts, crcs = load_block(store, shard)
+    return starts.tobytes() + crcs.tobytes()
+
+
+def _read_block(store: Store, shard: Shard) -> bytes:
+    try:
+        return store.read(shard.source, shard.at, shard.at + shard.block_size)
+    except Gone:  # cut, or removed since it was opened
+        return b""
+
+
 def open_shards(store: Store, found: dict[str, Stat | None], cache_dir: Path | None = None) -> list[Shard]:
     """Index lines of all shards, in order: from beside them, from the cache, or scanned now (and then cached).
 
@@ -139,20 +178,26 @@ def open_shards(store: Store, found: dict[str, Stat | None], cache_dir: Path | N
             )
         else:
             log.warning(
-                "%s does not match %s beside it, and is indexed anew: run 'ssl-locat shards index' again", redact(url), SIDECAR
+                "%s does not match %s beside it, and is indexed anew: run 'ssl-locat shards index' again", shown(url), SIDECAR
             )
     rest = [url for url in found if url not in known]
     if rest:
-        name = hashlib.blake2b("\n".join(found).encode(), digest_size=12).hexdigest()
-        with _locked(cache_dir, name) as path:
-            cached = read_index(Store(), str(path))
-            known |= {url: cached[url] for url in rest if url in cached and cached[url].stat == found[url]}
+        # by URLs without credentials: signatures change, and a cache is no place for them
+        names = {url: redact(url) for url in found}
+        key = hashlib.blake2b("\n".join(names.values()).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+        with _locked(cache_dir, key) as path:
+            cached = _read_cache(path)
+            known |= {
+                url: cached[names[url]]._replace(url=url)
+                for url in rest
+                if names[url] in cached and cached[names[url]].stat == found[url]
+            }
             if missing := {url: found[url] for url in rest if url not in known}:
                 known |= _scan_all(store, missing, [known[url] for url in rest if url in known], path)
     for url, shard in known.items():
         if shard.damaged:
             log.warning(
-                "%s: %d of %d samples are damaged; 'ssl-locat shards check' lists them", redact(url), shard.damaged, shard.count
+                "%s: %d of %d samples are damaged; 'ssl-locat shards check' lists them", shown(url), shard.damaged, shard.count
             )
     return [known[url] for url in found]
 
@@ -161,15 +206,15 @@ def write_sidecars(store: Store, shards: list[Shard]) -> list[str]:
     """Write `shards.index` into every folder that holds one of the shards; lines of other shards in it are kept. Returns the files."""
     folders: dict[str, list[Shard]] = {}
     for shard in shards:
-        folders.setdefault(shard.url.rpartition("/")[0], []).append(shard)
+        folders.setdefault(folder_and_name(shard.url)[0], []).append(shard)
     written = []
     for folder, members in folders.items():
         url = join(folder, SIDECAR)
-        lines = read_index(store, url) | {shard.url.rpartition("/")[2]: shard for shard in members}
+        lines = read_index(store, url) | {folder_and_name(shard.url)[1]: shard for shard in members}
         with tempfile.TemporaryDirectory() as temporary:
             index = IndexFile(Path(temporary) / SIDECAR)
             for name, shard in sorted(lines.items()):
-                index.add(name, shard, store.read(shard.source, shard.at, shard.at + shard.block_size))
+                index.add(name, shard, _block_bytes(store, shard))
             index.close()
             store.write(url, index.path.read_bytes())
         written.append(url)
@@ -198,28 +243,34 @@ def scan_shard(store: Store, url: str, stat: Stat) -> Scan:
 def _scan_one(store: Store, url: str, stat: Stat) -> tuple[Shard, bytes]:
     result = scan_shard(store, url, stat)
     block = result.starts.tobytes() + result.crcs.tobytes()
-    digest = hashlib.blake2b(url.rpartition("/")[2].encode() + b"\0" + block, digest_size=8).hexdigest()
-    return Shard(url, stat, len(result.crcs), result.crcs.count(DAMAGED), digest, "", 0), block
+    return Shard(url, stat, len(result.crcs), result.crcs.count(DAMAGED), _digest(url, block), "", 0), block
+
+
+def _digest(url: str, block: bytes) -> str:
+    name = folder_and_name(url)[1].encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(name + b"\0" + block, digest_size=8).hexdigest()
 
 
 def _scan_all(store: Store, missing: dict[str, Stat], cached: list[Shard], path: Path) -> dict[str, Shard]:
     """Scan in parallel, with progress. What was scanned is kept even if this is interrupted."""
     index, local = IndexFile(path), Store()
     known = {
-        shard.url: index.add(shard.url, shard, local.read(shard.source, shard.at, shard.at + shard.block_size))
+        shard.url: index.add(redact(shard.url), shard, block)
         for shard in cached
+        if _digest(shard.url, block := _read_block(local, shard)) == shard.digest
     }
+    missing = missing | {shard.url: shard.stat for shard in cached if shard.url not in known}
     try:
         with _scan_pool(missing) as pool, progress("Indexing shards", len(missing), "shards") as bar:
             jobs = {pool.submit(_scan_one, store, url, stat): url for url, stat in missing.items()}
             try:
                 for job in as_completed(jobs):
                     shard, block = job.result()
-                    known[shard.url] = index.add(shard.url, shard, block)
+                    known[shard.url] = index.add(redact(shard.url), shard, block)
                     bar.update(1)
             except CorruptSample as error:
                 raise DataError(
-                    f"{redact(jobs[job])} is {error.reason}. Remove it from the data pattern, or fetch it again "
+                    f"{shown(jobs[job])} is {error.reason}. Remove it from the data pattern, or fetch it again "
                     "('ssl-locat shards check' lists all damage)."
                 ) from None
             except Gone as error:
@@ -256,7 +307,7 @@ def _stat_all(store: Store, urls: list[str]) -> dict[str, Stat]:
         try:
             return store.stat(url)
         except Gone:
-            raise DataError(f"{redact(url)} does not exist.{_hint(url)} Expected {KINDS}.") from None
+            raise DataError(f"{shown(url)} does not exist.{_hint(url)} Expected {KINDS}.") from None
         except Denied as error:
             raise DataError(str(error)) from None
 
@@ -269,7 +320,7 @@ def _read_sidecars(store: Store, urls: Iterable[str], cache_dir: Path) -> dict[s
     found: dict[str, Shard] = {}
     folders: dict[str, dict[str, Shard]] = {}
     for url in urls:
-        folder, _, name = url.rpartition("/")
+        folder, name = folder_and_name(url)
         if folder not in folders:
             folders[folder] = read_index(store, join(folder, SIDECAR))
         if name in folders[folder]:
@@ -277,12 +328,26 @@ def _read_sidecars(store: Store, urls: Iterable[str], cache_dir: Path) -> dict[s
     return found
 
 
+def _read_cache(path: Path) -> dict[str, Shard]:
+    """Lines of an index file in the cache; {} if there is none, or none to be believed: it is built again then."""
+    if path.is_symlink() or (path.exists() and path.stat().st_uid != os.geteuid()):
+        path.unlink()
+    try:
+        return read_index(Store(), str(path))
+    except DataError:
+        log.warning("the index %s in the cache is damaged, and is built again", path)
+        return {}
+
+
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[Path]:
     """Path of an index file in the cache that only one process of this machine builds; the others wait, then find it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / f"{name}.lock", "w")  # noqa: SIM115
+        if reason := private.unusable(folder):
+            log.warning("the index cache %s is not used: %s. Set XDG_CACHE_HOME to a folder of your own.", folder, reason)
+            folder = Path(tempfile.mkdtemp(prefix="ssl_locat_index_"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        lock = open(private.create(folder / f"{name}.lock", exclusive=False), "w")  # noqa: SIM115
     except OSError as error:
         raise DataError(
             f"cannot write the index cache {folder} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"

@@ -9,6 +9,7 @@ import re
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from ssl_locat.errors import CorruptSample
@@ -17,20 +18,27 @@ BLOCK = 512
 ZERO = bytes(BLOCK)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.lzma")
 
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+_ENDINGS = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz", "zstd": ".zst"}
+
 DAMAGED = 0  # crc of a flagged slot; no key has it
 
-_NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes inside a shard
 _REGULAR, _SKIPPED = b"0\0007", b"123456g"  # types: files; links, devices, folders, global headers
 _EXTENDED = b"xLK"  # headers that describe the next member: pax, GNU long name, GNU long link
+MAX_NAME = 4096  # bytes: no system opens a longer path
+_MAX_PAX = 64 << 10  # bytes of an extended header: names, times and attributes take some kB
+_SHOWN = 200  # letters of a damaged member's name
+_APPLE = "._"  # begins the names in which a Mac keeps what a foreign disk cannot: beside x.jpg, ._x.jpg, which is no image
 
 
 class CorruptTar(CorruptSample):
-    """No valid tar structure at byte `at`."""
+    """No valid tar structure in the member that starts at byte `at`. `name`: of that member, its beginning at least, '' if it cannot be read;
+    `after`: where to look for the next one."""
 
-    def __init__(self, at: int, reason: str):
+    def __init__(self, at: int, reason: str, name: str = "", after: int | None = None):
         super().__init__(reason)
-        self.at = at
+        self.at, self.name, self.after = at, name, at + BLOCK if after is None else after
 
 
 class Member(NamedTuple):
@@ -67,17 +75,22 @@ class Damage(NamedTuple):
 
 def split_name(name: str) -> tuple[str, str] | None:
     """'a/b.seg.PNG' -> ('a/b', 'seg.png'); None for what is no member of a sample."""
-    match = _NAME.fullmatch(name)
-    if match is None or _META.match(name):
+    slash = name.rfind("/")
+    dot = name.find(".", slash + 1)
+    if dot < 0 or name.startswith(_APPLE, slash + 1) or _META.match(name):
         return None
-    return match[1], match[2].lower()
+    # a base name that is all extension: the folder is the key, as in WebDataset, if it has no dot itself
+    if dot == slash + 1 and (slash < 0 or "." in name[name.rfind("/", 0, slash) + 1 : slash]):
+        return None
+    return name[:dot], name[dot + 1 :].lower()
 
 
 def key_crc(key: str) -> int:
     return zlib.crc32(key.encode("utf-8", "surrogateescape")) or 1
 
 
-def _number(field: bytes, at: int) -> int:
+def _number(field: bytes) -> int:
+    """ValueError for what is none."""
     if field[0] & 0x80:  # GNU's base-256, for sizes of 8 GiB and more
         return int.from_bytes(field, "big") & (1 << 8 * len(field) - 1) - 1
     try:
@@ -85,7 +98,7 @@ def _number(field: bytes, at: int) -> int:
     except ValueError:
         number = -1
     if number < 0:  # would lead backwards, and round and round
-        raise CorruptTar(at, f"unreadable number {field!r} in the tar header")
+        raise ValueError
     return number
 
 
@@ -99,19 +112,44 @@ def is_header(block: bytes) -> bool:
     return (stored + sum(block[148:156]) - 256 + 1 - (zlib.adler32(block) & 0xFFFF)) % 65521 == 0
 
 
-def _pax(records: bytes, at: int) -> dict[str, bytes]:
-    found = {}
-    try:
-        while records.strip(b"\0"):
-            length, rest = records.split(b" ", 1)
-            if int(length) <= len(length):  # would never end
-                raise ValueError
-            record, records = rest[: int(length) - len(length) - 2], records[int(length) :]
-            name, value = record.split(b"=", 1)
-            found[name.decode()] = value
-    except ValueError:
-        raise CorruptTar(at, "unreadable pax header") from None
+def _pax(records: bytes) -> dict[str, bytes]:
+    """{name: value} of "LENGTH NAME=VALUE\\n" records, LENGTH counting all of it in decimal digits (POSIX.1-2001). ValueError for what is none."""
+    found, start = {}, 0
+    while start < len(records) and records[start]:
+        space = records.index(b" ", start, start + 20)
+        end = start + _decimal(records[start:space])
+        equals = records.index(b"=", space, end)
+        if end > len(records):
+            raise ValueError
+        found[records[space + 1 : equals].decode()] = records[equals + 1 : end - 1]
+        start = end
     return found
+
+
+def _decimal(digits: bytes) -> int:
+    if not digits.isdigit() or len(digits) > 18:
+        raise ValueError
+    return int(digits)
+
+
+def _header_name(block: bytes) -> bytes:
+    name = block[:100].split(b"\0", 1)[0]
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _readable(block: bytes) -> str:
+    """The name in a header that is damaged elsewhere; '' where it can be none."""
+    try:
+        name = _header_name(block).decode() if len(block) == BLOCK and block[257:262] == b"ustar" else ""
+    except UnicodeDecodeError:
+        return ""
+    return name if name.isprintable() and split_name(name) else ""
 
 
 def members(fetch: Callable[[int, int], bytes], at: int, end: int) -> Iterator[Member]:
@@ -126,49 +164,85 @@ def members(fetch: Callable[[int, int], bytes], at: int, end: int) -> Iterator[M
         if block == ZERO:
             yield Member(at, at, 0, "")
             return
-        if len(block) < BLOCK or not is_header(block):
-            raise CorruptTar(at, "cut inside a tar header" if len(block) < BLOCK else "no valid tar header")
+        if len(block) < BLOCK:
+            raise CorruptTar(start, "cut inside a tar header", after=at + BLOCK)
+        if not is_header(block):
+            raise CorruptTar(start, "no valid tar header", _readable(block) if name is None else _text(name), at + BLOCK)
         kind = block[156]
-        length = _number(block[124:136], at) if size is None or kind in _EXTENDED else size
+        try:
+            length = _number(block[124:136]) if size is None or kind in _EXTENDED else size
+        except ValueError:
+            found = _header_name(block) if name is None else name
+            raise CorruptTar(start, f"unreadable size {block[124:136]!r} in the tar header", _text(found), at + BLOCK) from None
         data = at + BLOCK
         at = data + -(-length // BLOCK) * BLOCK
         if kind in _EXTENDED:
-            text = fetch(data, min(length, 1 << 20))
-            if kind == b"L"[0]:
-                name = text.rstrip(b"\0")
-            elif kind == b"x"[0]:
-                fields = _pax(text[:length], data)
-                if any(field.startswith("GNU.sparse") for field in fields):
-                    raise CorruptTar(start, "sparse tar members are not supported")
-                name = fields.get("path", name)
-                size = _number(fields["size"].ljust(20, b"\0"), data) if "size" in fields else size
+            name, size = _extended(fetch, kind, start, data, length, at, (name, size))
             continue
+        if name is None:
+            name = _header_name(block)
         if kind in _REGULAR:
-            if name is None:
-                name = block[:100].split(b"\0", 1)[0]
-                if block[257:263] == b"ustar\0" and block[345]:
-                    name = block[345:500].split(b"\0", 1)[0] + b"/" + name
             if not name.endswith(b"/"):  # a folder, as very old tars write it
-                yield Member(start, data, length, name.decode("utf-8", "surrogateescape"))
+                yield Member(start, data, length, _text(name))
         elif kind not in _SKIPPED:
-            raise CorruptTar(start, f"tar member of unsupported type {chr(kind)!r}")
+            raise CorruptTar(start, f"tar member of unsupported type {chr(kind)!r}", _text(name), data)
         start, name, size = at, None, None
     if start != at or at > end:
         raise CorruptTar(start, "the archive ends in the middle of a member")
+
+
+def _extended(fetch, kind: int, start: int, data: int, length: int, at: int, known: tuple) -> tuple[bytes | None, int | None]:
+    """(name, size) of the next member, whose own header is at byte `at`: what this extended header says, else what was known."""
+    name, size = known
+    limit = MAX_NAME + 1 if kind == b"L"[0] else _MAX_PAX  # a GNU name ends in a zero
+    reason, text = None, fetch(data, min(length, limit))
+    if length > limit:
+        what = "GNU long name" if kind == b"L"[0] else "pax header" if kind == b"x"[0] else "GNU long link"
+        reason = f"{what} of {length} bytes, more than {limit}"
+        name = text if kind == b"L"[0] else name
+    elif kind == b"L"[0]:
+        name = text.rstrip(b"\0")
+    elif kind == b"x"[0]:
+        try:
+            fields = _pax(text)
+            name = fields.get("path", name)
+            size = _decimal(fields["size"]) if "size" in fields else size
+            if any(field.startswith("GNU.sparse") for field in fields):
+                reason = "sparse tar members are not supported"
+            elif len(name or b"") > MAX_NAME:
+                reason = f"name of {len(name)} bytes, more than {MAX_NAME}"
+        except ValueError:
+            reason = "unreadable pax header"
+    if reason is None:
+        return name, size
+    # not to be taken for a member under the short name in its own header: go on behind it
+    block = fetch(at, BLOCK)
+    found, after = b"", at
+    if len(block) == BLOCK and is_header(block) and block[156] not in _EXTENDED:
+        with suppress(ValueError):
+            found, after = _header_name(block), at + BLOCK + -(-_number(block[124:136]) // BLOCK) * BLOCK
+    raise CorruptTar(start, reason, _text((name or found)[:MAX_NAME]), after)
 
 
 def scan(fetch: Callable[[int, int], bytes], size: int) -> Scan:
     """Slots of the whole archive of `size` bytes. `fetch(at, n)` returns n bytes, or what there is up to the end.
 
     Raises CorruptSample if it does not begin as a tar at all. Damage further on never ends the scan: it goes on at the next valid header.
-    The slot before the damage is flagged: nobody can tell whether it lost a member. A missing end marker counts as damage.
+    A missing end marker counts as damage. Flagged is the sample whose member is damaged, if a name can still be read and the sample before
+    it is as whole as its own neighbour; else the sample before: nobody can tell whether it lost a member.
     """
     if size < BLOCK or not ((first := fetch(0, BLOCK)) == ZERO or is_header(first)):
+        if packed := next((name for magic, name in _PACKED.items() if first.startswith(magic)), None) if size >= BLOCK else None:
+            raise CorruptSample(
+                f"{packed} data under the name of a tar, whose samples cannot be reached by offset. Rename it (.tar{_ENDINGS.get(packed, '')}) "
+                "and repack it with 'ssl-locat shards pack'"
+            )
         raise CorruptSample(f"not a tar archive ({size} bytes, beginning with {fetch(0, 24)!r})")
     starts, crcs = array("Q"), array("I")
     key, extensions, at = None, set(), 0
+    usual: set[str] | None = None  # extensions of the sample before the last one
     while at < size:
-        resume = size  # no end marker; if one is met, the offset of what follows it
+        resume, damaged = size, None  # no end marker; if one is met, the offset of what follows it
         try:
             for member in members(fetch, at, size):
                 if not member.name:
@@ -178,12 +252,20 @@ def scan(fetch: Callable[[int, int], bytes], size: int) -> Scan:
                         return Scan(starts, crcs)
                 elif parts := split_name(member.name):
                     if parts[0] != key or parts[1] in extensions:  # a repeated extension: another sample of the same name
+                        usual = extensions if key is not None else None
                         key, extensions = parts[0], set()
                         starts.append(member.start)
                         crcs.append(key_crc(key))
                     extensions.add(parts[1])
         except CorruptTar as error:
-            resume = error.at + BLOCK
+            # a size that leads beyond the end is damage, too
+            resume, damaged = (error.after if error.after <= size else error.at + BLOCK), error
+        if damaged and damaged.name and not damaged.name.startswith(f"{key}.") and (usual is None or usual <= extensions):
+            usual = extensions if key is not None else None
+            key, extension = split_name(damaged.name) or (None, "")
+            extensions = {extension}
+            starts.append(damaged.at)
+            crcs.append(DAMAGED)
         if not crcs:
             starts.append(0)
             crcs.append(DAMAGED)
@@ -231,7 +313,8 @@ def parse(data: bytes, start: int, end: int, crc: int, shard: str) -> RawSample 
                     return Damage(key, shard, f"{name!r} is mixed into it")
                 found[parts[1]] = data[at : at + size]
     except CorruptTar as error:
-        return Damage(key, shard, error.reason)
+        named = error.name if len(error.name) <= _SHOWN else f"{error.name[:_SHOWN]}..."
+        return Damage(key or (split_name(named) or (named,))[0], shard, f"{named}: {error.reason}" if named else error.reason)
     if crc == DAMAGED:
         return Damage(key, shard, "it may lack members: the archive is damaged or cut right behind it")
     if key_crc(key) != crc:

@@ -14,8 +14,10 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from ssl_locat.data.stores.objects import Stat, redact, scheme_of
+from ssl_locat.data.stores import private
+from ssl_locat.data.stores.objects import Stat, scheme_of
 from ssl_locat.data.stores.store import Store
+from ssl_locat.shown import redact
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +32,36 @@ class CachedStore(Store):
         super().__init__(budget_seconds)
         self.folder, self.limit_bytes = Path(folder), limit_bytes
         self._written, self._complained, self._trim_lock = 0, False, threading.Lock()
+        self._usable: bool | None = None  # not looked at yet
+
+    def _own_folder(self) -> bool:
+        """Looked at once, by the first read that needs it."""
+        if self._usable is not None:
+            return self._usable
+        try:
+            reason = private.unusable(self.folder)
+        except OSError as error:
+            reason = error.strerror
+        if reason:
+            log.warning(
+                "the data cache %s is not used (%s): reading goes on without it. Name a folder of your own.", self.folder, reason
+            )
+        self._usable = not reason
+        return self._usable
 
     def __getstate__(self):
         return {"folder": str(self.folder), "limit_bytes": self.limit_bytes, "budget_seconds": self.budget_seconds}
 
     def read(self, url: str, start: int, end: int, stat: Stat | None = None) -> bytes:
         # without a size and a version there is no telling whether a page is still the object's
-        if stat is None or not stat.version or end > stat.size or start >= end or scheme_of(url) == "file":
+        if (
+            stat is None
+            or not stat.version
+            or end > stat.size
+            or start >= end
+            or scheme_of(url) == "file"
+            or not self._own_folder()
+        ):
             return super().read(url, start, end, stat)
         pieces = []
         for number in range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1):
@@ -49,7 +74,7 @@ class CachedStore(Store):
         name = hashlib.blake2b(f"{redact(url)}\0{stat.size}\0{stat.version}\0{number}".encode(), digest_size=16).hexdigest()
         path = self.folder / name[:2] / name
         with suppress(OSError):
-            stored = path.read_bytes()
+            stored = private.read(path)
             page, crc = stored[:-4], stored[-4:]
             if zlib.crc32(page).to_bytes(4, "little") == crc:  # a crash of the machine may leave holes
                 os.utime(path)  # mount options often keep no access times
@@ -62,8 +87,8 @@ class CachedStore(Store):
     def _write(self, path: Path, page: bytes) -> None:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(private.create(temporary), "wb") as file:
                 file.write(page)
                 file.write(zlib.crc32(page).to_bytes(4, "little"))
             temporary.replace(path)

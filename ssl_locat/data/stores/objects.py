@@ -6,9 +6,9 @@ Only the schemes below are ever opened: URLs are never executed.
 import os
 import re
 from typing import NamedTuple
-from urllib.parse import urlsplit, urlunsplit
 
 from ssl_locat.errors import DataError, Outage, did_you_mean
+from ssl_locat.shown import MARK, shown
 
 SCHEMES = ("file", "memory", "s3", "gs", "http", "https", "hf")
 
@@ -22,7 +22,7 @@ class Gone(Exception):
     """The object is missing (`size` None) or only `size` bytes long."""
 
     def __init__(self, url: str, size: int | None):
-        super().__init__(f"{redact(url)}: not found" if size is None else f"{redact(url)}: only {size} bytes long")
+        super().__init__(f"{shown(url)}: not found" if size is None else f"{shown(url)}: only {size} bytes long")
         self.size = size
 
 
@@ -30,21 +30,18 @@ class Denied(Outage):
     """Credentials are missing, wrong or expired: no retry helps, and no sample is to blame."""
 
 
-def redact(url: str) -> str:
-    """The URL without user, password and query: signed URLs carry their credentials there."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
 def scheme_of(url: str) -> str:
     """'file' for plain paths. Raises DataError for anything off the list, `pipe:` commands and chained URLs above all."""
+    if f"{MARK}@" in url or f"?{MARK}" in url:
+        raise DataError(
+            f"data URL {url!r} is that of a checkpoint or a report, which keep no credentials. Give the URL with them again "
+            "(data.train=URL on the command line), or without: ~/.netrc, AWS_PROFILE, gcloud's login and HF_TOKEN are read."
+        )
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", url)
     scheme = match[1].lower() if match else "file"
     if "::" in url or scheme not in SCHEMES or (match and scheme != "file" and not url.startswith(f"{scheme}://")):
         raise DataError(
-            f"data URL {redact(url)!r} cannot be read: known are plain paths and {', '.join(s + '://' for s in SCHEMES)} "
+            f"data URL {shown(url)!r} cannot be read: known are plain paths and {', '.join(s + '://' for s in SCHEMES)} "
             f"(no commands, no '::' chains).{did_you_mean(scheme, SCHEMES)}"
         )
     return scheme
@@ -55,6 +52,13 @@ def normalise(url: str) -> str:
     if scheme_of(url) != "file":
         return url
     return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+
+
+def folder_and_name(url: str) -> tuple[str, str]:
+    """What stands before and behind the last slash of the path; the query of an http(s) URL, a signature perhaps, belongs to neither."""
+    path = re.split(r"[?#]", url, maxsplit=1)[0] if url.startswith("http") else url
+    folder, _, name = path.rpartition("/")
+    return folder, name
 
 
 def join(folder: str, name: str) -> str:

@@ -11,9 +11,10 @@ from functools import cached_property
 import fsspec
 from fsspec.asyn import sync
 
-from ssl_locat.data.stores.objects import Gone, Stat, redact
+from ssl_locat.data.stores.objects import Gone, Stat
 from ssl_locat.data.stores.web import Response, Web
 from ssl_locat.errors import DataError
+from ssl_locat.shown import shown
 
 _MAX_WHOLE = 64 << 20  # bytes taken at most from a server that ignores Range and sends the whole object
 _CONNECTIONS = 64
@@ -111,7 +112,7 @@ class Http(_Listing):
         return self.read(url, 0, 1)[1]
 
     def write(self, url: str, data: bytes) -> None:
-        raise DataError(f"{redact(url)} cannot be written: http is read only. Write to the store behind it.")
+        raise DataError(f"{shown(url)} cannot be written: http is read only. Write to the store behind it.")
 
     def _address(self, url: str) -> tuple[str, dict]:
         return url, {}
@@ -139,7 +140,7 @@ class Http(_Listing):
             if answer.status in (404, 410):
                 raise FileNotFoundError
             if 400 <= answer.status < 500 and answer.status not in (408, 425, 429):
-                raise DataError(f"{redact(url)}: the server answers HTTP {answer.status} ({answer.reason}). Check the URL.")
+                raise DataError(f"{shown(url)}: the server answers HTTP {answer.status} ({shown(answer.reason)}). Check the URL.")
             raise ConnectionError(f"HTTP {answer.status}")
 
     def _whole(self, answer: Response, start: int, end: int, version: str, url: str) -> tuple[bytes, Stat]:
@@ -149,7 +150,7 @@ class Http(_Listing):
             raise ConnectionError("the server ignored the range this time")
         if size is None or size > _MAX_WHOLE:
             raise DataError(
-                f"{redact(url)}: the server ignores range requests{'' if size is None else f' (it sends all {size} bytes)'}. Samples cannot be "
+                f"{shown(url)}: the server ignores range requests{'' if size is None else f' (it sends all {size} bytes)'}. Samples cannot be "
                 "read from it one by one: use a server that supports them (nginx, any object store), or copy the shards."
             )
         return answer.read()[start:end], Stat(size, version.strip('"'))

@@ -23,8 +23,9 @@ from contextlib import suppress
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from ssl_locat.data.stores.local import Local
-from ssl_locat.data.stores.objects import Denied, Gone, Stat, join, normalise, redact, scheme_of
+from ssl_locat.data.stores.objects import Denied, Gone, Stat, join, normalise, scheme_of
 from ssl_locat.errors import DataError, Outage
+from ssl_locat.shown import shown
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Store:
                 expected and seen.version not in ("", expected) and not (stat and seen.size < stat.size)
             ):
                 raise Outage(
-                    f"{redact(url)} was replaced while this run was reading it. Start the same command again: the shard is indexed anew, "
+                    f"{shown(url)} was replaced while this run was reading it. Start the same command again: the shard is indexed anew, "
                     "and the run continues if it holds the same samples."
                 )
             if len(data) != end - start:
@@ -121,7 +122,7 @@ class Store:
                 urls = list(braceexpand(one)) if "{" in one else [one]
             except UnbalancedBracesError:
                 raise DataError(
-                    f"data pattern {one!r} has unbalanced braces: a range is written {{000..099}}, a choice {{a,b}}"
+                    f"data pattern {shown(one)!r} has unbalanced braces: a range is written {{000..099}}, a choice {{a,b}}"
                 ) from None
             for url in map(normalise, urls):
                 found.update(self._glob(url) if _has_glob(url) else {url: None})
@@ -138,7 +139,7 @@ class Store:
             found = {join(folder, name): stat for name, stat in self.walk(folder).items() if _matches(name, pattern)}
         if not found:
             raise DataError(
-                f"data pattern {redact(url)!r} matches nothing. Check the folder and the wildcard (quote it in the shell)."
+                f"data pattern {shown(url)!r} matches nothing. Check the folder and the wildcard (quote it in the shell)."
             )
         return found
 
@@ -154,12 +155,12 @@ class Store:
                     raise Gone(url, None) from None
                 if _is_access_denied(error):
                     raise Denied(
-                        f"{redact(url)}: access denied ({error}). Check the rights, and the credentials: they may be missing or have "
+                        f"{shown(url)}: access denied ({shown(error)}). Check the rights, and the credentials: they may be missing or have "
                         "expired. Then start the same command again."
                     ) from None
                 if _is_usage_error(error):
                     raise DataError(
-                        f"{redact(url)} cannot be used: {error}. Check the URL and the settings of its store."
+                        f"{shown(url)} cannot be used: {shown(error)}. Check the URL and the settings of its store."
                     ) from None
                 if not isinstance(error, OSError | TimeoutError | asyncio.TimeoutError | EOFError) and not _from_network(error):
                     raise
@@ -167,18 +168,18 @@ class Store:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Outage(
-                    f"{redact(url)}: no answer within {self.budget_seconds:g} s (last: {redact(what)[:300]}). Nothing was skipped: start the "
+                    f"{shown(url)}: no answer within {self.budget_seconds:g} s (last: {shown(what)[:300]}). Nothing was skipped: start the "
                     "same command again when the store is back."
                 )
             if not warned and pause > 4:
                 warned = True
-                log.warning("%s does not answer (%s); trying for another %.0f s", redact(url), what[:200], left)
+                log.warning("%s does not answer (%s); trying for another %.0f s", shown(url), shown(what)[:200], left)
             # full jitter: many readers that failed together must not come back together
             pause_now, stopped = min(left, random.uniform(0, pause)), getattr(_reading, "stopped", None)
             if stopped is None:
                 time.sleep(pause_now)
             elif stopped.wait(pause_now):
-                raise Outage(f"{redact(url)}: {redact(what)[:300]}; reading was stopped")
+                raise Outage(f"{shown(url)}: {shown(what)[:300]}; reading was stopped")
             pause = min(pause * 2, 20)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssl_locat.errors import DataBudgetExceeded
+from ssl_locat.shown import to_json
 
 TOLERATED = 10  # corrupt samples that stop no run: the share of a handful says nothing yet
 
@@ -58,7 +59,7 @@ class Quarantine:
             partial = self._catch_up(file)
             new = [entry for entry in new if (entry.dataset, entry.index) not in self.known]
             names = ("position", "dataset", "index", "shard", "key", "error")
-            lines = [json.dumps({name: getattr(entry, name) for name in names}) + "\n" for entry in new]
+            lines = [to_json({name: getattr(entry, name) for name in names}) + "\n" for entry in new]
             file.write(b"\n" * bool(partial) + "".join(lines).encode())
             self._count(new)
 

@@ -24,6 +24,7 @@ from ssl_locat.evaluation.shared.samples import NO_LABEL, Members, load_in_order
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
 from ssl_locat.runs.distributed import barrier, is_main, rank, world_size
 from ssl_locat.runs.log import progress
+from ssl_locat.shown import to_json
 
 FORMATS = ("safetensors", "npy", "parquet")
 
@@ -134,7 +135,7 @@ def dump(
             "norm": norm,
             "format": format,
         }
-        (folder / "features.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (folder / "features.json").write_text(to_json(about, indent=1) + "\n", encoding="utf-8")
     barrier()
 
 

@@ -16,11 +16,12 @@ from shards import as_list, fingerprint, write_shard, write_shards
 from ssl_locat.data.shards import shard_index
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.tar import Damage
-from ssl_locat.data.stores.objects import Denied, Gone, redact
+from ssl_locat.data.stores.objects import Denied, Gone
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import choose_plan
 from ssl_locat.data.stream.stream import TrainStream
 from ssl_locat.errors import DataError, Outage
+from ssl_locat.shown import redact
 
 pytestmark = pytest.mark.store
 SIZES = {"global_batch_size": 16, "world_size": 1, "accumulate_steps": 1, "workers": 0}
