@@ -13,6 +13,7 @@ from ssl_locat.config.models import check_exists, doubt
 from ssl_locat.config.schema import Config
 from ssl_locat.errors import DataError, UserError, did_you_mean
 from ssl_locat.evaluation.probe_options import check_probes
+from ssl_locat.shown import redact
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def yaml_to_write(source: str, out: str | None = None) -> Path:
 
 def name_of(source: str) -> str:
     """A name for the YAML and the run: the last part of the path, without what files and shells do not like."""
-    last = source.rstrip("/").rpartition("/")[2]
+    last = redact(source).rstrip("/").rpartition("/")[2]
     last = Path(source).resolve().name if last in ("", ".", "..") else last
     return re.sub(r"[^\w-]+", "_", last.partition(".")[0]).strip("_") or "images"
 

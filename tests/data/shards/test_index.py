@@ -151,8 +151,9 @@ def test_headers_that_lead_backwards_are_damage(trap):
     data = bytes(header) + records.ljust(512 * bool(records), b"\0") + good.getvalue()
     found = scan(lambda at, n: data[at : at + n], len(data))
     samples = [parse(data, *found.starts[i : i + 2], found.crcs[i], "s") for i in range(len(found.crcs))]
-    assert [sample.key for sample in samples if isinstance(sample, RawSample)] == ["good"]
-    assert len(samples) == 2 and isinstance(samples[0], Damage)
+    # the unreadable pax header belongs to the member behind it, whose true name and size it may have held
+    assert [sample.key for sample in samples if isinstance(sample, RawSample)] == ["good"] * (not records)
+    assert isinstance(samples[0], Damage) and samples[0].key == ("good" if records else "a")
 
 
 def test_what_is_no_tar_is_refused():
