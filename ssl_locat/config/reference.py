@@ -4,16 +4,15 @@ python -m ssl_locat.config.reference > docs/config.md
 """
 
 import ast
-import importlib.util
 import re
 import types
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from ssl_locat.config.schema import OBJECTIVES, Config
+from ssl_locat.config.signatures import base_target, definition, keyword_defaults, source_of
 
 HEADER = """# Config reference
 
@@ -106,25 +105,24 @@ def _cell(text: str) -> str:
 
 def _objective(name: str, target: str) -> str:
     """Arguments of an objective, from its source: importing it would import torch."""
+    arguments = keyword_defaults(target) or {}
+    rows = [f"| `{key}` | {f'`{_plain(default)}`' if default else '**required**'} |" for key, default in arguments.items()]
+    about, meanings = _docstring(target)
+    bullets = "\n".join(f"- {line}" if re.match(r"[a-z_]+(, [a-z_]+)*: ", line) else f"  {line}" for line in meanings)
+    return f"### objective: {name}\n\n{about}\n\n| key | default |\n|---|---|\n" + "\n".join(rows) + f"\n\n{bullets}\n"
+
+
+def _docstring(target: str) -> tuple[str, list[str]]:
+    """The first line of a class's docstring, and the lines below its `Args:`, then those of the base that it hands `**rest` to."""
     module, _, attribute = target.partition(":")
-    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
-    node = next(item for item in tree.body if isinstance(item, ast.ClassDef) and item.name == attribute)
-    start = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
-    plain = start.args.args[1:]
-    pairs = list(zip(plain[len(plain) - len(start.args.defaults) :], start.args.defaults, strict=True))
-    pairs += [
-        (argument, default) for argument, default in zip(start.args.kwonlyargs, start.args.kw_defaults, strict=True) if default
-    ]
-    required = [argument for argument in [*plain, *start.args.kwonlyargs] if argument not in [pair[0] for pair in pairs]]
-    rows = [f"| `{argument.arg}` | **required** |" for argument in required]
-    rows += [f"| `{argument.arg}` | `{_plain(ast.unparse(default))}` |" for argument, default in pairs]
-    about = ast.get_docstring(node) or ""
-    lines = about.split("\n")
-    meanings = "\n".join(line.strip() for line in lines[lines.index("Args:") + 1 :]) if "Args:" in lines else ""
-    bullets = "\n".join(
-        f"- {line}" if re.match(r"[a-z_]+(, [a-z_]+)*: ", line) else f"  {line}" for line in meanings.split("\n") if line
-    )
-    return f"### objective: {name}\n\n{lines[0]}\n\n| key | default |\n|---|---|\n" + "\n".join(rows) + f"\n\n{bullets}\n"
+    tree = ast.parse(source_of(module).read_text(encoding="utf-8"))
+    node = definition(tree, attribute)
+    assert isinstance(node, ast.ClassDef), f"{target} is no class"
+    lines = (ast.get_docstring(node) or "").split("\n")
+    meanings = [line.strip() for line in lines[lines.index("Args:") + 1 :] if line.strip()] if "Args:" in lines else []
+    if base := base_target(tree, node):  # what is handed on is described there
+        meanings = [line for line in meanings if not line.startswith("prototypes: ")] + _docstring(base)[1]
+    return lines[0], meanings
 
 
 def _plain(value: str) -> str:

@@ -4,17 +4,14 @@
 torch, so that a wrong key costs a second. The resolved config, written into the run folder, alone rebuilds the run.
 """
 
-import ast
-import importlib.util
 import os
 from collections.abc import Iterable
-from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ssl_locat.config.habits import in_our_words, our_value
+from ssl_locat.config.signatures import check_options
 from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, did_you_mean
 
@@ -392,53 +389,3 @@ def _description(schema: type[BaseModel], loc: tuple) -> str:
             known = next(iter(_sections(known.model_fields[part].annotation)), known)
     found = known.model_fields.get(loc[-1])
     return (found.description or str(found.annotation)) if found else "see docs/config.md"
-
-
-# Options are checked against the signature of what they go to. The signature is read from the source, not by importing it:
-# a misspelt key is answered in a second, before torch is loaded.
-
-
-def _source(module: str) -> Path | None:
-    """The file of a module; one of ours is found without importing its package, which may import torch."""
-    parts = module.split(".")
-    if parts[0] == "ssl_locat":
-        path = Path(__file__).parents[1].joinpath(*parts[1:]).with_suffix(".py")
-        return path if path.is_file() else None
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    return Path(spec.origin) if spec and spec.origin else None
-
-
-@cache
-def keyword_names(target: str) -> list[str] | None:
-    """Keyword arguments of 'package.module:name' (a function, or a class by its __init__); None if it takes any."""
-    module, _, name = target.partition(":")
-    source = _source(module)
-    if source is None:
-        raise ConfigError(f"{target!r}: there is no module {module!r}. Expected 'package.module:name' of something installed.")
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            node = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
-            if node is None:
-                return []
-        elif not (isinstance(node, ast.FunctionDef) and node.name == name):
-            continue
-        if node.args.kwarg:
-            return None
-        positional = [argument.arg for argument in node.args.args]
-        return [argument for argument in positional if argument != "self"] + [argument.arg for argument in node.args.kwonlyargs]
-    raise ConfigError(f"{target!r}: {module} holds no {name!r}.")
-
-
-def check_options(target: str, options: dict[str, Any], loaded: LoadedYaml, key: tuple = ()) -> None:
-    """Refuse an option that `target` does not take, naming the place and the nearest one it does."""
-    known = keyword_names(target)
-    for name in options if known is not None else ():
-        if name not in known:
-            full = ".".join(map(str, (*key, name)))
-            raise ConfigError(
-                f"{loaded.place((*key, name))}: unknown key {full!r}.{did_you_mean(name, known)} "
-                f"{target.rpartition(':')[2]} takes: {', '.join(known)}."
-            )

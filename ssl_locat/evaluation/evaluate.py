@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ssl_locat.config.models import check_exists
-from ssl_locat.config.schema import keyword_names
+from ssl_locat.config.signatures import keyword_names
 from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS

@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import Field
 
-from ssl_locat.config.schema import DataSpec, Section, keyword_names, parse
+from ssl_locat.config.schema import DataSpec, Section, parse
+from ssl_locat.config.signatures import keyword_names
 from ssl_locat.config.yaml_files import LoadedYaml, load_yaml
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS

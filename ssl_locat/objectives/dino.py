@@ -1,15 +1,15 @@
 """DINO's loss on class tokens (arXiv:2104.14294, eqs. 1-4): cross-entropy between centred, sharpened teacher and student, over
 all pairs of a global view (teacher) and another view (student)."""
 
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.heads import DINOHead
-from ssl_locat.objectives.targets import centered, check_targets, pair_loss, sinkhorn
-from ssl_locat.optim.schedules import stepwise
+from ssl_locat.objectives.prototypes import PrototypeObjective
+from ssl_locat.objectives.targets import centered, pair_loss, sinkhorn
 from ssl_locat.runs.diagnosis import center_drift
 from ssl_locat.runs.distributed import all_reduce_mean_
 
@@ -22,59 +22,27 @@ class ClassHead(DINOHead):
         return super().forward(views.cls)
 
 
-class DINO(nn.Module):
+class DINO(PrototypeObjective):
     """Self-distillation with centring.
 
     Args:
-        num_prototypes: K, outputs of the head.
-        hidden_dim, bottleneck_dim, num_layers, batch_norm, norm_last_layer: of the head (heads.DINOHead).
-        student_temp: temperature of the student's softmax.
-        teacher_temp: [at the start, after the warm-up]; the warm-up is linear from epoch to epoch.
-        teacher_temp_warmup_epochs: whole epochs.
-        center_momentum: of the running mean of teacher scores that is taken off them.
-        frozen_last_layer_epochs: prototypes do not move in these first epochs: ones that move too early collapse the targets.
-        targets: `centering` (DINO) or `sinkhorn` (DINOv2): how teacher scores become targets. Sinkhorn balances the prototypes within a
-            micro-batch, over all ranks and both views.
-        min_images: with `sinkhorn`, refuse to run with fewer images per micro-batch on all ranks.
+        batch_norm: in the head, before each GELU (heads.DINOHead).
+        prototypes: the options of PrototypeObjective.
     """
 
     needs = Needs()
 
     def __init__(
         self,
-        num_prototypes: int = 65536,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        num_layers: int = 3,
         batch_norm: bool = False,
-        norm_last_layer: bool = True,
-        student_temp: float = 0.1,
         teacher_temp: tuple[float, float] = (0.04, 0.04),
         teacher_temp_warmup_epochs: int = 0,
-        center_momentum: float = 0.9,
-        frozen_last_layer_epochs: float = 1,
-        targets: Literal["centering", "sinkhorn"] = "centering",
-        min_images: int = 64,
+        **prototypes: Any,
     ):
-        super().__init__()
-        check_targets("dino", targets)
-        self.head_options = {
-            "num_prototypes": num_prototypes,
-            "hidden_dim": hidden_dim,
-            "bottleneck_dim": bottleneck_dim,
-            "num_layers": num_layers,
-            "batch_norm": batch_norm,
-            "norm_last_layer": norm_last_layer,
-        }
-        self.num_prototypes = num_prototypes
-        self.student_temp = student_temp
-        self.teacher_temp = tuple(teacher_temp)
-        self.teacher_temp_warmup_epochs = teacher_temp_warmup_epochs
-        self.center_momentum = center_momentum
-        self.frozen_last_layer_epochs = frozen_last_layer_epochs
-        self.targets = targets
-        self.min_images = min_images if targets == "sinkhorn" else 1
-        self.register_buffer("center", torch.zeros(1, num_prototypes))
+        super().__init__("dino", teacher_temp=teacher_temp, teacher_temp_warmup_epochs=teacher_temp_warmup_epochs, **prototypes)
+        self.head_options["batch_norm"] = batch_norm
+        # a buffer, so that it is saved with the run; "center" is its name in every checkpoint since 0.1
+        self.register_buffer("center", torch.zeros(1, self.num_prototypes))
         self.seen: list[Tensor] = []  # mean teacher scores [1, K] of this step's micro-batches
 
     def make_head(self, embed_dim: int) -> ClassHead:
@@ -82,7 +50,7 @@ class DINO(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """student [S, B, K], teacher [T, B, K] (no grad) scores; the first T student views are the teacher's -> loss [], metrics."""
-        temperature = stepwise(int(progress.epoch), *self.teacher_temp, self.teacher_temp_warmup_epochs)
+        temperature = self.temperature(progress)
         teacher = teacher.float()
         if self.targets == "sinkhorn":
             log_targets = sinkhorn(teacher.flatten(0, 1), temperature).view_as(teacher)
@@ -108,4 +76,4 @@ class DINO(nn.Module):
 
     def frozen(self, head: ClassHead, progress: Progress) -> list[nn.Parameter]:
         """Parameters of the student's head that must not move at this point of the run."""
-        return list(head.last_layer.parameters()) if progress.epoch < self.frozen_last_layer_epochs else []
+        return list(head.last_layer.parameters()) if self.freezes_prototypes(progress) else []

@@ -6,7 +6,7 @@ and its query, made from the neighbours it attends to, predicts its own Gaussian
 head reads the tokens before it, or after it with `refined`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from ssl_locat.errors import UserError
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.heads import DINOHead
 from ssl_locat.objectives.masking import draw_masks
-from ssl_locat.objectives.targets import Center, centered, check_targets, sinkhorn
-from ssl_locat.optim.schedules import stepwise
+from ssl_locat.objectives.prototypes import PrototypeObjective
+from ssl_locat.objectives.targets import Center, centered, sinkhorn
 
 
 class PatchScores(nn.Module):
@@ -46,43 +46,31 @@ class PatchScores(nn.Module):
         return scores, weights.index_select(0, views.masked)
 
 
-class IBOT(nn.Module):
+class IBOT(PrototypeObjective):
     """Masked patch distillation. Sum it with `dino` (published weights: 1 and 1).
 
     Args:
-        num_prototypes, hidden_dim, bottleneck_dim, num_layers, norm_last_layer: of the head (heads.DINOHead).
         shared_head: use the head of the objective `dino` for patches too (iBOT's best; DINOv2 keeps them separate at scale); the options of
             the head are then its.
         refined: patch tokens after PRR instead of after the final norm alone.
         mask_shape: `block` or `random`.
         mask_probability: share of the global crops that are masked at all.
         mask_ratio: [smallest, largest] share of a masked crop's patches, drawn evenly (iBOT's 0.3 +- 0.2).
-        student_temp, teacher_temp, teacher_temp_warmup_epochs, center_momentum, frozen_last_layer_epochs, targets: as in `dino`.
-        min_images: with `sinkhorn`, refuse to run with fewer images per micro-batch on all ranks.
+        prototypes: the options of PrototypeObjective.
     """
 
     def __init__(
         self,
-        num_prototypes: int = 65536,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        num_layers: int = 3,
-        norm_last_layer: bool = True,
         shared_head: bool = False,
         refined: bool = False,
         mask_shape: Literal["block", "random"] = "block",
         mask_probability: float = 0.5,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
-        student_temp: float = 0.1,
         teacher_temp: tuple[float, float] = (0.04, 0.07),
         teacher_temp_warmup_epochs: int = 30,
-        center_momentum: float = 0.9,
-        frozen_last_layer_epochs: float = 1,
-        targets: Literal["centering", "sinkhorn"] = "centering",
-        min_images: int = 64,
+        **prototypes: Any,
     ):
-        super().__init__()
-        check_targets("ibot", targets)
+        super().__init__("ibot", teacher_temp=teacher_temp, teacher_temp_warmup_epochs=teacher_temp_warmup_epochs, **prototypes)
         if mask_shape not in ("block", "random"):
             raise UserError(f"ibot: mask_shape is {mask_shape!r}; expected block or random")
         if not (0 <= mask_ratio[0] <= mask_ratio[1] <= 1 and 0 < mask_probability <= 1):
@@ -90,25 +78,12 @@ class IBOT(nn.Module):
                 f"ibot: mask_ratio is {list(mask_ratio)}, mask_probability {mask_probability}; expected shares "
                 "0 <= smallest <= largest <= 1, and a probability above 0"
             )
-        self.head_options = {
-            "num_prototypes": num_prototypes,
-            "hidden_dim": hidden_dim,
-            "bottleneck_dim": bottleneck_dim,
-            "num_layers": num_layers,
-            "norm_last_layer": norm_last_layer,
-        }
-        self.num_prototypes = num_prototypes
         self.shares_head_of = "dino" if shared_head else None
         self.refined = refined
         self.needs = Needs(patches=not refined, refined_patches=refined, masks=True)
         self.masking = {"shape": mask_shape, "probability": mask_probability, "ratio": tuple(mask_ratio)}
-        self.student_temp = student_temp
-        self.teacher_temp = tuple(teacher_temp)
-        self.teacher_temp_warmup_epochs = teacher_temp_warmup_epochs
-        self.frozen_last_layer_epochs = frozen_last_layer_epochs
-        self.targets = targets
-        self.min_images = min_images if targets == "sinkhorn" else 1
-        self.center = Center(num_prototypes, center_momentum) if targets == "centering" else None
+        # counts its rows, other than DINO's: each rank and micro-batch hides another number of patches
+        self.center = Center(self.num_prototypes, self.center_momentum) if self.targets == "centering" else None
 
     def make_head(self, embed_dim: int) -> PatchScores:
         return PatchScores(None if self.shares_head_of else DINOHead(embed_dim, **self.head_options), self.refined)
@@ -126,7 +101,7 @@ class IBOT(nn.Module):
         often crops are masked scales the loss). Nothing hidden at all: 0.
         """
         (scores, weights), (teacher_scores, _) = student, teacher
-        temperature = stepwise(int(progress.epoch), *self.teacher_temp, self.teacher_temp_warmup_epochs)
+        temperature = self.temperature(progress)
         if self.targets == "sinkhorn":
             log_targets = sinkhorn(teacher_scores, temperature)
         else:
@@ -147,7 +122,7 @@ class IBOT(nn.Module):
 
     def frozen(self, head: PatchScores, progress: Progress) -> list[nn.Parameter]:
         """The prototypes, in the first epochs; a shared head is its owner's business."""
-        if head.head is None or progress.epoch >= self.frozen_last_layer_epochs:
+        if head.head is None or not self.freezes_prototypes(progress):
             return []
         return list(head.head.last_layer.parameters())
 

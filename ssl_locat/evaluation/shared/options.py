@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from ssl_locat.config.schema import WeightedShards, check_options
+from ssl_locat.config.schema import WeightedShards
+from ssl_locat.config.signatures import check_options
 from ssl_locat.config.yaml_files import LoadedYaml
 from ssl_locat.errors import ConfigError, did_you_mean
 
