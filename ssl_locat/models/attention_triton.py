@@ -29,12 +29,13 @@ def triton_attention(
 
 
 @triton.jit
-def place(T, BLOCK: tl.constexpr):
-    """Head and first token of this program. One axis for both, as CUDA's others end at 65535; a head's blocks are neighbours and share its
-    keys in the cache."""
+def place(T, H, BLOCK: tl.constexpr):
+    """This program's head, counted over the batch, the same as image and head, and its tokens [BLOCK]. One axis of the launch for both, as
+    CUDA's others end at 65535; a head's blocks are neighbours and share its keys in the cache."""
     blocks = tl.cdiv(T, BLOCK)
     program = tl.program_id(0)
-    return (program // blocks).to(tl.int64), program % blocks * BLOCK
+    head = (program // blocks).to(tl.int64)  # offsets are products with it, which pass 32 bits at 2**31 elements
+    return head, head // H, head % H, program % blocks * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -79,18 +80,38 @@ def load_gaussian(AX, AY, ALPHA, head, tokens, R, T):
 
 
 @triton.jit
+def load_queries(
+    base, stride, AX, AY, ALPHA, head, tokens, T, R, COLS, D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows [tokens, BLOCK_D] of queries, their places on the grid, and their Gaussians' three coefficients [tokens] each."""
+    x, y = coordinates(tokens, R, COLS, POOL)
+    ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, tokens, R, T)
+    return load_rows(base, tokens, stride, T, D, BLOCK_D), x, y, ax, ay, alpha
+
+
+@triton.jit
+def load_keys(
+    key_base, key_stride, value_base, value_stride, tokens, T, R, COLS, D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows [tokens, BLOCK_D] of keys and of values, and their places on the grid."""
+    x, y = coordinates(tokens, R, COLS, POOL)
+    return (
+        load_rows(key_base, tokens, key_stride, T, D, BLOCK_D),
+        load_rows(value_base, tokens, value_stride, T, D, BLOCK_D),
+        x,
+        y,
+    )
+
+
+@triton.jit
 def forward_kernel(
     Q, K, V, AX, AY, ALPHA, OUT, LSE,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H, T, R, COLS, scale, clamp,
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, first = place(T, BLOCK_M)
-    b, h = head // H, head % H
-    m = first + tl.arange(0, BLOCK_M)
-    q = load_rows(Q + b * q_b + h * q_h, m, q_t, T, D, BLOCK_D)
-    xm, ym = coordinates(m, R, COLS, POOL)
-    ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, m, R, T)
+    head, b, h, m = place(T, H, BLOCK_M)
+    q, xm, ym, ax, ay, alpha = load_queries(Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, head, m, T, R, COLS, D, POOL, BLOCK_D)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -121,26 +142,20 @@ def query_grad_kernel(
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ and the coefficients' gradients of a block of queries; leaves `DELTA`, the rows' sum of out * dout, for the key kernel."""
-    head, first = place(T, BLOCK_M)
-    b, h = head // H, head % H
-    m = first + tl.arange(0, BLOCK_M)
-    q = load_rows(Q + b * q_b + h * q_h, m, q_t, T, D, BLOCK_D)
+    head, b, h, m = place(T, H, BLOCK_M)
+    q, xm, ym, ax, ay, alpha = load_queries(Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, head, m, T, R, COLS, D, POOL, BLOCK_D)
     dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
     out = load_rows(OUT + b * o_b + h * o_h, m, o_t, T, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(DELTA + head * T + m, delta, mask=m < T)
     lse = tl.load(LSE + head * T + m, mask=m < T, other=0.0)
-    xm, ym = coordinates(m, R, COLS, POOL)
-    ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, m, R, T)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dax = tl.zeros([BLOCK_M], tl.float32)
     day = tl.zeros([BLOCK_M], tl.float32)
     dalpha = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, T, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k = load_rows(K + b * k_b + h * k_h, n, k_t, T, D, BLOCK_D)
-        v = load_rows(V + b * v_b + h * v_h, n, v_t, T, D, BLOCK_D)
-        xn, yn = coordinates(n, R, COLS, POOL)
+        k, v, xn, yn = load_keys(K + b * k_b + h * k_h, k_t, V + b * v_b + h * v_h, v_t, n, T, R, COLS, D, POOL, BLOCK_D)
         gauss, dx2, dy2 = gauss_tile(xm[:, None], ym[:, None], ax[:, None], ay[:, None], xn[None, :], yn[None, :], clamp)
         gauss = tl.where(n[None, :] >= R, gauss, 0.0)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + alpha[:, None] * gauss
@@ -167,22 +182,16 @@ def key_grad_kernel(
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys; tiles are transposed, [keys, queries]."""
-    head, first = place(T, BLOCK_N)
-    b, h = head // H, head % H
-    n = first + tl.arange(0, BLOCK_N)
-    k = load_rows(K + b * k_b + h * k_h, n, k_t, T, D, BLOCK_D)
-    v = load_rows(V + b * v_b + h * v_h, n, v_t, T, D, BLOCK_D)
-    xn, yn = coordinates(n, R, COLS, POOL)
+    head, b, h, n = place(T, H, BLOCK_N)
+    k, v, xn, yn = load_keys(K + b * k_b + h * k_h, k_t, V + b * v_b + h * v_h, v_t, n, T, R, COLS, D, POOL, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, T, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        q = load_rows(Q + b * q_b + h * q_h, m, q_t, T, D, BLOCK_D)
+        q, xm, ym, ax, ay, alpha = load_queries(Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, head, m, T, R, COLS, D, POOL, BLOCK_D)
         dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
         lse = tl.load(LSE + head * T + m, mask=m < T, other=0.0)
         delta = tl.load(DELTA + head * T + m, mask=m < T, other=0.0)
-        xm, ym = coordinates(m, R, COLS, POOL)
-        ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, m, R, T)
         gauss, _, _ = gauss_tile(xm[None, :], ym[None, :], ax[None, :], ay[None, :], xn[:, None], yn[:, None], clamp)
         bias = tl.where(n[:, None] >= R, alpha[None, :] * gauss, 0.0)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
