@@ -7,6 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from house_picture import PICTURE, draw
 
 from ssl_locat.config.yaml_files import names, shipped
 
@@ -97,6 +98,10 @@ def test_every_room_says_what_it_is():
         assert path.parent == PACKAGE or ("Imported by" in text and "Begin with" in text), (
             f"{path}: what it holds, who imports it, where to begin"
         )
+
+
+def test_the_picture_of_the_house_is_current():
+    assert PICTURE.read_text() == draw(FLOORS), "run: python tests/house_picture.py"
 
 
 def test_importing_the_package_is_cheap():
