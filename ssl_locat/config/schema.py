@@ -90,7 +90,12 @@ class Data(Section):
         default=None, description="member of a sample that holds the image; default: the first of jpg, jpeg, png, webp, ..."
     )
     label_key: str | None = Field(default=None, description="member that holds the label; default: cls, or the class folder")
-    workers: int = Field(default=2, ge=0, description="loader processes per rank")
+    workers: int = Field(default=2, ge=0, description="processes per rank that decode; one more reads for them")
+    read_memory_gb: float = Field(
+        default=1.0,
+        gt=0,
+        description="raw samples that a rank holds in memory at most, GiB; a new run's shuffling is as wide as it allows",
+    )
     max_bad: float = Field(default=0.001, ge=0, le=1, description="share of damaged samples above which the run stops")
     max_pixels: int = Field(default=100_000_000, gt=0, description="an image with more pixels is refused before it is decoded")
     epoch_samples: int | None = Field(

@@ -139,7 +139,7 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
     from ssl_locat.measure.images import sample_data
     from ssl_locat.measure.step import step_device
     from ssl_locat.pretraining.parts import check
-    from ssl_locat.pretraining.step_times import step_times
+    from ssl_locat.pretraining.step_times import decide_crops, step_times
 
     ranks = 1
     if on not in (None, "local"):
@@ -147,19 +147,26 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
 
         ranks = load_profile(on).ranks
     with progress("opening the data"):
-        datasets, _, length = check(config, ranks)
+        datasets, weights, length = check(config, ranks)
+    micro_batch = config.optim.global_batch_size // (ranks * config.optim.accumulate_steps)
+    crops = []
+    if config.crops.mode == "auto":
+        with progress("measuring crops"):
+            config, why = decide_crops(config, datasets, step_device(config.device), micro_batch)
+        crops = [f"crops.mode auto: {config.crops.mode} ({why})"]
     with progress("reading a sample"):
         sample = sample_data(datasets, config, step_device(config.device))
     advice = _data_advice(config, sample, datasets)
-    _section("Data", _data_lines(config, datasets, sample, ranks))
+    reading, more = _reading(config, datasets, weights, ranks)
+    advice += more
+    _section("Data", _data_lines(config, datasets, sample), reading)
     if sample.payload is None:
         _section("Advice", ["None of the samples looked at could be read: see data.image_key, and `ssl-locat shards show`."])
         return 2
-    micro_batch = config.optim.global_batch_size // (ranks * config.optim.accumulate_steps)
     with progress("measuring a few steps"):
         times = step_times(config, sample.payload, micro_batch)
     lines, more = _run_section(config, length, ranks, micro_batch, sample, times, load_before)
-    _section("Run", lines)
+    _section("Run", lines, crops)
     advice = sorted([*advice, *more], key=lambda item: -item.worth)
     _section("Advice", [f"{number}. {item.text}" for number, item in enumerate(advice, 1)] or ["Nothing: start it."])
     return 2 if any(item.worth >= STOPPER for item in advice) else 0
@@ -168,7 +175,7 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
 STOPPER = 100.0  # worth of an advice without which the run fails
 
 
-def _data_lines(config: Config, datasets, sample, ranks: int) -> list[str]:
+def _data_lines(config: Config, datasets, sample) -> list[str]:
     lines = []
     for dataset in datasets:
         size = dataset.mean_bytes * len(dataset)
@@ -185,11 +192,33 @@ def _data_lines(config: Config, datasets, sample, ranks: int) -> list[str]:
     lines.append(
         f"Unreadable: {len(sample.damaged)} of {sample.looked_at} looked at ({100 * share:.1f} %; data.max_bad allows {100 * config.data.max_bad:g} %)"
     )
-    lines += [f"  {line}" for line in sample.damaged[:5]]
-    lines.append(
-        f"Read by {ranks} x {config.data.workers} workers; samples are addressed one by one, so any number of shards serves any number of them"
-    )
-    return lines
+    return [*lines, *(f"  {line}" for line in sample.damaged[:5])]
+
+
+def _reading(config: Config, datasets, weights: list[float], ranks: int) -> tuple[list[str], list[Advice]]:
+    """How often samples would be fetched, and what lies in memory meanwhile: counted from the plan of a new run, local data or remote."""
+    from ssl_locat.data.stream.plan import choose_plan
+
+    batch, workers, limit = config.optim.global_batch_size, config.data.workers, config.data.read_memory_gb
+    plan = choose_plan(datasets, weights, config.seed, batch, round(limit * 2**30))
+    readers = plan.readers_per_lane(batch // (ranks * config.optim.accumulate_steps), ranks, workers)
+    windows = readers * plan.lanes * plan.window * max(dataset.mean_bytes for dataset in datasets) / ranks / 2**30
+    by = f"a reader for {_count(workers, 'decoding worker')}" if workers else "the trainer itself (data.workers is 0)"
+    lines = [
+        f"Read by {_count(ranks, 'rank')}, each with {by}: every sample fetched {readers:.2f} times a pass, in ranges of {plan.chunk} samples",
+        f"Raw samples in memory: at most {max(windows, limit):.2f} GiB a rank (data.read_memory_gb={limit:g}), {windows:.2f} of it for shuffling",
+    ]
+    advice = []
+    if readers > 1.05:
+        text = f"{_count(ranks, 'rank')} with optim.accumulate_steps={config.optim.accumulate_steps} share runs of {plan.unit} samples, so that each "
+        text += f"sample is fetched {readers:.1f} times: give each rank and accumulated step a multiple of {plan.unit} samples of the batch"
+        advice.append(Advice(10 * readers, f"{text} (64 ranks at most where the batch is a multiple of 64)."))
+    if windows > limit:
+        text = f"The windows that samples are shuffled in take {windows:.1f} GiB a rank, more than data.read_memory_gb={limit:g}"
+        advice.append(
+            Advice(10, f"{text}: more ranks, smaller files (`ssl-locat shards pack` with resize), or that much memory.")
+        )
+    return lines, advice
 
 
 def _data_advice(config: Config, sample, datasets) -> list[Advice]:

@@ -17,11 +17,12 @@ from ssl_locat.errors import CheckpointError, UserError
 from ssl_locat.optim.optim import build_optimizer
 from ssl_locat.pretraining.parts import Prepare, build_model, check, describe, distribute, saved_modules
 from ssl_locat.pretraining.probes import Probes
+from ssl_locat.pretraining.step_times import decide_crops, with_crop_mode
 from ssl_locat.runs import distributed
 from ssl_locat.runs.checkpoint import Checkpointer, read_marker
 from ssl_locat.runs.diagnosis import Diagnosis
 from ssl_locat.runs.distributed import is_main, rank, world_size
-from ssl_locat.runs.folder import differences, prepare
+from ssl_locat.runs.folder import differences, prepare, read_config
 from ssl_locat.runs.log import EventLog, MetricsLog
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Run:
         self.config, self.folder = config, Path(config.run_dir)
         self.device = distributed.setup(config.device)
         self.datasets, self.weights, self.length = check(config, world_size())
+        config = self.config = self._decide_crops()
         self.lock = prepare(config) if is_main() else None
         distributed.barrier()
         self.events = EventLog(self.folder)
@@ -46,6 +48,26 @@ class Run:
         self.start_from = find_checkpoint(self.checkpointer, resume, config)
         self._build_model()
         self._resume()
+
+    def _decide_crops(self) -> Config:
+        """`crops.mode: auto` becomes what config.yaml says since the first start, else what rank 0 measures: crops of one run never change."""
+        config = self.config
+        if config.crops.mode != "auto":
+            return config
+        decided = None
+        if is_main():
+            kept = read_config(self.folder) if (self.folder / "config.yaml").is_file() else None
+            if (
+                kept
+                and kept.crops.mode != "auto"
+                and not any(differences(kept.model_dump(mode="json"), config.model_dump(mode="json")))
+            ):
+                decided = with_crop_mode(config, kept.crops.mode), "as at the first start of this run"
+            else:
+                ranks_share = config.optim.global_batch_size // (world_size() * config.optim.accumulate_steps)
+                decided = decide_crops(config, self.datasets, self.device, ranks_share)
+            log.info("crops.mode auto: %s (%s)", decided[0].crops.mode, decided[1])
+        return distributed.broadcast_object(decided)[0]
 
     def _build_model(self) -> None:
         config = self.config
@@ -75,7 +97,8 @@ class Run:
             if saved["scaler"]:
                 self.scaler.load_state_dict(saved["scaler"])
         else:
-            self.plan = choose_plan(self.datasets, self.weights, config.seed, config.optim.global_batch_size)
+            batch, memory = config.optim.global_batch_size, round(config.data.read_memory_gb * 2**30)
+            self.plan = choose_plan(self.datasets, self.weights, config.seed, batch, memory)
         self.resumed_at = self.samples_seen
 
     def open_data(self) -> None:
@@ -104,6 +127,7 @@ class Run:
             rank=rank(),
             world_size=world_size(),
             workers=config.data.workers,
+            memory_bytes=round(config.data.read_memory_gb * 2**30),
             max_bad=config.data.max_bad,
             quarantine_path=self.folder / "quarantine.jsonl",
             pin_memory=self.device.type == "cuda",

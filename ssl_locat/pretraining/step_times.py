@@ -1,4 +1,5 @@
-"""The training step of a config, built and measured on this machine: what `doctor` and `init` estimate hours and memory from."""
+"""The training step of a config, built and measured on this machine: what `doctor` and `init` estimate hours and memory from, and what
+`crops.mode: auto` must feed."""
 
 import os
 
@@ -7,7 +8,9 @@ from torch import Tensor
 
 from ssl_locat.config.schema import Config
 from ssl_locat.data.images.crops import MultiCrop, Sample
-from ssl_locat.measure.images import DataSample
+from ssl_locat.data.shards.index import Dataset
+from ssl_locat.measure.crop_mode import MODES, choose_mode, cores_of_a_rank, measured_rates
+from ssl_locat.measure.images import DataSample, sample_data
 from ssl_locat.measure.step import StepTimes, measure_step, step_device
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, total_loss
@@ -76,3 +79,24 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
         images=micro_batch if device.type == "cuda" else min(micro_batch, 16 if config.crops.global_size <= 64 else 2),
         device=device,
     )
+
+
+def decide_crops(config: Config, datasets: list[Dataset], device: torch.device, micro_batch: int) -> tuple[Config, str]:
+    """The config with its `crops.mode: auto` decided by what this machine measures, in seconds, and the reason in words.
+
+    Args:
+        micro_batch: images of a rank's forward pass.
+    """
+    rates = measured_rates(datasets, config, device)
+    if rates is None:
+        return with_crop_mode(config, MODES[0]), "no image of the data could be read"
+    speed = None
+    if device.type == "cuda":
+        measured = with_crop_mode(config, "device-photometric")
+        speed = 1 / step_times(measured, sample_data(datasets, measured, device).payload or [], micro_batch).step
+    mode, why = choose_mode(rates, device.type, config.data.workers, cores_of_a_rank(), speed)
+    return with_crop_mode(config, mode), why
+
+
+def with_crop_mode(config: Config, mode: str) -> Config:
+    return config.model_copy(update={"crops": config.crops.model_copy(update={"mode": mode})})

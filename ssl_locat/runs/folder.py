@@ -25,8 +25,25 @@ log = logging.getLogger(__name__)
 LOCK_PATIENCE = 300  # seconds; servers of network disks forget a dead node's locks after one to two minutes
 
 # what may differ between the run that was stopped and the one that goes on: nothing in it changes what is learned
-MAY_CHANGE = ("data.workers", "data.max_bad", "data.retry_minutes", "data.cache", "data.test", "data.num_classes", "data.make")
-MAY_CHANGE += ("run_dir", "device", "compile", "parallel", "activation_checkpointing", "optim.accumulate_steps", "crops.mode")
+MAY_CHANGE = (
+    "data.workers",
+    "data.read_memory_gb",
+    "data.max_bad",
+    "data.retry_minutes",
+    "data.cache",
+    "data.test",
+    "data.num_classes",
+)
+MAY_CHANGE += (
+    "data.make",
+    "run_dir",
+    "device",
+    "compile",
+    "parallel",
+    "activation_checkpointing",
+    "optim.accumulate_steps",
+    "crops.mode",
+)
 MAY_CHANGE += ("checkpoint", "probes", "log", "stop_on", "export", "sweep")
 
 

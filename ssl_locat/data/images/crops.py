@@ -13,7 +13,6 @@ solarise, grey, saturation <= 1; hue 0.6 on average, <= 10; blur: ours is a true
 three box blurs that approximate it (2 on average at most). tests/data/images/test_crops.py measures them on photographs.
 """
 
-import os
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -64,7 +63,7 @@ class MultiCrop:
         jitter: strengths of brightness, contrast, saturation and hue; applied together with `jitter_prob`, in random order.
         blur_prob, solarize_prob: for the first global, the second global and every local crop.
         blur_sigma: (lowest, highest) standard deviation in pixels of the crop.
-        mode: one of MODES; "auto" asks `choose_mode`.
+        mode: one of MODES; "auto" is "cpu" on a CPU and "device-photometric" on a GPU. A run measures instead (measure/crop_mode.py).
         device: type of the device that `finish` will be given; only read by "auto".
         mean, std: of the normalisation, for channels in 0..1; as many as the images have channels. Saturation, hue and grey are made
             of RGB: with another number of channels they do nothing.
@@ -100,7 +99,8 @@ class MultiCrop:
         self.flip_prob, self.gray_prob = flip_prob, gray_prob
         self.jitter, self.jitter_prob = tuple(jitter), jitter_prob
         self.blur_prob, self.blur_sigma, self.solarize_prob = tuple(blur_prob), tuple(blur_sigma), tuple(solarize_prob)
-        self.mode = choose_mode(device) if mode == "auto" else mode
+        auto = "device-photometric" if device == "cuda" else "cpu"
+        self.mode = auto if mode == "auto" else mode
         self.mean, self.std = tuple(mean), tuple(std)
 
     def draw(self, height: int, width: int, seed: int) -> list[Draw]:
@@ -192,19 +192,6 @@ class MultiCrop:
         low, high = self.blur_sigma
         sigma = low + uniform() * (high - low) if uniform() < self.blur_prob[view] else 0.0
         return Draw(*box, flip, order, *factors, gray, sigma, uniform() < self.solarize_prob[view])
-
-
-def choose_mode(device: str) -> str:
-    """The mode that feeds a device of this type best from the cores at hand.
-
-    A ViT-S on a large GPU eats about 3500 images a second: seven cores that cut uint8 crops, or two that only decode. Cores are this
-    process's own if Slurm bound it to some of the job's on this node; else all of the node's processes (LOCAL_WORLD_SIZE) share them."""
-    if device != "cuda":
-        return "cpu"  # photometric work costs 15 ms an image as batched fp32 on a CPU, 2 ms on uint8
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    bound = cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
-    sharing = 1 if bound else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return "device-photometric" if cores >= 8 * sharing else "device"
 
 
 def resized_crop(image: np.ndarray, draw: Draw, size: int) -> np.ndarray:

@@ -113,12 +113,15 @@ class Plan:
         return mix64_array(mix64(self.seed, _AUGMENT), np.arange(positions.start, positions.stop)).tolist()
 
     def readers_per_lane(self, micro_batch: int, world_size: int, workers: int) -> float:
-        """In how many processes, on average, a lane is read: 1.0 is best, 2.0 doubles the traffic."""
+        """In how many processes, on average, a lane is read: 1.0 is best, 2.0 doubles the traffic.
+
+        A rank has one reader, whatever the number of its workers; it is here because that is what users ask about.
+        """
         runs = np.arange(min(self.lanes * 64, 1 << 18)) * self.unit
-        micro_step, within = np.divmod(runs, micro_batch * world_size)
-        reader = within // micro_batch * max(1, workers) + micro_step % max(1, workers)
+        # a run that does not lie within one rank's slice has its first and its last position with different readers
+        ranks = [(runs + within) // micro_batch % world_size for within in range(self.unit)]
         lane = runs // self.unit % self.lanes
-        return len(np.unique(lane << 32 | reader)) / len(np.unique(lane))
+        return len(np.unique(np.concatenate([lane << 32 | rank for rank in ranks]))) / len(np.unique(lane))
 
     def to_dict(self) -> dict:
         """What a checkpoint keeps: plain JSON."""
@@ -175,35 +178,54 @@ def _block_order(seed: int, quotas: tuple[int, ...], lane: int, block: int) -> t
 # choosing the parameters, once per run ---------------------------------------------------------------------------------------
 
 _CHUNK_BYTES = 3 << 20  # of one range read: 2..5 MB reach a store's bandwidth at 50 ms to the first byte
-_POOL_BYTES = 1 << 30  # of samples in flight for each 256 of a global batch, twice that at worst while prefetching
-_ROUNDS = 8  # global batches in which every lane comes once: 1, 2, 4 or 8 workers per rank then have lanes of their own
+MEMORY_BYTES = 1 << 30  # of raw samples that a rank holds at most
+_POOL_SHARE = (
+    0.85  # of that memory, what the windows of all lanes may fill; the rest, and what is used up of them, is for reading ahead
+)
+_RETURN = (
+    1024  # positions after which a lane comes again, at least: neighbours in a chunk keep that distance, or share a run of `unit`
+)
+_RANKS = 64  # up to which a lane belongs to one rank, if the batch is a multiple of it
 
 
-def choose_plan(datasets, weights, seed: int, global_batch_size: int) -> Plan:
+def choose_plan(datasets, weights, seed: int, global_batch_size: int, memory_bytes: int = MEMORY_BYTES) -> Plan:
     """Parameters for a new run; a resumed run takes `resume_plan`.
 
-    World size, accumulation and workers do not enter: the same config gives the same order however many processes run it.
+    World size, accumulation and workers do not enter: the same config gives the same order however many processes run it. So a single
+    rank must be able to hold the windows of all lanes in its memory.
 
     Args:
         datasets: objects with `len()`, `manifest_hash`, `mean_bytes` (per sample) and `by_range` (neighbours share a range read).
         weights: share of each dataset; need not sum to one.
+        memory_bytes: raw samples that one rank may hold.
     """
     sizes = tuple(len(dataset) for dataset in datasets)
     mean_bytes = max(dataset.mean_bytes for dataset in datasets)
     best = min(_CHUNK_BYTES / mean_bytes, max(sizes) / 64) if all(dataset.by_range for dataset in datasets) else 8
+    # every lane comes once in so many global batches: then a rank's slices of them always hold the same lanes
+    rounds = max(1, min(8, -(-_RETURN // global_batch_size)))
     # short runs of one lane (small units) shuffle best, but make many lanes that must share the memory: stop at readable chunks
-    for unit in (gcd(global_batch_size, 4), 8, 16, 32):
-        if unit > 4 and global_batch_size % (8 * unit):
-            break  # a rank's share of the batch would no longer be whole units
-        lanes = max(1, min(_ROUNDS * global_batch_size // unit, min(sizes) // 8))
-        pool = max(1, global_batch_size / 256) * _POOL_BYTES / mean_bytes / lanes  # samples of one lane
-        chunk = _power_of_two(min(best, pool / 2), low=8, high=512)
-        window = chunk * _power_of_two(pool / chunk, low=2, high=4)
+    for unit in _units(global_batch_size):
+        lanes = max(1, min(rounds * global_batch_size // unit, min(sizes) // 8))
+        pool = memory_bytes * _POOL_SHARE / mean_bytes / lanes  # samples of one lane
+        chunk = _power_of_two(min(best, pool / 2), low=1, high=512)
+        window = chunk * max(1, min(4, int(pool / chunk)))
         chosen = Plan(seed, sizes, tuple(d.manifest_hash for d in datasets), choose_quotas(weights), lanes, unit, window, chunk)
         read = min(chunk, min(sizes) / lanes)  # samples of a typical range; a lane of a small dataset has no whole chunk
-        if 2 * read > min(best, 128) or read * mean_bytes > _CHUNK_BYTES / 2:
+        if 2 * read >= min(best, 128) or read * mean_bytes > _CHUNK_BYTES / 8:  # 32 of them at once still fill 2 Gbit/s at 50 ms
             break
     return chosen
+
+
+def _units(global_batch_size: int) -> list[int]:
+    """Lengths of runs to choose from, in order: those that divide the slice of each of 64 ranks, if that many ranks share the batch."""
+    if global_batch_size % _RANKS:
+        return [gcd(global_batch_size, 4), *(unit for unit in (8, 16, 32) if global_batch_size % (8 * unit) == 0)]
+    slice_size = global_batch_size // _RANKS
+    return [
+        next(unit for unit in (4, 3, 2, 1) if slice_size % unit == 0),
+        *(unit for unit in (8, 16, 32) if slice_size % unit == 0),
+    ]
 
 
 def micro_batch_size(global_batch_size: int, world_size: int, accumulate_steps: int) -> int:

@@ -3,20 +3,18 @@
     stream = TrainStream(datasets, plan, prepare, collate, start_samples=samples_seen, global_batch_size=1024, ...)
     for batch in stream: ...
 
-Progress is one integer, the samples that all ranks have consumed. Workers hold no state: each computes whole micro-batches from their
-positions. Damaged samples are replaced by the next good one of their window, so that batches keep their shape for any world size.
+Progress is one integer, the samples that all ranks have consumed. Workers hold no state: each computes whole micro-batches, of raw samples
+that one process reads for all of them. Damaged samples are replaced by the next good one of their window, so that batches keep their shape
+for any world size.
 """
 
 import logging
 import os
 import shutil
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,20 +25,17 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
-from ssl_locat.data.stores.store import stop_waiting_when
-from ssl_locat.data.stream.plan import Plan, Slot, micro_batch_size
+from ssl_locat.data.stream.plan import MEMORY_BYTES, Plan, Slot, micro_batch_size
 from ssl_locat.data.stream.quarantine import Quarantine, QuarantineEntry
+from ssl_locat.data.stream.read_ahead import ReadAhead, ReadCounts, Share
+from ssl_locat.data.stream.reader_process import SWITCH_SECONDS, ReaderProcess, Received
 from ssl_locat.data.stream.workers import Failure, as_is, next_of, start_worker, starting, stop_workers
 from ssl_locat.data.stream.workers import context as workers_context
 from ssl_locat.errors import EXPECTED, CorruptSample, DataBudgetExceeded, Outage, UserError
 
 log = logging.getLogger(__name__)
 
-_THREADS = 32  # concurrent reads of one worker from a remote store: enough for full chunks at 50 ms to the first byte
-_LOCAL_THREADS = 4
 _SUBSTITUTE_WINDOWS = 8
-# A reading thread that has bytes must not wait 5 ms (Python's default) for a busy main thread to let go of the interpreter, once per call.
-_SWITCH_SECONDS = 0.0005
 
 
 class Batch(NamedTuple):
@@ -53,155 +48,94 @@ class Batch(NamedTuple):
     damaged: list[QuarantineEntry]  # met for this batch
 
 
-class _Window:
-    """The samples of one window, being read."""
-
-    def __init__(self, samples: np.ndarray, dataset: Dataset, pool: ThreadPoolExecutor):
-        self.samples, self.dataset = samples, dataset
-        self.followed = False
-        ordered = np.sort(samples)
-        borders = np.concatenate(([0], np.flatnonzero(np.diff(ordered) != 1) + 1, [len(ordered)]))
-        starts = ordered[borders[:-1]]
-        runs = np.searchsorted(starts, samples, side="right") - 1
-        self.places = list(zip(runs.tolist(), (samples - starts[runs]).tolist(), strict=True))  # (read, entry) of each sample
-        lengths = np.diff(borders)
-        # parsing waits until a sample is used: before a first batch, whole windows are read
-        self.reads: list[Future] = [
-            pool.submit(dataset.fetch, start, start + length)
-            for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
-        ]
-        self.entries: list[list | None] = [None] * len(self.reads)  # of the reads waited for
-
-    def __getitem__(self, offset: int) -> RawSample | Damage:
-        read, entry = self.places[offset]
-        entries = self.entries[read]
-        if entries is None:
-            entries = self.entries[read] = self.reads[read].result()
-        return self.dataset.parse(entries[entry])
-
-
-class Reader:
-    """Samples by position, reading ahead: the windows a process works on, at most two for each of its lanes and datasets."""
+class Samples:
+    """Prepared samples: parsed, decoded and cut; what is damaged is replaced by the next good sample of its window."""
 
     def __init__(self, datasets: Sequence[Dataset], plan: Plan, prepare: Callable[[RawSample, int], Any]):
         self.datasets, self.plan, self.prepare = datasets, plan, prepare
-        remote = any(dataset.remote for dataset in datasets)
-        self.stopped = threading.Event()
-        self.pool = ThreadPoolExecutor(
-            _THREADS if remote else _LOCAL_THREADS, "read", initializer=stop_waiting_when, initargs=(self.stopped,)
-        )
-        self.windows: dict[tuple[int, int], dict[tuple, _Window]] = {}  # (dataset, lane) -> its current and next window
-
-    def close(self) -> None:
-        self.stopped.set()
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-    def request(self, name: tuple[int, int, int, int]) -> _Window:
-        """The window (dataset, epoch, lane, number); its reads start on first touch."""
-        lane = self.windows.setdefault((name[0], name[2]), {})
-        if name not in lane:
-            lane[name] = _Window(self.plan.window_samples(*name), self.datasets[name[0]], self.pool)
-        return lane[name]
-
-    def _enter(self, slot: Slot) -> _Window:
-        """The slot's window; those before it are dropped."""
-        window, lane = self.request(slot[:4]), self.windows[slot.dataset, slot.lane]
-        while next(iter(lane)) != slot[:4]:
-            del lane[next(iter(lane))]
-        return window
-
-    def _follow(self, slot: Slot, window: _Window) -> None:
-        """Request the window after this one, early in its use. Lanes take turns, as they all move at the same pace: no rush, no pause."""
-        if slot.offset >= len(window.samples) * slot.lane // (2 * self.plan.lanes):
-            window.followed = True
-            self.request(self.plan.following(slot))
 
     def take(self, position: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
-        """(key, prepared sample) at a position; what is damaged is added to the list and replaced by the next good sample."""
-        positions = range(position, position + 1)
-        return self.take_all(positions, self.plan.slots(positions), damaged)[0]
+        """(key, prepared sample) at one position, read for itself alone; what is damaged is added to the list."""
+        dataset, number, _ = self.plan.locate(position)
+        raw = self.datasets[dataset].read(number, number + 1)[0]
+        return self._prepared(position, raw, self.plan.augment_seed(position), damaged)
 
-    def take_all(self, positions: range, slots: list[Slot], damaged: list[QuarantineEntry]) -> list[tuple[str, Any]]:
-        """`take` for each position of a batch, quicker: runs of positions share a window."""
-        found: list[tuple[str, Any]] = []
-        name, window = None, None
-        for position, slot, seed in zip(positions, slots, self.plan.augment_seeds(positions), strict=True):
-            if slot[:4] != name:
-                name, window = slot[:4], self._enter(slot)
-            if not window.followed:
-                self._follow(slot, window)
-            raw = window[slot.offset]
-            if isinstance(raw, RawSample):
-                with suppress(CorruptSample):
-                    found.append((raw.key, self.prepare(raw, seed)))
-                    continue
-            found.append(self._search(position, slot, seed, damaged))
-        return found
+    def take_all(
+        self, positions: range, runs: Iterator[tuple[int, list]], damaged: list[QuarantineEntry]
+    ) -> list[tuple[str, Any]]:
+        """`take` for each position of a micro-batch, whose raw entries come in `runs` of (dataset, entries)."""
+        raw = (self.datasets[number].parse(entry) for number, entries in runs for entry in entries)
+        seeds = self.plan.augment_seeds(positions)
+        return [self._prepared(position, *rest, damaged) for position, *rest in zip(positions, raw, seeds, strict=True)]
 
-    def _search(self, position: int, slot: Slot, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
+    def _prepared(self, position: int, raw: RawSample | Damage, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
+        if isinstance(raw, RawSample):
+            try:
+                return raw.key, self.prepare(raw, seed)
+            except CorruptSample as error:
+                raw = Damage(raw.key, raw.shard, error.reason)
+        return self._search(position, raw, seed, damaged)
+
+    def _search(self, position: int, raw: RawSample | Damage, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
+        """What stands in for a damaged sample: the rest of its window, and then the lane's next windows, one by one.
+
+        The same for every world size, since it depends on the plan and the data only. Each candidate is a read of its own: what was read
+        ahead is promised to other positions, and damage is rare.
+        """
+        slot = self.plan.slot(position)
         dataset = self.datasets[slot.dataset]
-        for number, raw in self._from(slot):
-            if isinstance(raw, RawSample):
-                try:
-                    return raw.key, self.prepare(raw, seed)
-                except CorruptSample as error:
-                    raw = Damage(raw.key, raw.shard, error.reason)
-            damaged.append(QuarantineEntry(position, dataset.name, int(number), raw.shard, raw.key, raw.reason))
+        for tried, number in enumerate(self._candidates(slot)):
+            if tried:  # the first is the damaged one
+                raw = dataset.read(number, number + 1)[0]
+                if isinstance(raw, RawSample):
+                    try:
+                        return raw.key, self.prepare(raw, seed)
+                    except CorruptSample as error:
+                        raw = Damage(raw.key, raw.shard, error.reason)
+            damaged.append(QuarantineEntry(position, dataset.name, number, raw.shard, raw.key, raw.reason))
         raise DataBudgetExceeded(
             f"all {len(damaged)} samples tried for position {position} are damaged; the last: {raw.shard} {raw.key}: {raw.reason}. "
             "'ssl-locat shards check' lists all damage."
         )
 
-    def _from(self, slot: Slot) -> Iterator[tuple[int, RawSample | Damage]]:
-        """(number in the dataset, sample) at a slot, then what may stand in for it: the rest of its window, and the lane's next windows.
-
-        The same for every world size, since it depends on the plan and the data only.
-        """
-        window = self.request(slot[:4])
-        count = len(window.samples)
-        for step in range(count):
-            offset = (slot.offset + step) % count
-            yield window.samples[offset], window[offset]
+    def _candidates(self, slot: Slot) -> Iterator[int]:
+        numbers = self.plan.window_samples(*slot[:4]).tolist()
+        yield from numbers[slot.offset :] + numbers[: slot.offset]
         for _ in range(_SUBSTITUTE_WINDOWS):  # a window may lie in one shard that is gone
             slot = Slot(*self.plan.following(slot), 0)
-            window = self.request(slot[:4])
-            for offset in range(len(window.samples)):
-                yield window.samples[offset], window[offset]
+            yield from self.plan.window_samples(*slot[:4]).tolist()
 
 
 class _MicroBatches(IterableDataset):
-    """What runs in a worker: micro-batch k of this rank belongs to worker k % workers."""
+    """What runs in a worker: micro-batch k of this rank belongs to worker k % workers. Without workers it reads for itself."""
 
-    def __init__(self, datasets, plan, prepare, collate, start: int, micro_batch: int, rank: int, world_size: int):
-        self.arguments = (datasets, plan, prepare)
-        self.collate, self.start = collate, start
-        self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
-
-    def positions(self, number: int) -> range:
-        first = self.start + (number * self.world_size + self.rank) * self.micro_batch
-        return range(first, first + self.micro_batch)
+    def __init__(self, datasets, plan, prepare, collate, share: Share, memory_bytes: int):
+        self.datasets, self.plan, self.prepare, self.collate = datasets, plan, prepare, collate
+        self.share, self.memory_bytes = share, memory_bytes
+        self.connections: list = []  # one for each worker, set before they start
+        self.counts: Any = [0] * len(ReadCounts._fields)
 
     def __iter__(self) -> Iterator[Batch | Failure]:
         worker = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader = Reader(*self.arguments)
+        samples = Samples(self.datasets, self.plan, self.prepare)
+        raw = (
+            Received(self.connections[worker.id], self.share)
+            if worker
+            else ReadAhead(self.datasets, self.plan, self.share, self.memory_bytes, self.counts)
+        )
         switch_seconds = sys.getswitchinterval()
-        sys.setswitchinterval(min(switch_seconds, _SWITCH_SECONDS))
-        ahead = reader.plan.slots(self.positions(number))
+        sys.setswitchinterval(min(switch_seconds, SWITCH_SECONDS))
         try:
             while True:
-                slots, ahead = ahead, reader.plan.slots(self.positions(number + stride))
-                for name in dict.fromkeys(slot[:4] for slot in slots + ahead):
-                    reader.request(name)  # the next batch keeps the pool busy while this one is decoded
-                began = time.perf_counter()
+                began, positions = time.perf_counter(), self.share(number)
                 damaged: list[QuarantineEntry] = []
-                taken = reader.take_all(self.positions(number), slots, damaged)
+                taken = samples.take_all(positions, raw.batch(number), damaged)
                 payload = self.collate([sample for _, sample in taken])
                 if worker is not None:
                     _check_shared_memory(payload)
                 keys = [key for key, _ in taken]
-                positions = np.array(self.positions(number), dtype=np.int64)
-                yield Batch(payload, positions, keys, time.perf_counter() - began, damaged)
+                yield Batch(payload, np.array(positions, dtype=np.int64), keys, time.perf_counter() - began, damaged)
                 number += stride
         except (UserError, Outage, DataBudgetExceeded) as error:
             if worker is None:
@@ -209,7 +143,12 @@ class _MicroBatches(IterableDataset):
             yield Failure(error)
         finally:
             sys.setswitchinterval(switch_seconds)
-            reader.close()
+            raw.close()
+
+
+def _stop_helpers(batches, reader: ReaderProcess, stopping) -> None:
+    stop_workers(batches, stopping)
+    reader.stop()
 
 
 def _check_shared_memory(payload) -> None:
@@ -243,7 +182,9 @@ class TrainStream:
         prepare: (RawSample, seed) -> sample; runs in workers, may raise CorruptSample.
         collate: list of samples -> payload; runs in workers.
         start_samples: positions consumed so far by all ranks: the whole state of the stream.
-        workers: processes of this rank; 0 works in the trainer's own process, in the same order.
+        workers: processes of this rank that decode, beside one that reads for them; 0 does both in the trainer's own process, in the same
+            order.
+        memory_bytes: raw samples that this rank holds at most, read and not yet decoded.
         max_bad, quarantine_path: see `Quarantine`.
         pin_memory: copy payloads to page-locked memory, for quicker transfers to a GPU.
         prefetch: batches per worker held ready.
@@ -265,6 +206,7 @@ class TrainStream:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        memory_bytes: int = MEMORY_BYTES,
         max_bad: float = 0.001,
         quarantine_path: Path | None = None,
         pin_memory: bool = False,
@@ -276,7 +218,8 @@ class TrainStream:
         self.world_size, self.micro_batch = world_size, micro_batch
         self.quarantine = Quarantine(Path(quarantine_path) if quarantine_path else None, max_bad, sum(plan.sizes))
         self._listed = len(self.quarantine.known) if rank == 0 else 0  # of earlier runs: one rank counts them
-        self._source = _MicroBatches(datasets, plan, prepare, collate, start_samples, micro_batch, rank, world_size)
+        share = Share(start_samples, micro_batch, rank, world_size)
+        self._source = _MicroBatches(datasets, plan, prepare, collate, share, memory_bytes)
         self._context = context or workers_context()
         self._loader_options = {"pin_memory": pin_memory}
         if workers:
@@ -289,19 +232,24 @@ class TrainStream:
                 "timeout": 2 * max(dataset.store.budget_seconds for dataset in datasets) + 120,
             }
         self._batches: Iterator | None = None
-        self._reader: Reader | None = None
         readers = plan.readers_per_lane(micro_batch, world_size, workers)
-        if readers > 1.5 and any(dataset.remote for dataset in datasets):
+        if readers > 1.05 and rank == 0:
             log.warning(
-                "each part of the data is read by %.1f workers, so traffic is that much higher than it need be: choose another number of "
-                "workers (data.workers), or start a new run with these batch and world sizes",
+                "each part of the data is read by %.1f ranks, so traffic is that much higher than it need be: choose a number of ranks and "
+                "optim.accumulate_steps with which a multiple of %d samples goes to each, or start a new run with these sizes",
                 readers,
+                plan.unit,
             )
 
     @property
     def quarantined(self) -> int:
         """Samples that this rank added to the quarantine, and rank 0 those of earlier starts too: summed over ranks, the total."""
         return self._listed + self.quarantine.added
+
+    @property
+    def counts(self) -> ReadCounts:
+        """What this rank has read so far, but for the substitutes of damaged samples."""
+        return ReadCounts(*self._source.counts)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._batches is None:
@@ -317,12 +265,22 @@ class TrainStream:
 
     def _start(self) -> Iterator:
         with starting():
+            reader = self._start_reader() if self.workers else None
             # a generator of its own: starting must not draw from the trainer's, whose numbers a resumed run draws again
             options = {"generator": torch.Generator(), **self._loader_options}
             batches = iter(DataLoader(self._source, batch_size=None, collate_fn=as_is, in_order=True, **options))
-        if self.workers:  # also when the trainer forgets or fails: workers that ignore SIGTERM must be told
-            self._close = weakref.finalize(self, stop_workers, batches, self._stopping)
+        if reader:  # also when the trainer forgets or fails: processes that ignore SIGTERM must be told
+            reader.close_connections()
+            self._close = weakref.finalize(self, _stop_helpers, batches, reader, self._stopping)
         return batches
+
+    def _start_reader(self) -> ReaderProcess:
+        source = self._source
+        context = torch.multiprocessing.get_context(self._context)
+        parts = (source.datasets, source.plan, source.share, source.memory_bytes)
+        reader = ReaderProcess(*parts, self.workers, context, self._stopping)
+        source.connections, source.counts = reader.connections, reader.counts
+        return reader
 
     def _next(self) -> Batch:
         try:
@@ -333,18 +291,13 @@ class TrainStream:
 
     def take(self, position: int) -> tuple[str, Any]:
         """(key, prepared sample) at one position, read in this process: what a batch that went wrong was made of."""
-        if self._reader is None:
-            self._reader = Reader(*self._source.arguments)
-        return self._reader.take(position, [])
+        return Samples(self._source.datasets, self.plan, self._source.prepare).take(position, [])
 
     def close(self) -> None:
         """Stop the workers."""
         if self._batches is not None and self.workers:
             self._close()
         self._batches = None
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
 
     def __enter__(self) -> "TrainStream":
         return self

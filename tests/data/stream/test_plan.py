@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ssl_locat.data.stream.plan import VERSION, Plan, choose_plan, choose_quotas, micro_batch_size, resume_plan
 from ssl_locat.errors import CheckpointError, ConfigError
+from ssl_locat.seeds import mix64, mix64_array
 
 
 class Numbers:
@@ -121,18 +122,64 @@ def test_golden_order_never_changes():
     assert [plan.augment_seed(position) for position in (0, 1, 2**40)] == GOLDEN_SEEDS
 
 
-def test_any_global_batch_is_planned_with_one_reader_per_lane():
-    for batch, world, accumulate, workers in [(1024, 8, 1, 8), (1024, 1, 4, 8), (256, 2, 1, 4), (64, 1, 1, 2), (96, 4, 2, 1)]:
-        plan = choose_plan([Numbers(1_281_167)], [1.0], 0, batch)
-        assert plan.readers_per_lane(batch // world // accumulate, world, workers) == 1.0
-        # what is held in memory over all ranks: one window for each lane, twice that while reading ahead
-        assert plan.lanes * plan.window * 1e5 <= 2**30 * 1.1 * max(1, batch / 256)
+@pytest.mark.parametrize("mean_bytes", [2_500, 30_000, 110_000, 1_000_000])
+def test_every_lane_has_one_reader_for_any_ranks_and_workers(mean_bytes):
+    for batch in (64, 128, 192, 256, 512, 1024, 2048, 4096):
+        plan = choose_plan([Numbers(1_281_167, mean_bytes)], [1.0], 0, batch)
+        for world in (1, 2, 4, 8, 16, 32, 64):
+            for workers in (0, 7, 16):
+                assert plan.readers_per_lane(batch // world, world, workers) == 1.0
+        # a single rank can hold a window of each lane
+        assert plan.lanes * plan.window * mean_bytes <= 2**30
 
 
 def test_readers_per_lane_sees_misalignment():
     plan = choose_plan([Numbers(1_281_167)], [1.0], 0, 1024)
-    assert plan.readers_per_lane(128, 8, 8) == 1.0
-    assert plan.readers_per_lane(128, 8, 7) > 2
+    assert plan.readers_per_lane(128, 8, 7) == 1.0
+    assert plan.readers_per_lane(1020 // 6, 6, 4) > 2
+    assert plan.readers_per_lane(plan.unit // 2, 4, 1) == 2.0
+
+
+def chunk_mates(plan: Plan, batch: int) -> tuple[float, float]:
+    """Other samples of a sample's chunk, on average: in its global batch, and less than 1000 positions away."""
+    count = max(2048, 2 * batch)
+    start = plan.sizes[0] // 3 // batch * batch
+    chunks: dict[tuple, list[int]] = {}
+    windows: dict[tuple, np.ndarray] = {}
+    for position in range(start, start + count):
+        slot = plan.slot(position)
+        if slot[:4] not in windows:
+            low, high = plan._lane_part(0, slot.lane)
+            places = np.arange(max(low, slot.window * plan.window), min(high, (slot.window + 1) * plan.window))
+            keys = mix64_array(mix64(plan.seed, 2, *slot[:4]), places)
+            windows[slot[:4]] = places[np.argsort(keys, kind="stable")] // plan.chunk
+        chunks.setdefault((slot.epoch, int(windows[slot[:4]][slot.offset])), []).append(position)
+    same_batch = near = 0
+    for positions in chunks.values():
+        at = np.array(positions)
+        same_batch += (at[:, None] // batch == at[None] // batch).sum() - len(at)
+        near += (np.abs(at[:, None] - at[None]) < 1000).sum() - len(at)
+    return same_batch / count, near / count
+
+
+# (batch, mean bytes) -> what release 0.1 chose for ImageNet's count: lanes, unit, window, chunk
+BEFORE = {
+    (64, 110_000): (128, 4, 64, 16),
+    (256, 110_000): (256, 8, 32, 16),
+    (1024, 110_000): (1024, 8, 32, 16),
+    (4096, 110_000): (4096, 8, 32, 16),
+    (256, 5_000): (512, 4, 256, 128),
+    (1024, 5_000): (2048, 4, 256, 128),
+}
+
+
+@pytest.mark.parametrize(("batch", "mean_bytes"), BEFORE)
+def test_samples_are_shuffled_no_worse_than_before(batch, mean_bytes):
+    lanes, unit, window, chunk = BEFORE[batch, mean_bytes]
+    before = Plan(0, (1_281_167,), ("a",), (1,), lanes, unit, window, chunk)
+    now = choose_plan([Numbers(1_281_167, mean_bytes)], [1.0], 0, batch)
+    for old, new in zip(chunk_mates(before, batch), chunk_mates(now, batch), strict=True):
+        assert new <= old * 1.05  # of the measurement
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100])

@@ -20,7 +20,8 @@ from ssl_locat.data.shards.index import open_dataset, open_mix
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import Plan, choose_plan, resume_plan
 from ssl_locat.data.stream.quarantine import Quarantine, QuarantineEntry
-from ssl_locat.data.stream.stream import Reader, TrainStream
+from ssl_locat.data.stream.read_ahead import ReadAhead, Share
+from ssl_locat.data.stream.stream import TrainStream
 from ssl_locat.errors import CorruptSample, DataBudgetExceeded, Outage, UserError
 
 SIZES = {"global_batch_size": 24, "world_size": 1, "accumulate_steps": 1, "workers": 0}
@@ -306,7 +307,8 @@ def test_workers_leave_signals_to_the_trainer(shards):
     with TrainStream(*shards, fingerprint, as_list, start_samples=0, **SIZES | {"workers": 2}) as stream:
         batches = iter(stream)
         next(batches)
-        workers = stream._batches._workers
+        workers = [*stream._batches._workers, *(child for child in multiprocessing.active_children() if child.name == "reader")]
+        assert len(workers) == 3
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             for worker in workers:
                 os.kill(worker.pid, name)
@@ -364,16 +366,64 @@ def test_full_shared_memory_says_what_to_do(shards):
     assert message.startswith("/dev/shm has 1 MB left, one batch of a data worker needs 4 MB. Enlarge it")
 
 
-def test_memory_stays_at_two_windows_per_lane(tmp_path):
-    """Invariant 11, counted where it arises: windows held while reading three passes."""
-    datasets, weights = open_mix(write_shards(tmp_path / "data", [800, 800]))
-    plan = choose_plan(datasets, weights, 0, SIZES["global_batch_size"])
-    reader, most = Reader(datasets, plan, fingerprint), 0
-    for position in range(4800):
-        reader.take(position, [])
-        most = max(most, max(len(windows) for windows in reader.windows.values()))
-    assert most == 2
-    reader.pool.shutdown()
+def counted(datasets, plan, batches: int, *, rank=0, **options) -> tuple:
+    """(counts, keys) of one rank's first micro-batches."""
+    with TrainStream(datasets, plan, fingerprint, as_list, rank=rank, **SIZES | {"start_samples": 0} | options) as stream:
+        keys = [key for batch in islice(stream, batches) for key in batch.keys]
+        return stream.counts, keys
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """6400 samples of 2 kB in their archive."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return open_mix(write_shards(tmp_path_factory.mktemp("many"), [1600] * 4, size=100))[0]
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 10), (8, 3), (64, 16)])
+def test_every_sample_is_read_once_however_many_read_and_decode(many, ranks, workers):
+    """Nothing is fetched but what is used, and what lies in memory when the stream is closed."""
+    batch, memory = 256, 2 << 20
+    plan = choose_plan(many, [1.0], 0, batch, memory_bytes=memory)
+    size = {"global_batch_size": batch, "world_size": ranks, "workers": workers, "memory_bytes": memory}
+    counts, keys = counted(many, plan, 90, rank=ranks // 2, **size)
+    assert len(keys) == 90 * batch // ranks <= counts.used + batch // ranks
+    assert counts.fetched - counts.used <= 1.1 * memory / many[0].mean_bytes
+    assert counts.peak <= 1.1 * memory
+    if ranks == 1:
+        assert counts.fetched <= 1.05 * counts.used
+
+
+def test_memory_stays_within_the_budget(many):
+    """Invariant 11, counted where it arises; a plan made for more memory is obeyed all the same, its windows being what it takes."""
+    small, large = 2 << 20, 16 << 20
+    plan = choose_plan(many, [1.0], 0, 256, memory_bytes=small)
+    for workers in (0, 4):
+        counts, _ = counted(many, plan, 20, global_batch_size=256, workers=workers, memory_bytes=small)
+        assert 0.3 * small < counts.peak <= 1.1 * small
+    wide = choose_plan(many, [1.0], 0, 256, memory_bytes=large)
+    assert wide.lanes * wide.window > plan.lanes * plan.window
+    windows = wide.lanes * wide.window * many[0].mean_bytes
+    counts, _ = counted(many, wide, 20, global_batch_size=256, memory_bytes=small)
+    assert counts.peak <= 1.2 * max(windows, small)
+
+
+def test_a_first_batch_reads_its_own_windows_and_the_next_batchs(many):
+    plan = choose_plan(many, [1.0], 0, 64, memory_bytes=8 << 20)
+    counts, _ = counted(many, plan, 1, global_batch_size=64, start_samples=6400)
+    assert counts.fetched <= 2 * 64 // plan.unit * plan.window
+
+
+def test_a_plan_of_before_is_continued_in_its_order(many):
+    """Lanes that come back only every eighth batch, as earlier releases planned them: read once, too, by any number of workers."""
+    saved = {"seed": 3, "sizes": [len(many[0])], "manifests": [many[0].manifest_hash], "quotas": [1]}
+    plan = resume_plan(saved | {"lanes": 256, "unit": 4, "window": 32, "chunk": 16, "version": 1}, many, [1.0], 3)
+    expected = [many[0].read(number, number + 1)[0].key for number in (plan.locate(position)[1] for position in range(1280))]
+    for workers in (0, 3, 10):
+        counts, keys = counted(many, plan, 10, global_batch_size=128, workers=workers)
+        assert keys == expected
+        assert counts.fetched <= 1280 + plan.lanes * plan.window * 2
 
 
 def test_closing_ends_reads_that_wait_for_a_dead_store(tmp_path):
@@ -382,14 +432,26 @@ def test_closing_ends_reads_that_wait_for_a_dead_store(tmp_path):
     plan = choose_plan([dataset], [1], 0, SIZES["global_batch_size"])
     (tmp_path / "data").rename(tmp_path / "gone")
     dataset.store = Store(budget_seconds=300)
-    reader = Reader([dataset], plan, fingerprint)
-    reads = [read for lane in range(4) for read in reader.request(plan.slot(lane * plan.unit)[:4]).reads]
-    time.sleep(0.3)
-    assert not any(read.done() for read in reads)
-    reader.close()
+    ahead = ReadAhead([dataset], plan, Share(0, 24, 0, 1), 1 << 30)
+    with pytest.raises(TimeoutError):
+        first = ahead.pool.submit(next, ahead.batch(0))
+        first.result(timeout=0.3)
+    ahead.close()
     began = time.monotonic()
-    reader.pool.shutdown(wait=True)
+    ahead.pool.shutdown(wait=True)
     assert time.monotonic() - began < 60  # at once, and not after the 300 s of the budget
+
+
+def test_a_lost_reader_says_what_to_do(shards):
+    with TrainStream(*shards, fingerprint, as_list, start_samples=0, **SIZES | {"workers": 2}) as stream:
+        batches = iter(stream)
+        next(batches)
+        [reader] = [child for child in multiprocessing.active_children() if child.name == "reader"]
+        reader.kill()
+        with pytest.raises(Outage, match="the process that reads for the data workers was lost"):
+            for _ in range(100):
+                next(batches)
+    assert not [child for child in multiprocessing.active_children() if child.name == "reader"]
 
 
 @pytest.mark.slow
