@@ -9,6 +9,7 @@ MODEL is a run folder, a checkpoint folder, an export folder, a file of weights 
 its tensors do not show: the training size of models without positional embeddings, whether PRR is attached.
 """
 
+import logging
 from pathlib import Path
 
 import timm
@@ -22,6 +23,8 @@ from ssl_locat.models.official import HALF, recognise
 from ssl_locat.models.registry import MODELS, TWINS
 from ssl_locat.models.weights import fit, read_state, set_initial_grid
 from ssl_locat.runs.checkpoint import problem, read_marker, read_weights
+
+log = logging.getLogger(__name__)
 
 ATTACH = ("gaug", "prr", "pos_resize")  # options of attach_locat
 NOT_FOR_THE_CONSTRUCTOR = ("name", "init", "frozen_epochs")  # keys of a config's `backbone` that are no options of the model
@@ -188,11 +191,10 @@ def find_checkpoint(run: Path, step: int | None) -> Path:
             raise UserError(f"{run} is one checkpoint; give its run folder to choose by step.")
         return run
     folders = sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
-    whole = [path for path in folders if problem(path) is None]
-    if step is not None:
-        whole = [path for path in whole if path.name == f"step_{step:08d}"]
-    if not whole:
-        found = ", ".join(str(int(path.name[5:])) for path in folders) or "none"
-        wanted = "no whole checkpoint yet" if step is None else f"no whole checkpoint of step {step}"
-        raise CheckpointError(f"{run} holds {wanted}; steps found: {found}. `ssl-locat doctor {run}` says how far the run came.")
-    return whole[-1]
+    for path in reversed(folders) if step is None else [path for path in folders if path.name == f"step_{step:08d}"]:
+        if not (wrong := problem(path, contents=True)):
+            return path
+        log.warning("%s is passed over: %s", path, wrong)
+    found = ", ".join(str(int(path.name[5:])) for path in folders) or "none"
+    wanted = "no whole checkpoint yet" if step is None else f"no whole checkpoint of step {step}"
+    raise CheckpointError(f"{run} holds {wanted}; steps found: {found}. `ssl-locat doctor {run}` says how far the run came.")

@@ -1,41 +1,71 @@
 """Checkpoints: all or nothing, in the background, loadable at any world size and any sharding.
 
     run/checkpoints/step_00001234/shard-*.safetensors    tensors: modules by their names, `optimizer.<parameter>.<state>`
-    run/checkpoints/step_00001234/checkpoint.json        written last: the list of files and sizes, and what else resuming needs
+    run/checkpoints/step_00001234/checkpoint.json        written last: files, sizes and hashes, and what else resuming needs (marker.py)
 
 torch.distributed.checkpoint writes the tensors in its safetensors storage, each rank its own part; JSON holds the rest, so that
-nothing is ever unpickled. A checkpoint is written to a hidden folder beside, flushed to disk and renamed: a kill or a full disk at
-any moment leaves the former one as it was. Random state is not stored: what draws numbers in training seeds itself from (seed, step).
+nothing is ever unpickled. A checkpoint is written to a hidden folder beside, synced to disk together with the run's other files, and
+renamed: a kill, a full disk or a power cut at any moment leaves the former one as it was, and no checkpoint is ahead of the metrics.
+Each rank hashes its own file while it writes it; at a resume the ranks share the files to hash out among them.
+Random state is not stored: what draws numbers in training seeds itself from (seed, step).
 """
 
+import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-import struct
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_locat.errors import CheckpointError
+from ssl_locat.errors import CheckpointError, Outage, disk_refusal
 from ssl_locat.runs import distributed
-from ssl_locat.shown import to_json
+from ssl_locat.runs.durable import flush, flush_folder, make_folder, write_and_flush
+from ssl_locat.runs.marker import (
+    FORMAT,
+    MARKER,
+    damage,
+    hashes,
+    problem,
+    read_marker,
+    require_intact,
+    step_folders,
+    step_of,
+    write_seal,
+)
 
 log = logging.getLogger(__name__)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process, as we mean it
 
-FORMAT = 1
-MARKER = "checkpoint.json"
+# what a run writes beside its checkpoints: on disk before a checkpoint that is later than it
+COMMITTED = (
+    "metrics.jsonl",
+    "events.jsonl",
+    "quarantine.jsonl",
+    "config.yaml",
+    "environment.json",
+    "probes/*.jsonl",
+    "probes",
+    ".",
+)
 
 
 class Checkpointer:
@@ -49,10 +79,13 @@ class Checkpointer:
     """
 
     def __init__(self, run_dir: str | Path, keep_last: int = 3, milestone_every: int | None = None, asynchronous: bool = True):
-        self.folder = Path(run_dir) / "checkpoints"
+        self.run_dir, self.folder = Path(run_dir), Path(run_dir) / "checkpoints"
+        if distributed.is_main():
+            make_folder(self.folder)
         self.keep_last, self.milestone_every, self.asynchronous = keep_last, milestone_every, asynchronous
         self.last_step: int | None = None  # newest step of this run's own line: loaded or saved by this object
-        self.failures = 0
+        self.failures = 0  # saves in a row that failed
+        self.failing_since: float | None = None  # time.monotonic() of the first of them
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # caches pinned buffers
@@ -70,8 +103,8 @@ class Checkpointer:
     ) -> None:
         """Saves `modules` (names become prefixes), the optimizer's state and `meta` (anything JSON can hold) as `step`.
 
-        A periodic save that fails (full disk) is logged, counted in `.failures`, and the former checkpoint stays; training
-        goes on. With `block` it returns when all is on disk on all ranks, and raises CheckpointError where that failed.
+        A periodic save that fails (full disk) is logged at once, counted in `.failures`, and the former checkpoint stays; training
+        goes on, and the loop asks again soon. With `block` it returns when all is on disk on all ranks, and raises Outage where that failed.
         """
         self.wait()
         if step == self.last_step and self.failures == 0:
@@ -88,6 +121,12 @@ class Checkpointer:
         if block or not self.asynchronous:
             self.wait(raise_errors=block)
 
+    def look(self) -> int:
+        """How many saves in a row failed, as far as this rank knows by now; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        return self.failures
+
     def wait(self, raise_errors: bool = False) -> None:
         """Until the save in the background, if there is one, is on disk (or failed)."""
         if self._pending is None:
@@ -95,144 +134,248 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         step, seconds, error = pending.result()
         if error is None:
-            self.last_step, self.failures = step, 0
+            self.last_step, self.failures, self.failing_since = step, 0, None
             return log.info("saved step %d in %.1f s", step, seconds)
         self.failures += 1
-        newest = self.newest()
-        message = (
-            f"{distributed.rank_and_host()}: step {step} could not be saved: {error}. The newest good checkpoint is {newest}."
-        )
+        self.failing_since = self.failing_since or time.monotonic()
         if raise_errors:
-            raise CheckpointError(message + " Make room (or mend the disk) and start the same command again.")
-        log.error(message)
+            raise Outage(f"{self._words(step, error)} Make room (or mend the disk) and start the same command again.")
+
+    def _words(self, step: int, error: str) -> str:
+        whole = next((path for path in reversed(step_folders(self.folder)) if not problem(path)), None)
+        return f"{distributed.rank_and_host()}: step {step} could not be saved: {error}. The newest good checkpoint is {whole}."
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole, found by looking at the folders themselves; the same on all ranks."""
-        found = None
-        if distributed.is_main():
-            for path in reversed(_step_folders(self.folder)):
-                if wrong := problem(path):
-                    log.warning("%s is passed over: %s", path, wrong)
-                else:
-                    found = str(path)
-                    break
-        found = distributed.broadcast_object(found)
-        return Path(found) if found else None
+        """The newest intact checkpoint, found by reading the folders themselves; the same on all ranks. Those passed over are named."""
+        found = [str(path) for path in reversed(step_folders(self.folder))] if distributed.is_main() else None
+        for path in map(Path, distributed.broadcast_object(found)):
+            if not (wrong := self.verify(path)):
+                return path
+            if distributed.is_main():
+                log.warning("%s is passed over: %s", path, wrong)
+        return None
+
+    def verify(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, each byte of it read by one of the ranks; the same answer on all of them."""
+        wrong = distributed.broadcast_object(problem(path) if distributed.is_main() else None)
+        if wrong:
+            return wrong
+        expected = distributed.broadcast_object(hashes(path) if distributed.is_main() else None)
+        names = sorted(expected)
+        own = names[distributed.rank() :: distributed.world_size()]
+        bad = torch.tensor([name in own and damage(path, expected, [name]) is not None for name in names], dtype=torch.int64)
+        bad = distributed.sum_on_cpu_(bad).tolist()
+        first = next((name for name, times in zip(names, bad, strict=True) if times), None)
+        return (
+            first and f"{first} does not hold the bytes that were written (its SHA-256 is another): it was damaged or exchanged"
+        )
 
     def unusable(self) -> list[str]:
-        """'step_00000100: what is wrong with it' for each checkpoint that is not whole; the same on all ranks."""
-        found = [f"{path.name}: {wrong}" for path in _step_folders(self.folder) if (wrong := problem(path))]
-        return distributed.broadcast_object(found)
+        """'step_00000100: what is wrong with it' for each checkpoint that is not intact; the same on all ranks."""
+        found = [str(path) for path in step_folders(self.folder)] if distributed.is_main() else None
+        return [
+            f"{path.name}: {wrong}" for path in map(Path, distributed.broadcast_object(found)) if (wrong := self.verify(path))
+        ]
 
-    def load(self, path: str | Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
+    def set_aside(self, path: Path) -> None:
+        """What lies ahead of the checkpoint `path` is of another history than a run that resumes from it; it keeps its files under
+        another name. A checkpoint of the same step that is another one goes, too."""
+        if distributed.is_main():
+            step, own = read_marker(path)["step"], path.resolve().parent == self.folder.resolve()
+            for later in step_folders(self.folder):
+                if step_of(later) >= step + own:
+                    later.rename(_unused_name(self.folder / f"superseded_{later.name}"))
+            flush_folder(self.folder)
+        distributed.barrier()
+
+    def load(
+        self,
+        path: str | Path,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        may_differ: tuple[str, ...] | None = None,
+    ) -> dict:
         """Fills modules and optimizer in place, bit by bit as they were saved, and returns {"step", "meta", "scaler"}.
 
-        Raises CheckpointError, before anything is changed, if the checkpoint is damaged or its names or shapes are another model's.
+        Args:
+            may_differ: where settings were changed on purpose (None: they were not): beginnings of names, such as "student.heads.gram.", that
+                may be missing on either side; missing here they stay as built. The optimizer keeps its own rates, betas and groups then.
+
+        Raises CheckpointError, before anything is changed, if the checkpoint is damaged or its names, shapes or types are another model's.
         """
         path = Path(path)
+        if wrong := self.verify(path):
+            raise CheckpointError(f"{path} is no intact checkpoint: {wrong}. Take another one of this run.")
         content = read_marker(path)
-        reader = HuggingFaceStorageReader(str(path))
-        saved = reader.read_metadata().state_dict_metadata
+        if not hashes(path) and distributed.is_main():
+            log.info("%s was written by version 0.1, without hashes: its contents cannot be checked", path)
+        with _explained(path):
+            reader = HuggingFaceStorageReader(str(path))
+            saved = reader.read_metadata().state_dict_metadata
         targets = _at_least_1d(_tensors(modules))
-        _compare(path, {name: tuple(info.size) for name, info in saved.items()}, targets)
+        if may_differ is not None:
+            targets = {name: tensor for name, tensor in targets.items() if name in saved or not name.startswith(may_differ)}
+            known = targets.keys()
+            saved = {name: info for name, info in saved.items() if name in known or not name.startswith(may_differ)}
+        _compare(path, saved, targets)
+        if may_differ is None and len(content["groups"]) != len(optimizer.param_groups):
+            raise CheckpointError(
+                f"{path} has {len(content['groups'])} parameter groups, the optimiser here has {len(optimizer.param_groups)}."
+            )
         state = _empty_optimizer_state(modules, optimizer, saved)
         flat = {f"optimizer.{name}.{key}": value for (name, _), values in state.items() for key, value in values.items()}
-        dcp.load(targets | _at_least_1d(flat), storage_reader=reader, no_dist=True)
+        with _explained(path):
+            dcp.load(targets | _at_least_1d(flat), storage_reader=reader, no_dist=True)
         for (_, parameter), values in state.items():
             optimizer.state[parameter] = values
-        for group, values in zip(optimizer.param_groups, content["groups"], strict=True):
+        for group, values in zip(optimizer.param_groups, content["groups"], strict=True) if may_differ is None else ():
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        if not_finite := [name for name, tensor in (targets | flat).items() if not _is_finite(tensor)]:
+            log.warning(
+                "%s: %d tensors hold NaN or infinity, %s first: training from it cannot succeed. Resume from an earlier checkpoint "
+                "(--resume PATH), with a lower lr.",
+                path,
+                len(not_finite),
+                not_finite[0],
+            )
         self.last_step = content["step"]
         return {key: content[key] for key in ("step", "meta", "scaler")}
 
     # ---- the writing thread
 
     def _write(self, step: int, tensors: dict[str, Tensor], content: dict) -> tuple[int, float, str | None]:
-        """-> (step, seconds, what went wrong on this or another rank)."""
-        start, error = time.monotonic(), None
-        partial = self.folder / f".step_{step:08d}.partial"
-        try:
-            if distributed.is_main():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for leftover in self.folder.glob(".step_*.partial"):
-                    shutil.rmtree(leftover)
-                partial.mkdir()
-            # torch plans the save collectively before it writes, so no rank writes ahead of the lines above
+        """-> (step, seconds, what went wrong on this or another rank).
+
+        In three parts, after each of which the ranks agree: one that went on alone would wait for the others until the time-out."""
+        start = time.monotonic()
+        partial, files = self.folder / f".step_{step:08d}.partial", _HashedFiles()
+
+        def store() -> None:
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            writer.fs = files
             dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-            if distributed.is_main():
-                self._commit(step, partial, content)
-        except (OSError, RuntimeError, ValueError, dcp.CheckpointException) as caught:
-            error = _reason(caught)
+
+        error = self._attempt(lambda: self._begin(partial) if distributed.is_main() else None)
+        error = error or self._attempt(store)
+        if error is None:
+            found = self._gather(files.sha256)
+            error = self._attempt(lambda: self._commit(step, partial, content, found) if distributed.is_main() else None)
+        if error and distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
+            log.error("%s Training goes on; it is tried again soon.", self._words(step, error))  # at once, not at the next save
+        return step, time.monotonic() - start, error
+
+    def _attempt(self, part) -> str | None:
+        """Run a part of the save; what went wrong with it, on this or another rank."""
+        error = None
+        try:
+            part()
+        except (OSError, RuntimeError, ValueError, SafetensorError, dcp.CheckpointException) as caught:
+            error = _reason(caught)
         if self._group is not None:
             failed = torch.tensor([error is not None], dtype=torch.uint8)
             dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._group)
             error = error or ("it failed on another rank" if failed.item() else None)
-        return step, time.monotonic() - start, error
+        return error
 
-    def _commit(self, step: int, partial: Path, content: dict) -> None:
-        """Rank 0, once all ranks wrote their files: the marker, the rename, then (only then) older ones go."""
+    def _gather(self, own: dict[str, str]) -> dict[str, str]:
+        """The hashes of all ranks' files; each rank wrote at most one."""
+        if self._group is None:
+            return own
+        packed = torch.frombuffer(bytearray(json.dumps(own).encode().ljust(512)), dtype=torch.uint8)
+        parts = [torch.empty_like(packed) for _ in range(distributed.world_size())]
+        dist.all_gather(parts, packed, group=self._group)
+        return {name: value for part in parts for name, value in json.loads(part.numpy().tobytes()).items()}
+
+    def _begin(self, partial: Path) -> None:
+        self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was moved away must not appear again
+        for leftover in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+
+    def _commit(self, step: int, partial: Path, content: dict, sha256: dict[str, str]) -> None:
+        """Rank 0, once all ranks wrote their files: the run's own files, the marker, the rename; then (only then) older ones go."""
+        for pattern in COMMITTED:
+            for path in self.run_dir.glob(pattern) if "*" in pattern else [self.run_dir / pattern]:
+                flush_folder(path) if path.is_dir() else flush(path)
         files = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
-        _write_and_flush(partial / MARKER, to_json(content | {"saved": time.time(), "files": files}))
-        _flush_folder(partial)
-        for path in _step_folders(self.folder):
+        content = content | {"saved": time.time(), "files": files, "sha256": {name: sha256[name] for name in files}}
+        write_and_flush(partial / MARKER, write_seal(content))
+        flush_folder(partial)
+        for path in step_folders(self.folder):
             # resumed from an older checkpoint, or started afresh in a used folder: what lies ahead belongs to another history
-            if _step_of(path) >= step or self.last_step is None:
+            if step_of(path) >= step or self.last_step is None:
                 path.rename(_unused_name(self.folder / f"superseded_{path.name}"))
         partial.rename(self.folder / f"step_{step:08d}")
-        _flush_folder(self.folder)
+        flush_folder(self.folder)
         self.last_step = step
-        for path in _step_folders(self.folder)[: -self.keep_last]:
-            if not self.milestone_every or _step_of(path) % self.milestone_every:
-                shutil.rmtree(path)
+        for path in step_folders(self.folder)[: -self.keep_last]:
+            if not self.milestone_every or step_of(path) % self.milestone_every:
+                shutil.rmtree(
+                    path.rename(self.folder / f".{path.name}.partial")
+                )  # cut off half-way, it is a leftover, no damaged one
 
 
-def problem(path: str | Path) -> str | None:
-    """What is wrong with the checkpoint folder `path`; None if it is whole. Reads headers only, so it takes milliseconds."""
-    path = Path(path)
-    try:
-        content = json.loads((path / MARKER).read_text())
-        if content["format"] != FORMAT:
-            return f"its format is {content['format']}, this version reads {FORMAT}"
-        if lacking := [name for name in ("step", "meta", "scaler", "scalars", "groups") if name not in content]:
-            return f"{MARKER} lacks {', '.join(lacking)}"
-        for name, size in content["files"].items():
-            found = (path / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
-            if _data_end(path / name) != size:
-                return f"{name}: its header does not match its size"
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+class _HashedFiles(FileSystem):
+    """The storage writer's files. `sha256`: of what was given to be written, by name, whatever the disk made of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.sha256: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            hashed = _Hashed(stream)
+            yield hashed
+        self.sha256[Path(path).name] = hashed.sha256.hexdigest()
 
 
-def read_marker(path: Path) -> dict:
-    """The JSON part of a checkpoint: {"step", "meta", "scaler", "scalars", "groups", "saved", "files"}; CheckpointError if it is not whole."""
-    wrong = problem(path)
-    if wrong:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {wrong}. Expected a folder step_NNNNNNNN with {MARKER} in it.")
-    return json.loads((path / MARKER).read_text())
+class _Hashed:
+    """A stream that hashes what goes through it; the rest is the stream's own."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.sha256 = stream, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.stream.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def read_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
     """CPU tensors whose names begin with `prefix` ("teacher.backbone."), which is cut off; needs no process group.
 
-    Whatever sharding they were saved with, they come whole. CheckpointError if there are none.
+    Whatever sharding they were saved with, they come whole. CheckpointError if there are none, or if the checkpoint is damaged.
     """
     path = Path(path)
+    require_intact(path)
     scalars = read_marker(path)["scalars"]
-    reader = HuggingFaceStorageReader(str(path))
-    saved = reader.read_metadata().state_dict_metadata
+    with _explained(path):
+        reader = HuggingFaceStorageReader(str(path))
+        saved = reader.read_metadata().state_dict_metadata
     wanted = {
         name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in saved.items() if name.startswith(prefix)
     }
     if not wanted:
         starts = sorted({".".join(name.split(".")[:2]) + "." for name in saved})
         raise CheckpointError(f"{path} has no weights under {prefix!r}; it has {', '.join(starts)}")
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    with _explained(path):
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix): tensor.reshape(()) if name in scalars else tensor for name, tensor in wanted.items()}
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever torch and safetensors raise at a header that is malformed in a way of its own becomes one message."""
+    try:
+        yield
+    except (Exception, dcp.CheckpointException) as error:  # torch's is no Exception
+        if isinstance(error, OSError) and disk_refusal(error):
+            raise
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}. Take another checkpoint of this run.") from error
 
 
 # ---- names and tensors
@@ -293,18 +436,33 @@ def _empty_optimizer_state(modules: dict, optimizer: torch.optim.Optimizer, save
     return state
 
 
-def _compare(path: Path, saved: dict[str, tuple], targets: dict[str, Tensor]) -> None:
-    """CheckpointError if the checkpoint's model is not the one in memory."""
-    saved = {name: shape for name, shape in saved.items() if not name.startswith("optimizer.")}
+def _compare(path: Path, saved: dict[str, Any], targets: dict[str, Tensor]) -> None:
+    """CheckpointError if the checkpoint's model is not the one in memory. saved: torch's metadata by name."""
+    for name, info in saved.items():
+        if sum(math.prod(chunk.sizes) for chunk in info.chunks) != math.prod(info.size):
+            raise CheckpointError(f"{path} cannot be read: the parts of {name} do not make up its shape {tuple(info.size)}.")
+    saved = {name: info for name, info in saved.items() if not name.startswith("optimizer.")}
     missing, extra = sorted(targets.keys() - saved.keys()), sorted(saved.keys() - targets.keys())
-    shapes = [f"{n}: {saved[n]} saved, {tuple(t.shape)} here" for n, t in targets.items() if n in saved and saved[n] != t.shape]
-    for what, names in (("lacks", missing), ("has besides", extra), ("differs in shape", shapes)):
+    both = [(name, saved[name], tensor) for name, tensor in targets.items() if name in saved]
+    shapes = [f"{name}: {tuple(info.size)} saved, {tuple(t.shape)} here" for name, info, t in both if info.size != t.shape]
+    types = [f"{n}: {i.properties.dtype} saved, {t.dtype} here" for n, i, t in both if i.properties.dtype != t.dtype]
+    for what, names in (
+        ("lacks", missing),
+        ("has besides", extra),
+        ("differs in shape", shapes),
+        ("differs in type", types),
+    ):
         if names:
             listed = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise CheckpointError(
                 f"{path} belongs to another model: it {what} {listed}. Resume with the config.yaml in its run folder, "
                 "or start afresh in another run_dir."
             )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return not own.is_floating_point() or bool(own.isfinite().all())
 
 
 def _at_least_1d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -315,39 +473,8 @@ def _at_least_1d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- files
 
 
-def _step_folders(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name[5:])
-
-
 def _unused_name(path: Path) -> Path:
     return next(p for p in (path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 10_000))) if not p.exists())
-
-
-def _data_end(file: Path) -> int:
-    """Size that a safetensors file should have by its own header."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(min(length, 100_000_000)))
-    return 8 + length + max((info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"), default=0)
-
-
-def _write_and_flush(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

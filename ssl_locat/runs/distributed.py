@@ -161,6 +161,13 @@ def all_reduce_sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sum_on_cpu_(tensor: Tensor) -> Tensor:
+    """Sum of a CPU tensor over ranks, in place, whatever device they train on."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, group=_cpu_group)
+    return tensor
+
+
 def all_reduce_mean_(tensor: Tensor) -> Tensor:
     """Mean over ranks, in place. Floating point only."""
     return all_reduce_sum_(tensor).div_(world_size())

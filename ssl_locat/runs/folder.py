@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from ssl_locat.config.schema import Config, parse
 from ssl_locat.config.yaml_files import load_yaml
 from ssl_locat.errors import UserError
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.shown import carries_credentials, redacted, to_json
 
 log = logging.getLogger(__name__)
@@ -45,15 +46,6 @@ MAY_CHANGE += (
     "crops.mode",
 )
 MAY_CHANGE += ("checkpoint", "probes", "log", "stop_on", "export", "sweep")
-
-
-def write_atomically(path: Path, text: str, private: bool = False) -> None:
-    """A reader sees the old file or the new one, never half of it. `private`: for its owner alone, else as the umask has it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.unlink(missing_ok=True)
-    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(beside, path)
 
 
 def read_config(run_dir: str | Path) -> Config:

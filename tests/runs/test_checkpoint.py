@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint import staging
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_locat.errors import CheckpointError
+from ssl_locat.errors import CheckpointError, Outage
 from ssl_locat.runs import distributed
 from ssl_locat.runs.checkpoint import Checkpointer, problem, read_weights
 
@@ -268,7 +268,7 @@ def test_full_disk_leaves_the_former_one_and_training_goes_on(tmp_path, room):
         train(model, optimizer, 1, 2)
         checkpointer.wait()
         assert checkpointer.failures == 1 and checkpointer.newest().name == "step_00000001"
-        with pytest.raises(CheckpointError, match=r"step 3 could not be saved: .*File too large.*step_00000001"):
+        with pytest.raises(Outage, match=r"step 3 could not be saved: .*File too large.*step_00000001"):
             checkpointer.save(3, {"student": model}, optimizer, {}, block=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         checkpointer.save(4, {"student": model}, optimizer, {}, block=True)
@@ -316,6 +316,10 @@ def test_two_processes_and_one_read_each_other_and_a_failure_on_one_is_known_to_
     assert train(alone, its_optimizer, 2, 4) == expected
     files = json.loads((checkpointer.newest() / "checkpoint.json").read_text())["files"]
     assert len(files) == 2  # each rank wrote its part
+    one, other = (checkpointer.newest() / name for name in files)
+    swapped = one.with_name("swapped")
+    one.rename(swapped), other.rename(one), swapped.rename(other)  # of one size, perhaps: names tell whose part it is
+    assert checkpointer.newest() is None and problem(one.parent, contents=True)
 
 
 # ---- what it costs
