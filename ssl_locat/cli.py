@@ -130,25 +130,31 @@ def pretrain(
     overrides: Overrides = None,
     on: On = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint", metavar="auto|never|PATH")] = "auto",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="settings that may differ from the checkpoint's, on purpose: optim.epochs,optim.lr", metavar="KEY,..."),
+    ] = None,
     dry_run: DryRun = False,
     replay: Annotated[
         Path | None, typer.Option(help="run one saved batch again and say where it stops being finite", metavar="FILE")
     ] = None,
 ) -> None:
     """Pretrain a backbone. The same command again resumes from the newest checkpoint."""
-    from ssl_locat.config.schema import load
+    from ssl_locat.config.schema import check_allow, load
     from ssl_locat.doctor.early import check_config
     from ssl_locat.doctor.from_images import config_for
 
     with config_for(config, overrides or [], dry_run) as path:
         loaded = load(path, overrides or [])
     check_config(loaded, on)
+    allowed = [key for keys in allow or [] for key in keys.split(",") if key]
+    check_allow(loaded, allowed)
     if replay and (on or dry_run or loaded.sweep):
         raise UserError("--replay looks at one saved batch here and now: it goes with neither --on nor --dry-run nor a sweep.")
     if on and (on != "local" or loaded.sweep):
         from ssl_locat.cluster.launch import submit_pretrain
 
-        submit_pretrain(loaded, on, resume=resume, dry_run=dry_run)
+        submit_pretrain(loaded, on, resume=resume, allow=allowed, dry_run=dry_run)
         return
     if loaded.sweep:
         raise UserError(
@@ -167,7 +173,7 @@ def pretrain(
     from ssl_locat.pretraining.loop import pretrain as run
     from ssl_locat.pretraining.summary import print_summary
 
-    print_summary(loaded, run(loaded, resume))
+    print_summary(loaded, run(loaded, resume, allowed))
 
 
 @app.command(

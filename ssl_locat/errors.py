@@ -65,7 +65,13 @@ class Diverged(Told, RuntimeError):
     exit_code = 5
 
 
-EXPECTED = (UserError, DataBudgetExceeded, Outage, Preempted, Diverged)  # reported without a stack trace
+class RankLost(RuntimeError):
+    """Another process of this run is gone or does not answer; what it died of is in its own log, if it could say so."""
+
+    exit_code = 1
+
+
+EXPECTED = (UserError, DataBudgetExceeded, Outage, Preempted, Diverged, RankLost)  # reported without a stack trace
 
 
 DISK_ERRORS = {

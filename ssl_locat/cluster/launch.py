@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +134,7 @@ def _torchrun_processes(options: dict[str, Any]) -> int:
 # --- what the command line calls ----------------------------------------------------------------------------------------
 
 
-def submit_pretrain(config: Config, on: str, resume: str = "auto", dry_run: bool = False) -> None:
+def submit_pretrain(config: Config, on: str, resume: str = "auto", allow: Sequence[str] = (), dry_run: bool = False) -> None:
     """Start a pretraining, or one for each combination of its `sweep`, where the profile says.
 
     Raises:
@@ -154,7 +154,8 @@ def submit_pretrain(config: Config, on: str, resume: str = "auto", dry_run: bool
         own_config = snapshot / (f"config-{index}.yaml" if len(runs) > 1 else "config.yaml")
         if not dry_run:
             write_atomically(own_config, run.to_yaml(), private=carries_credentials(run.model_dump(mode="json")))
-        commands.append(["pretrain", str(own_config), "--resume", resume])
+        allowed = ["--allow", ",".join(allow)] if allow else []
+        commands.append(["pretrain", str(own_config), "--resume", resume, *allowed])
     _start(commands, profile, snapshot, [run.run_dir for run in runs], dry_run)
 
 
@@ -299,6 +300,11 @@ def slurm_parameters(profile: Profile, program: str, snapshot: Path) -> dict[str
     options.setdefault("job_name", f"ssl-locat-{program}")
     exports = [f"export {name}={shlex.quote(value)}" for name, value in job_variables(profile, snapshot).items()]
     options["setup"] = [*options.get("setup", []), *exports]
+    # the script runs on the node itself, where a container that lacks Slurm's commands cannot ask for a requeue (worker/task.py)
+    wanted = shlex.quote(str(snapshot.parent)) + "/$SLURM_JOB_ID.requeue"
+    running = 'scontrol show job -o "$SLURM_JOB_ID" | grep -q JobState=RUNNING'
+    asked = f'if [ -e {wanted} ]; then rm -f {wanted}; {running} && scontrol requeue "$SLURM_JOB_ID"; fi'
+    options["teardown"] = ["code=$?", *options.get("teardown", []), asked, "exit $code"]
     # one rank's failure ends the step on all nodes at once; requeue: a lost node is not the end of the job
     options["srun_args"] = [*options.get("srun_args", []), "--kill-on-bad-exit=1"]
     options["additional_parameters"] = {"requeue": True, **(options.get("additional_parameters") or {})}

@@ -24,6 +24,9 @@ OBJECTIVES = {
     "distill": "ssl_locat.objectives.distill:Distill",
 }
 
+# two ways to say one thing: a file or a command line that gives the one takes the place of a base that gives the other
+EITHER = (("optim", "epochs"), ("optim", "total_steps"))
+
 T = TypeVar("T", bound=BaseModel)
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -187,6 +190,11 @@ class Optim(Section):
         description="factor on the lr from each block to the one before it; below 1 early blocks move less",
     )
     patch_embed_lr: float = Field(default=1.0, ge=0, description="factor on the lr of the patch embedding, besides")
+    schedule: Literal["cosine", "restart", "decay"] = Field(
+        default="cosine",
+        description="of lr, weight decay and teacher momentum: a cosine over the whole run; for a run that branches off a checkpoint, restart: "
+        "a cosine with warm-up over what is left; decay: the lr straight to 0 over what is left, the others as they were",
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip_grad: float = Field(default=3.0, ge=0, description="largest gradient norm; 0: no clipping")
     clip: Literal["per_parameter", "global"] = Field(default="per_parameter", description="DINO clips each tensor by itself")
@@ -310,13 +318,27 @@ def load(name: str, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: with file, line, full key, the value, what was expected and the nearest valid key.
     """
-    loaded = load_yaml(name, "configs/pretrain", overrides)
+    loaded = load_yaml(name, "configs/pretrain", overrides, either=EITHER)
     config = parse(Config, loaded)
     for index, objective in enumerate(config.objectives):
         key = ("objective", index) if isinstance(config.objective, list) else ("objective",)
         target = objective_target(objective.name, loaded.place((*key, "name")))
         check_options(target, objective.options, loaded, key)
     return config
+
+
+def check_allow(config: Config, allow: Iterable[str]) -> None:
+    """ConfigError for a key of `--allow` that this config has not; a section stands for all below it."""
+    known: list[str] = []
+    sections = [("", config.model_dump(mode="json"))]
+    for prefix, values in sections:  # grows as it is read
+        for name, value in values.items():
+            known.append(f"{prefix}{name}")
+            if isinstance(value, dict):
+                sections.append((f"{prefix}{name}.", value))
+    for key in allow:
+        if key not in known and key.split(".")[0] not in ("backbone", "objective"):  # their options may be what is new
+            raise ConfigError(f"--allow {key}: there is no such setting.{did_you_mean(key, known)}")
 
 
 def objective_target(name: str, place: str) -> str:

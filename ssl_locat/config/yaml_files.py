@@ -99,21 +99,54 @@ def names(folder: str) -> list[str]:
     return sorted(path.stem for path in shipped(folder).glob("*.yaml"))
 
 
-def load_yaml(name: str, folder: str = "configs/pretrain", overrides: Iterable[str] = ()) -> LoadedYaml:
+def load_yaml(
+    name: str, folder: str = "configs/pretrain", overrides: Iterable[str] = (), either: tuple[Path_, ...] = ()
+) -> LoadedYaml:
     """Read `name` (a path or a shipped name), its `base:` chain below it, and `key.sub=value` overrides on top.
 
     A base is looked up beside the file that names it, then among the shipped ones. Mappings merge, anything else replaces.
 
+    either: keys that say one thing in several ways. Where a file, or the overrides together, give some of them, those below go.
+
     Raises:
         ConfigError: a file is missing or not YAML, bases form a cycle, or an override is not `key=value`.
     """
-    loaded = _load_chain(find(name, folder), folder, ())
+    loaded = _load_chain(find(name, folder), folder, (), either)
+    given = LoadedYaml(loaded.name, {})
+    for override in overrides:
+        _note_override(given.data, override)
+    _make_way(loaded, given.data, either)
     for override in overrides:
         _apply_override(loaded, override)
     return loaded
 
 
-def _load_chain(path: Path, folder: str, seen: tuple[Path, ...]) -> LoadedYaml:
+def _make_way(below: LoadedYaml, above: dict, either: tuple[Path_, ...]) -> None:
+    """Take out of `below` what a key of `either` in `above` takes the place of."""
+    if not any(_value(above, key) is not None for key in either):
+        return
+    for key in either:
+        parent = _value(below.data, key[:-1])
+        if isinstance(parent, dict) and parent.pop(key[-1], None) is not None:
+            below.places.pop(key, None)
+
+
+def _note_override(data: dict, override: str) -> None:
+    """The override's key and value alone, without what they are laid over."""
+    name, _, text = override.partition("=")
+    *parents, last = name.split(".")
+    for part in parents:
+        data = data.setdefault(part, {}) if isinstance(data.get(part, {}), dict) else {}
+    data[last] = read_value(text)
+
+
+def _value(data: Any, key: Path_) -> Any:
+    for part in key:
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _load_chain(path: Path, folder: str, seen: tuple[Path, ...], either: tuple[Path_, ...]) -> LoadedYaml:
     path = path.resolve()
     shown = _shown(path)
     if path in seen:
@@ -130,7 +163,8 @@ def _load_chain(path: Path, folder: str, seen: tuple[Path, ...]) -> LoadedYaml:
         base_path = beside if beside.is_file() else find(base, folder)
     except ConfigError as error:
         raise ConfigError(f"{loaded.place(('base',))}: base file not found. {error}") from None
-    below = _load_chain(base_path, folder, (*seen, path))
+    below = _load_chain(base_path, folder, (*seen, path), either)
+    _make_way(below, loaded.data, either)
     merged = LoadedYaml(shown, _merge(below.data, loaded.data), {**below.places, **loaded.places})
     return merged
 

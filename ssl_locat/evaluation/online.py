@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 from ssl_locat.evaluation import PROTOCOLS
-from ssl_locat.evaluation.probe_options import resolve
+from ssl_locat.evaluation.probe_options import DENSE, resolve
+from ssl_locat.evaluation.shared.samples import Members, first_label
+from ssl_locat.evaluation.shared.seg_datasets import open_scenes
+
+LABELLED = ("knn", "linear")  # one label an image
 
 
 def probe(backbone: nn.Module, name: str, options: dict[str, Any], data_defaults: dict[str, Any]) -> dict[str, float]:
@@ -20,6 +24,20 @@ def probe(backbone: nn.Module, name: str, options: dict[str, Any], data_defaults
     module, _, function = PROTOCOLS[protocol].partition(":")
     with preserve_state(backbone):
         return getattr(import_module(module), function)(backbone, **arguments)
+
+
+def open_splits(protocol: str, data: dict[str, Any]) -> None:
+    """Open the data sets of a protocol as it will; of labelled ones read the first label. UserError if one is not there."""
+    given = {key: value for key, value in data.items() if value is not None}
+    for split in ("train", "test"):
+        if not given.get(split):
+            continue
+        if protocol in DENSE:
+            open_scenes(given, split)
+            continue
+        members = Members(given[split])
+        if protocol in LABELLED:
+            first_label(members, given.get("label_key"))
 
 
 @contextmanager

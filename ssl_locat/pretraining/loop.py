@@ -5,6 +5,7 @@ monitor.py (metrics, warnings, the bar), what ends a run in summary.py. parts.py
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from ssl_locat.config.schema import Config
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.optim import clip_gradients, set_hyperparameters
 from ssl_locat.pretraining.monitor import Monitor
-from ssl_locat.pretraining.parts import autocasts, mask_seeds, rates, total_loss
+from ssl_locat.pretraining.parts import autocasts, mask_seeds, total_loss
 from ssl_locat.pretraining.setup import set_up
 from ssl_locat.pretraining.student_teacher import StudentTeacher
-from ssl_locat.pretraining.summary import finish, stop_early
+from ssl_locat.pretraining.summary import finish, finished_before, stop_early
 from ssl_locat.runs import distributed
+from ssl_locat.runs.checkpoint import SAVE_OR_END
 from ssl_locat.runs.distributed import rank
 from ssl_locat.runs.folder import read_summary
 from ssl_locat.runs.log import progress
@@ -27,26 +29,27 @@ from ssl_locat.seeds import mix64
 log = logging.getLogger(__name__)
 
 
-def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
+@distributed.lost_ranks_named()
+def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) -> dict[str, Any]:
     """Pretrain, or resume; returns what summary.json holds.
 
     Args:
-        resume: `auto`, from the newest whole checkpoint of the run folder if there is one; `never`; or the path of a checkpoint.
+        resume: `auto`, from the newest intact checkpoint of the run folder if there is one; `never`; or the path of a checkpoint.
+        allow: settings that may differ from the checkpoint's, on purpose (docs/branching.md).
 
     Raises:
         Preempted: a signal asked it to stop; it saved first, and the same call resumes.
         Diverged: the loss is not finite, or a collapse named in `stop_on` was seen.
     """
-    run = set_up(config, resume)
-    length, optim = run.length, config.optim
+    run = set_up(config, resume, allow)
+    config, length, optim = run.config, run.length, run.config.optim
     if run.step >= length.total_steps and (summary := read_summary(run.folder)):
-        log.info("%s finished before; nothing is left to do", run.folder)
-        return summary
+        return finished_before(run, summary)
     run.open_data()
     model, losses, student, optimizer, scaler = run.model, run.losses, run.student, run.optimizer, run.scaler
     teacher_autocast, student_autocast = autocasts(config, run.device)
     with (
-        run.events.ending(),
+        run.ending(),
         distributed.StopFlag() as stop,
         progress("pretraining", length.total_steps, "steps", start=run.step) as bar,
     ):
@@ -56,8 +59,8 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
         while run.step < length.total_steps:
             # all that is random or scheduled is a function of (seed, step, rank): the same again after a resume
             torch.manual_seed(mix64(config.seed, run.step, rank()))  # stochastic depth
-            rate = rates(config, length, run.samples_seen)
-            at = Progress(run.step, run.step / length.steps_per_epoch, length.total_steps / length.steps_per_epoch)
+            rate, epoch_samples = run.rates(), length.steps_per_epoch * optim.global_batch_size
+            at = Progress(run.step, run.samples_seen / epoch_samples, length.total_samples / epoch_samples)
             set_hyperparameters(optimizer, rate.lr, rate.weight_decay)
             metrics, positions = {}, []
             torch.compiler.cudagraph_mark_step_begin()  # graphs may write over the last step's tensors; gradients of micro-batches stay
@@ -89,19 +92,20 @@ def pretrain(config: Config, resume: str = "auto") -> dict[str, Any]:
             run.step, run.samples_seen = run.step + 1, run.samples_seen + optim.global_batch_size
 
             monitor.log(metrics, rate, positions, teacher_tokens)
-            stopped, done = stop.agreed(), run.step == length.total_steps
+            stopped, done = stop.agreed(run.checkpointer.wish()), run.step == length.total_steps
             with monitor.paused():  # saves and probes are no part of images/s
-                if stopped or done or run.step % config.checkpoint.every_steps == 0:
-                    run.save(block=stopped or done)
+                if stopped or done or stop.wish or run.step % config.checkpoint.every_steps == 0:
+                    run.save(block=stopped or done or stop.wish == SAVE_OR_END)
                 if stopped:
                     break
                 if run.probes.due(run.step):
                     run.probe()
 
-    run.close()
-    if run.step < length.total_steps:
-        stop_early(run, stop.reason)  # raises Preempted
-    return finish(run)
+    with run.ending():
+        run.close()
+        if run.step < length.total_steps:
+            stop_early(run, stop.reason)  # raises Preempted
+        return finish(run)
 
 
 def add_mean(sums: dict[str, Tensor], values: dict[str, Tensor], count: int) -> None:

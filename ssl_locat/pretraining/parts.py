@@ -24,6 +24,7 @@ from ssl_locat.models.attach import LocAtModel
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.schedules import cosine
+from ssl_locat.pretraining.probes import check_probe_data
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 from ssl_locat.runs import distributed
 from ssl_locat.runs.distributed import is_main, world_size
@@ -40,6 +41,16 @@ class Length(NamedTuple):
     epoch_samples: int
     steps_per_epoch: int
     total_steps: int
+    total_samples: int  # what schedules go by: steps of another batch size may lie behind a run that changed its own
+
+
+class Since(NamedTuple):
+    """Where schedules that do not span the whole run begin: a place in the stream, and the rates there. Kept in checkpoints."""
+
+    samples_seen: int
+    lr: float
+    weight_decay: float
+    momentum: float
 
 
 class Rates(NamedTuple):
@@ -73,6 +84,13 @@ def check(config: Config, ranks: int = 1) -> tuple[list[Dataset], list[float], L
         raise ConfigError(
             "data.train mixes several data sets: say how many samples count as an epoch, such as data.epoch_samples=1281167."
         )
+    check_probe_data(config)
+    return datasets, weights, run_length(config, datasets)
+
+
+def run_length(config: Config, datasets: list[Dataset]) -> Length:
+    """How long a run of this config on these data is."""
+    batch = config.optim.global_batch_size
     epoch_samples = config.data.epoch_samples or len(datasets[0])
     images = sum(map(len, datasets))
     if batch > images and is_main():
@@ -89,17 +107,25 @@ def check(config: Config, ranks: int = 1) -> tuple[list[Dataset], list[float], L
             f"step. Give at least {1 / steps_per_epoch:.2g}, or optim.total_steps."
         )
     total_steps = config.optim.total_steps or max(1, round(config.optim.epochs * steps_per_epoch))
-    return datasets, weights, Length(epoch_samples, steps_per_epoch, total_steps)
+    return Length(epoch_samples, steps_per_epoch, total_steps, total_steps * batch)
 
 
-def rates(config: Config, length: Length, samples_seen: int) -> Rates:
-    """Learning rate, weight decay and teacher momentum at this point: DINO's cosine schedules, functions of the samples seen."""
+def rates(config: Config, length: Length, samples_seen: int, since: Since | None = None) -> Rates:
+    """Learning rate, weight decay and teacher momentum at this point, functions of the samples seen.
+
+    `cosine`: DINO's schedules over the whole run. `restart`: the same ones, warm-up included, from `since` to the end. `decay`: the lr goes from
+    what it was at `since` straight to 0, which the step after the last would have (arXiv:2502.15938); the others stay as they were.
+    """
     optim, batch = config.optim, config.optim.global_batch_size
-    iteration, warmup = samples_seen / batch, optim.warmup_epochs * length.steps_per_epoch
+    begin = since.samples_seen if since and optim.schedule != "cosine" else 0
+    iteration, total = (samples_seen - begin) / batch, (length.total_samples - begin) / batch
+    if optim.schedule == "decay":
+        return Rates(since.lr * max(0.0, 1 - iteration / max(total, 1e-12)), since.weight_decay, since.momentum)
+    warmup = optim.warmup_epochs * length.steps_per_epoch
     return Rates(
-        cosine(iteration, length.total_steps, optim.lr * batch / 256, optim.min_lr, warmup),
-        cosine(iteration, length.total_steps, *optim.weight_decay),
-        cosine(iteration, length.total_steps, *config.teacher.momentum),
+        cosine(iteration, total, optim.lr * batch / 256, optim.min_lr, warmup),
+        cosine(iteration, total, *optim.weight_decay),
+        cosine(iteration, total, *config.teacher.momentum),
     )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from ssl_locat.config.schema import Config
-from ssl_locat.evaluation.online import probe
-from ssl_locat.evaluation.probe_options import own_data
+from ssl_locat.errors import UserError
+from ssl_locat.evaluation.online import open_splits, probe
+from ssl_locat.evaluation.probe_options import own_data, resolve
 from ssl_locat.evaluation.protocols.knn import raw_pixel_knn
 from ssl_locat.runs.distributed import is_main
 from ssl_locat.runs.folder import write_atomically
@@ -16,6 +17,16 @@ from ssl_locat.runs.log import EventLog, read_jsonl
 from ssl_locat.shown import to_json
 
 log = logging.getLogger(__name__)
+
+
+def check_probe_data(config: Config) -> None:
+    """UserError for a probe whose data or labels are not there: at the start, also of a run that it is added to later, not at its turn."""
+    for name, options in config.probes.options.items():
+        protocol, arguments = resolve(name, options or {}, own_data(config))
+        try:
+            open_splits(protocol, arguments["data"])
+        except UserError as error:
+            raise type(error)(f"probes.{name}: {error}") from None
 
 
 class Probes:

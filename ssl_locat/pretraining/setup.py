@@ -3,26 +3,30 @@
 import copy
 import logging
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ssl_locat.config.schema import Config
 from ssl_locat.data.images.crops import MultiCrop
-from ssl_locat.data.stream.plan import choose_plan, resume_plan
+from ssl_locat.data.stream.plan import choose_plan
 from ssl_locat.data.stream.prefetch import prefetch
 from ssl_locat.data.stream.stream import TrainStream
-from ssl_locat.errors import CheckpointError, UserError
+from ssl_locat.errors import Outage, disk_error_message
 from ssl_locat.optim.optim import build_optimizer
-from ssl_locat.pretraining.parts import Prepare, build_model, check, describe, distribute, saved_modules
+from ssl_locat.pretraining.origin import find_origin, launcher, may_be_missing
+from ssl_locat.pretraining.parts import Prepare, Rates, build_model, check, describe, distribute, rates, saved_modules
 from ssl_locat.pretraining.probes import Probes
 from ssl_locat.pretraining.step_times import decide_crops, with_crop_mode
 from ssl_locat.runs import distributed
-from ssl_locat.runs.checkpoint import Checkpointer, read_marker
+from ssl_locat.runs.checkpoint import Checkpointer
 from ssl_locat.runs.diagnosis import Diagnosis
 from ssl_locat.runs.distributed import is_main, rank, world_size
-from ssl_locat.runs.folder import differences, prepare, read_config
+from ssl_locat.runs.folder import RunFolder, differences, read_config, saved_config
 from ssl_locat.runs.log import EventLog, MetricsLog
 
 log = logging.getLogger(__name__)
@@ -32,42 +36,52 @@ class Run:
     """All that a pretraining holds while it lives. What resuming needs is (step, samples_seen, weights, optimiser): `save` writes it.
 
     step, samples_seen: optimiser steps and images done; the loop counts them up.
+    origin: where it started from; its checkpoint may be another run's.
     """
 
-    def __init__(self, config: Config, resume: str):
+    def __init__(self, config: Config, resume: str, allow: Iterable[str] = ()):
         self.began = time.monotonic()
-        self.config, self.folder = config, Path(config.run_dir)
+        self.folder, self.resume = Path(config.run_dir), resume
         self.device = distributed.setup(config.device)
         self.datasets, self.weights, self.length = check(config, world_size())
-        config = self.config = self._decide_crops()
-        self.lock = prepare(config) if is_main() else None
+        self.claim = RunFolder(self.folder) if is_main() else None
         distributed.barrier()
         self.events = EventLog(self.folder)
         options = config.checkpoint
         self.checkpointer = Checkpointer(self.folder, options.keep_last, options.milestone_every_steps, options.asynchronous)
-        self.start_from = find_checkpoint(self.checkpointer, resume, config)
+        self.origin = find_origin(config, self.checkpointer, self.datasets, self.weights, resume, tuple(allow))
+        self.start_from = self.origin.checkpoint
+        self.config = self._decide_crops(self.origin.config)
+        if self.claim:
+            if not self.start_from:
+                self.claim.require_same_settings(self.config)
+            self.claim.write(self.config)
         self._build_model()
         self._resume()
 
-    def _decide_crops(self) -> Config:
-        """`crops.mode: auto` becomes what config.yaml says since the first start, else what rank 0 measures: crops of one run never change."""
-        config = self.config
+    def _decide_crops(self, config: Config) -> Config:
+        """`crops.mode: auto` becomes what the checkpoint or config.yaml says since the first start, else what rank 0 measures: crops of one
+        run never change."""
         if config.crops.mode != "auto":
             return config
-        decided = None
+        mode = None
         if is_main():
-            kept = read_config(self.folder) if (self.folder / "config.yaml").is_file() else None
-            if (
-                kept
-                and kept.crops.mode != "auto"
-                and not any(differences(kept.model_dump(mode="json"), config.model_dump(mode="json")))
-            ):
-                decided = with_crop_mode(config, kept.crops.mode), "as at the first start of this run"
-            else:
+            decided, why = self._kept_config(), "as at the first start of this run"
+            if decided is None or decided.crops.mode == "auto":
                 ranks_share = config.optim.global_batch_size // (world_size() * config.optim.accumulate_steps)
-                decided = decide_crops(config, self.datasets, self.device, ranks_share)
-            log.info("crops.mode auto: %s (%s)", decided[0].crops.mode, decided[1])
-        return distributed.broadcast_object(decided)[0]
+                decided, why = decide_crops(config, self.datasets, self.device, ranks_share)
+            mode = decided.crops.mode
+            log.info("crops.mode auto: %s (%s)", mode, why)
+        return with_crop_mode(config, distributed.broadcast_object(mode))
+
+    def _kept_config(self) -> Config | None:
+        """Of the checkpoint, or of this run's own start that came to none yet."""
+        if self.start_from:
+            return saved_config(self.start_from)
+        file = self.folder / "config.yaml"
+        kept = read_config(self.folder) if file.is_file() and file.stat().st_size else None
+        same = kept and not any(differences(kept.model_dump(mode="json"), self.origin.config.model_dump(mode="json")))
+        return kept if same else None
 
     def _build_model(self) -> None:
         config = self.config
@@ -88,10 +102,20 @@ class Run:
         self.step, self.samples_seen, self.restarts = 0, 0, 0
         self.diagnosis = Diagnosis(diagnosed_prototypes(self.losses), fatal=config.stop_on)
         if self.start_from:
-            saved = self.checkpointer.load(self.start_from, self.modules, self.optimizer)
+            may_differ = may_be_missing(self.origin.changes)
+            saved = self.checkpointer.load(self.start_from, self.modules, self.optimizer, may_differ)
             meta = saved["meta"]
-            self.step, self.samples_seen, self.restarts = saved["step"], meta["samples_seen"], meta["restarts"] + 1
-            self.plan = resume_plan(meta["plan"], self.datasets, self.weights, config.seed)
+            self.step, self.samples_seen = saved["step"], meta["samples_seen"]
+            self.restarts = 0 if self.origin.new_branch else meta["restarts"] + 1
+            # steps of another batch size may lie behind
+            left = -(-(self.length.total_samples - self.samples_seen) // config.optim.global_batch_size)
+            self.length = self.length._replace(total_steps=self.step + max(0, left))
+            for name, anchor in self.model.snapshots.items():
+                if may_differ and f"snapshot.{name}.".startswith(
+                    may_differ
+                ):  # an objective that is new: it starts from this teacher
+                    distributed.copy_whole(self.model.teacher.backbone, anchor.backbone)
+            self.plan = self.origin.plan
             if "diagnosis" in meta:  # of a version before it was saved
                 self.diagnosis.load_state(meta["diagnosis"])
             if saved["scaler"]:
@@ -101,16 +125,30 @@ class Run:
             self.plan = choose_plan(self.datasets, self.weights, config.seed, batch, memory)
         self.resumed_at = self.samples_seen
 
+    def rates(self) -> Rates:
+        """Of the step that comes next."""
+        return rates(self.config, self.length, self.samples_seen, self.origin.since)
+
     def open_data(self) -> None:
         """The stream from where the run stands, and what watches the steps: metrics and probes."""
-        config, start = self.config, "resume" if self.start_from else "start"
+        config, origin = self.config, self.origin
+        start = "resume" if self.start_from and not origin.new_branch else "start"
+        if is_main():
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of the shorter run that this was
         self.events.add(
             start,
             step=self.step,
             total_steps=self.length.total_steps,
             world_size=world_size(),
             checkpoint=str(self.start_from or ""),
+            launcher=launcher(),
         )
+        if origin.new_branch:
+            self.events.add("branch", step=self.step, parent=str(self.start_from), changes=[str(c) for c in origin.changes])
+        elif origin.changes:
+            self.events.add("change", step=self.step, changes=[str(change) for change in origin.changes])
+        for change in origin.changes:
+            log.info("allowed: %s", change)
         log.info("%s; %ss at step %d; run folder %s", self.introduction, start, self.step, self.folder)
         if len(self.datasets) > 1:
             shares = (f"{data.name} {share:.3f}" for data, share in zip(self.datasets, self.plan.shares, strict=True))
@@ -153,6 +191,8 @@ class Run:
 
     def save(self, block: bool) -> None:
         """A checkpoint of this step; `block`: return when it is on disk on all ranks."""
+        if self.claim:
+            self.claim.require_in_place()
         self.metrics_log.flush()
         meta = {
             "samples_seen": self.samples_seen,
@@ -161,46 +201,39 @@ class Run:
             "config": self.config.model_dump(mode="json"),
             "initial_grid": getattr(self.model.student.backbone, "gaug_options", {}).get("initial_grid"),
             "diagnosis": self.diagnosis.state(),
+            "parent": self.origin.parent,
+            "since": self.origin.since and self.origin.since._asdict(),
         }
         scaler_state = self.scaler.state_dict() if self.scaler.is_enabled() else None
         self.checkpointer.save(self.step, self.modules, self.optimizer, meta, scaler_state, block=block)
         self.events.add("save", step=self.step)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Around all that is done after `open_data`: an error is told as the last event; what the disk refuses is an Outage, and a run folder
+        that is gone a UserError."""
+        with self.events.ending():
+            try:
+                yield
+            except (OSError, SafetensorError) as error:
+                if self.claim:
+                    self.claim.require_in_place()
+                if message := disk_error_message(error):
+                    raise Outage(message) from error
+                raise
 
     def close(self) -> None:
         self.metrics_log.close()
         self.stream.close()
 
 
-def set_up(config: Config, resume: str = "auto") -> Run:
+def set_up(config: Config, resume: str = "auto", allow: Iterable[str] = ()) -> Run:
     """A run that stands at its first step, or at the step of its checkpoint; `open_data` makes it ready to go.
 
     Raises:
         UserError: whatever is wrong with config, data, run folder or checkpoint.
     """
-    return Run(config, resume)
-
-
-def find_checkpoint(checkpointer: Checkpointer, resume: str, config: Config) -> Path | None:
-    """Where `--resume` leads: None for a fresh start. Raises UserError for checkpoints that cannot be used, or are of other settings."""
-    if resume not in ("auto", "never"):
-        changed = list(differences(read_marker(Path(resume))["meta"]["config"], config.model_dump(mode="json")))
-        if changed:
-            raise UserError(
-                f"{resume} is of a run with other settings: {'; '.join(changed)}. Give the same settings to resume, or start a new run from "
-                f"its weights: backbone.init={resume}."
-            )
-        return Path(resume)
-    newest = checkpointer.newest()
-    if newest and resume == "never":
-        raise UserError(
-            f"--resume never, but {config.run_dir} holds {newest.name}. Give another run_dir, or remove that folder first."
-        )
-    if not newest and resume == "auto" and (unusable := checkpointer.unusable()):
-        raise CheckpointError(
-            f"none of the checkpoints of {config.run_dir} can be used: {'; '.join(unusable)}. Put whole ones back, or begin anew "
-            "with --resume never (these are kept aside)."
-        )
-    return newest
+    return Run(config, resume, allow)
 
 
 def diagnosed_prototypes(losses: nn.ModuleDict) -> int | None:

@@ -1,7 +1,9 @@
 """How a run ends: stopped before its last step, or with a summary and an export; and what would run, without running it (`--dry-run`)."""
 
+import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -18,13 +20,16 @@ from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import next_steps, say
 from ssl_locat.shown import redacted, to_json
 
+log = logging.getLogger(__name__)
+
 
 def stop_early(run: Run, reason: str) -> NoReturn:
     """A signal stopped the run, which saved. Raises Preempted."""
     run.events.add("preempt", step=run.step, signal=reason)
-    raise Preempted(
-        f"Stopped by {reason} at step {run.step} of {run.length.total_steps}; saved. The same command goes on from there."
-    )
+    # typed again, `never` and a checkpoint of this very folder would not lead to what was saved now
+    same = run.resume == "auto" or (run.origin.parent and run.origin.parent["checkpoint"] == str(Path(run.resume).resolve()))
+    again = "The same command" if same else "The same command with --resume auto"
+    raise Preempted(f"Stopped by {reason} at step {run.step} of {run.length.total_steps}; saved. {again} goes on from there.")
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -41,12 +46,25 @@ def finish(run: Run) -> dict[str, Any]:
         "restarts": run.restarts,
     }
     if is_main():
+        if run.config.export:  # before the summary, which says that all is done
+            export(str(run.folder), str(run.folder / "export"))
         write_atomically(run.folder / "summary.json", to_json(summary, indent=1))
-    if run.config.export and is_main():
-        export(str(run.folder), str(run.folder / "export"))
     distributed.barrier()
-    if run.lock:
-        run.lock.close()
+    if run.claim:
+        run.claim.close()
+    return summary
+
+
+def finished_before(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run that is started again at its end; an export that is not there is made."""
+    if run.config.export and is_main() and not (run.folder / "export" / "config.json").is_file():
+        log.info("%s finished before; only its export is missing", run.folder)
+        export(str(run.folder), str(run.folder / "export"))
+    else:
+        log.info("%s finished before; nothing is left to do", run.folder)
+    distributed.barrier()
+    if run.claim:
+        run.claim.close()
     return summary
 
 

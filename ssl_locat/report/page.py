@@ -41,7 +41,7 @@ CHARTS = [
     ("Memory", "Largest so far, on rank 0.", ["memory_gb"], "GB", False),
 ]  # fmt: skip
 NOT_CURVES = {"step", "samples_seen", "time", "epoch", "quarantined"}
-MARKED = ("resume", "preempt", "requeue", "warning", "diverged", "outage", "fault", "quarantine")
+MARKED = ("branch", "change", "resume", "preempt", "requeue", "warning", "diverged", "outage", "fault", "quarantine")
 
 
 def report(runs: list[str], out: str | None = None, watch: bool = False, port: int = 0) -> Path:

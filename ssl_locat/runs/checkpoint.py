@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_locat.errors import CheckpointError, Outage, disk_refusal
+from ssl_locat.errors import DISK_ERRORS, CheckpointError, Outage, disk_error_message
 from ssl_locat.runs import distributed
 from ssl_locat.runs.durable import flush, flush_folder, make_folder, write_and_flush
 from ssl_locat.runs.marker import (
@@ -55,17 +55,13 @@ log = logging.getLogger(__name__)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process, as we mean it
 
+RETRY_SECONDS = 60  # from a save that failed to the next try
+UNSAVED_SECONDS = 600  # of saves that fail, after which a run ends
+SAVE_AGAIN, SAVE_OR_END = 1, 2  # what a rank may wish for
+
 # what a run writes beside its checkpoints: on disk before a checkpoint that is later than it
-COMMITTED = (
-    "metrics.jsonl",
-    "events.jsonl",
-    "quarantine.jsonl",
-    "config.yaml",
-    "environment.json",
-    "probes/*.jsonl",
-    "probes",
-    ".",
-)
+# (config.yaml, environment.json and probes/ are synced where they are written)
+COMMITTED = ("metrics.jsonl", "events.jsonl", "quarantine.jsonl", ".")
 
 
 class Checkpointer:
@@ -80,12 +76,13 @@ class Checkpointer:
 
     def __init__(self, run_dir: str | Path, keep_last: int = 3, milestone_every: int | None = None, asynchronous: bool = True):
         self.run_dir, self.folder = Path(run_dir), Path(run_dir) / "checkpoints"
-        if distributed.is_main():
-            make_folder(self.folder)
         self.keep_last, self.milestone_every, self.asynchronous = keep_last, milestone_every, asynchronous
         self.last_step: int | None = None  # newest step of this run's own line: loaded or saved by this object
         self.failures = 0  # saves in a row that failed
         self.failing_since: float | None = None  # time.monotonic() of the first of them
+        self._next_try = 0.0
+        self._made = False
+        self._synced: dict[str, tuple] = {}  # what of COMMITTED is on disk, by inode, size and time
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # caches pinned buffers
@@ -107,6 +104,9 @@ class Checkpointer:
         goes on, and the loop asks again soon. With `block` it returns when all is on disk on all ranks, and raises Outage where that failed.
         """
         self.wait()
+        if distributed.is_main() and not self._made:
+            make_folder(self.folder)
+            self._made = True
         if step == self.last_step and self.failures == 0:
             return  # saved a moment ago, by its period; now asked for again by a stop
         tensors = _tensors(modules, optimizer)
@@ -121,11 +121,16 @@ class Checkpointer:
         if block or not self.asynchronous:
             self.wait(raise_errors=block)
 
-    def look(self) -> int:
-        """How many saves in a row failed, as far as this rank knows by now; waits for nothing."""
+    def wish(self) -> int:
+        """SAVE_AGAIN a minute after a save failed, and each minute from then on; SAVE_OR_END once nothing could be saved for ten minutes: a
+        run whose work is lost is not worth its power. Waits for nothing. For one rank to ask, and for all to agree on (`StopFlag`)."""
         if self._pending is not None and self._pending.done():
             self.wait()
-        return self.failures
+        now = time.monotonic()
+        if not self.failures or now < self._next_try:
+            return 0
+        self._next_try = now + RETRY_SECONDS
+        return SAVE_OR_END if now - self.failing_since >= UNSAVED_SECONDS else SAVE_AGAIN
 
     def wait(self, raise_errors: bool = False) -> None:
         """Until the save in the background, if there is one, is on disk (or failed)."""
@@ -137,7 +142,9 @@ class Checkpointer:
             self.last_step, self.failures, self.failing_since = step, 0, None
             return log.info("saved step %d in %.1f s", step, seconds)
         self.failures += 1
-        self.failing_since = self.failing_since or time.monotonic()
+        if self.failing_since is None:
+            self.failing_since = time.monotonic()
+            self._next_try = self.failing_since + RETRY_SECONDS
         if raise_errors:
             raise Outage(f"{self._words(step, error)} Make room (or mend the disk) and start the same command again.")
 
@@ -295,9 +302,14 @@ class Checkpointer:
 
     def _commit(self, step: int, partial: Path, content: dict, sha256: dict[str, str]) -> None:
         """Rank 0, once all ranks wrote their files: the run's own files, the marker, the rename; then (only then) older ones go."""
-        for pattern in COMMITTED:
-            for path in self.run_dir.glob(pattern) if "*" in pattern else [self.run_dir / pattern]:
-                flush_folder(path) if path.is_dir() else flush(path)
+        for name in COMMITTED:
+            path = self.run_dir / name
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                if self._synced.get(name) != state:  # a sync costs milliseconds, and a busy disk's hundreds
+                    flush_folder(path) if path.is_dir() else flush(path)
+                    self._synced[name] = state
         files = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
         content = content | {"saved": time.time(), "files": files, "sha256": {name: sha256[name] for name in files}}
         write_and_flush(partial / MARKER, write_seal(content))
@@ -373,7 +385,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, dcp.CheckpointException) as error:  # torch's is no Exception
-        if isinstance(error, OSError) and disk_refusal(error):
+        if isinstance(error, OSError) and disk_error_message(error):
             raise
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}. Take another checkpoint of this run.") from error
 
@@ -480,4 +492,10 @@ def _unused_name(path: Path) -> Path:
 def _reason(error: BaseException) -> str:
     """One line; torch wraps what happened on each rank in a CheckpointException."""
     causes = getattr(error, "failures", None) or {0: error}
-    return "; ".join(sorted({f"{type(c).__name__}: {c}" for c in (v[0] if isinstance(v, tuple) else v for v in causes.values())}))
+    found = (cause[0] if isinstance(cause, tuple) else cause for cause in causes.values())
+    return "; ".join(sorted({_in_words(cause) for cause in found}))
+
+
+def _in_words(error: BaseException) -> str:
+    words = DISK_ERRORS.get(getattr(error, "errno", None), "").partition(".")[0]
+    return f"{words} ({error})" if words else f"{type(error).__name__}: {error}"

@@ -9,16 +9,18 @@ so that a requeued job never meets the port of its former self or of a neighbour
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from ssl_locat.errors import ConfigError
+from ssl_locat.errors import EXPECTED, ConfigError, RankLost
 from ssl_locat.shown import printable, redact, to_json
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ log = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=10)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
+ROLL_CALL_SECONDS = 5  # ranks notice a lost one within a second of each other: each has a vote under way at every step
+COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|monitoredBarrier|timed? ?out", re.IGNORECASE)
+
+_roll: "Roll | None" = None
 _cpu_group: dist.ProcessGroup | None = None  # gloo: agreements and small objects, whatever the tensors' backend is
 
 
@@ -68,7 +74,7 @@ def setup(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     Collectives on CUDA tensors go through NCCL, on CPU tensors through gloo. A rank that does not answer within `timeout`
     raises in the others, with a message, instead of leaving them to wait for ever.
     """
-    global _cpu_group
+    global _cpu_group, _roll
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -91,9 +97,16 @@ def setup(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     options = {"device_id": chosen} if chosen.type == "cuda" else {}
     if rendezvous:
         options["store"] = _store_through_file(Path(rendezvous), timeout)
+    else:
+        options["store"], _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        options["store"].set_timeout(timeout)
+    own = dist.PrefixStore("ssl_locat", options["store"])
+    options["store"] = dist.PrefixStore("processes", options["store"])
     dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timeout, **options)
     _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    own.set(f"host {rank()}", socket.gethostname())
     barrier()
+    _roll = Roll(own, [own.get(f"host {number}").decode() for number in range(world_size())])
     if rendezvous and is_main():
         Path(rendezvous).unlink(missing_ok=True)
     return chosen
@@ -142,10 +155,51 @@ def _own_addresses() -> list[str]:
 
 def shutdown() -> None:
     """Leaves the process group; the last call of a program that called `setup()`."""
-    global _cpu_group
+    global _cpu_group, _roll
     if dist.is_initialized():
         dist.destroy_process_group()
-    _cpu_group = None
+    _cpu_group = _roll = None
+
+
+class Roll(NamedTuple):
+    """Who takes part, and the store where each says that it still lives once something went wrong."""
+
+    store: dist.Store
+    hosts: list[str]
+
+    def missing(self, seconds: float) -> list[int]:
+        """The ranks that do not answer within `seconds`, asked by one that failed: those that live fail, too, and ask the same."""
+        others = [number for number in range(len(self.hosts)) if number != rank()]
+        try:
+            self.store.set(f"alive {rank()}", "yes")
+            until = time.monotonic() + seconds
+            while others and time.monotonic() < until:
+                others = [number for number in others if not self.store.check([f"alive {number}"])]
+                time.sleep(0.1)
+        except RuntimeError:  # the store is gone, and with it rank 0 (or torchrun's first agent), which serves it
+            return [0] if rank() else others
+        return others
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """What gloo or NCCL say where another process is gone (addresses, a closed connection) becomes RankLost, which names rank and host."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _roll is None or isinstance(error, EXPECTED) or not COMMUNICATION.search(str(error)):
+            raise
+        missing = _roll.missing(ROLL_CALL_SECONDS)
+        names = [f"rank {number} on {_roll.hosts[number]}" for number in missing]
+        what = (
+            f"{', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
+            if names
+            else "another rank, which has answered since,"
+        )
+        raise RankLost(
+            f"{rank_and_host()} ends, because it lost {what}: it failed, was killed (out of memory?), or its node or network is gone. Its own "
+            f"log says more, if it could. Start the same command again: it resumes from the newest checkpoint. ({str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 def barrier() -> None:
@@ -264,10 +318,12 @@ class StopFlag:
     def __init__(self):
         self.signal = _remembered  # the first that arrived here; 0: none
         self._work: dist.Work | None = None
-        self._vote = torch.zeros(1, dtype=torch.int64)
+        self._vote = torch.zeros(2, dtype=torch.int64)
+        self.wish = 0  # the largest of all ranks' at the last call of `agreed`
         # gloo passes a vote on in a ring, some 50 us a rank: on many ranks it gets several steps to arrive in
         self._every, self._calls = max(1, world_size() // 64), 0
         self._former: dict = {}
+        self._own_wish = 0  # until it is voted for
 
     @property
     def requested(self) -> bool:
@@ -291,23 +347,25 @@ class StopFlag:
             sys.exit(130)
         self.signal = self.signal or number
 
-    def agreed(self) -> bool:
-        """True on all ranks at the same call once any rank was signalled.
+    def agreed(self, wish: int = 0) -> bool:
+        """True on all ranks at the same call once any rank was signalled; `.wish` is the largest `wish` of all ranks at a former call.
 
         The vote of this call is read at the next one (with more than 127 ranks, some calls later), by when it has long arrived: no
         step waits for it. If a rank is gone, the vote raises here: this is also the heartbeat.
         """
         if _cpu_group is None:
+            self.wish = wish
             return self.requested
-        self._calls += 1
+        self._calls, self.wish, self._own_wish = self._calls + 1, 0, max(self._own_wish, wish)
         if self._calls % self._every:
             return False
         if self._work is not None:
             self._work.wait()
-            if self._vote.item():
-                self.signal, self._work = int(self._vote.item()), None
+            voted, self.wish = self._vote.tolist()
+            if voted:
+                self.signal, self._work = voted, None
                 return True
-        self._vote = torch.tensor([self.signal])
+        self._vote, self._own_wish = torch.tensor([self.signal, self._own_wish]), 0
         self._work = dist.all_reduce(self._vote, dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
         return False
 
@@ -360,7 +418,8 @@ def fault(error: BaseException, folder: str | Path | None = None) -> str:
     trace = "".join(traceback.format_exception(error))
     text = printable(redact(f"{rank_and_host()}: {type(error).__name__}: {error}\n{trace}"))
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         record = {"time": time.time(), "rank": rank(), "host": socket.gethostname(), "error": f"{type(error).__name__}: {error}"}
-        Path(folder, f"fault-rank{rank()}.json").write_text(to_json(record | {"trace": trace}))
+        with suppress(OSError):  # a full disk
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, f"fault-rank{rank()}.json").write_text(to_json(record | {"trace": trace}))
     return text

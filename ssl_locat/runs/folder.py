@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from ssl_locat.config.schema import Config, parse
-from ssl_locat.config.yaml_files import load_yaml
-from ssl_locat.errors import UserError
-from ssl_locat.runs.durable import write_atomically
+from ssl_locat.config.yaml_files import LoadedYaml, load_yaml
+from ssl_locat.errors import CheckpointError, ConfigError, UserError
+from ssl_locat.runs.durable import make_folder, write_atomically
+from ssl_locat.runs.marker import problem, read_marker, step_folders
 from ssl_locat.shown import carries_credentials, redacted, to_json
 
 log = logging.getLogger(__name__)
@@ -48,46 +50,102 @@ MAY_CHANGE += (
 MAY_CHANGE += ("checkpoint", "probes", "log", "stop_on", "export", "sweep")
 
 
+class Difference(NamedTuple):
+    """One setting of a run that is not what it was."""
+
+    key: str
+    saved: Any
+    given: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {redacted(self.saved)!r}, now {redacted(self.given)!r}"
+
+
 def read_config(run_dir: str | Path) -> Config:
-    """The resolved config of a run."""
+    """The resolved config of a run: config.yaml, or that of the newest checkpoint where a power cut left the file empty or took it."""
     path = Path(run_dir, "config.yaml")
-    if not path.is_file():
-        raise UserError(f"{run_dir}: not a run folder (it has no config.yaml). Give the run_dir of a pretraining.")
-    return parse(Config, load_yaml(str(path)))
+    if path.is_file() and path.stat().st_size:
+        return parse(Config, load_yaml(str(path)))
+    for checkpoint in reversed(step_folders(Path(run_dir, "checkpoints"))):
+        if not problem(checkpoint):
+            return saved_config(checkpoint)
+    raise UserError(f"{run_dir}: not a run folder (it has no config.yaml). Give the run_dir of a pretraining.")
 
 
-def prepare(config: Config) -> TextIO:
-    """Create the folder, or check that what it holds is this very run; write config.yaml and environment.json.
+def saved_config(checkpoint: Path) -> Config:
+    """The config that a checkpoint was made with: what came later has its default. It has no credentials. CheckpointError if it is none."""
+    values = read_marker(checkpoint)["meta"].get("config")
+    try:
+        return parse(Config, LoadedYaml(f"the config in {checkpoint}", values))
+    except (ConfigError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint} holds no config that this version reads: {error}") from None
 
-    Returns the lock on the folder: no other process trains in it until the file is closed or this process ends.
+
+class RunFolder:
+    """A run's folder while a process trains in it (rank 0 only): no other process does until `close`, or this one's end.
 
     Raises:
-        UserError: the folder holds a run with other settings, or cannot be written.
+        UserError: the folder cannot be written, or another process trains in it.
     """
-    folder = Path(config.run_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def __init__(self, run_dir: str | Path):
+        self.path = Path(run_dir)
+        with self._writable():
+            make_folder(self.path)
+            self._lock = acquire_lock(self.path)
+        self._identity = os.fstat(self._lock.fileno()).st_ino
+
+    def require_same_settings(self, config: Config) -> None:
+        """UserError if the folder holds a run with other settings. For a run without a checkpoint: else the checkpoint's own count."""
         # without a step done it is what a mistake in the config left
-        if (folder / "config.yaml").is_file() and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-            changed = list(differences(read_config(folder).model_dump(mode="json"), config.model_dump(mode="json")))
-            if changed:
-                raise UserError(
-                    f"{folder} holds a run with other settings: {'; '.join(changed)}. "
-                    "Give another run_dir to start afresh, or the same settings to go on."
-                )
-        lock = acquire_lock(folder)
-        values = config.model_dump(mode="json")
-        if private := carries_credentials(values):
+        if not (self.path / "metrics.jsonl").exists() or not (self.path / "config.yaml").is_file():
+            return
+        if (self.path / "config.yaml").stat().st_size == 0:  # a power cut; without a checkpoint the run begins anew
+            return
+        if changed := list(differences(read_config(self.path).model_dump(mode="json"), config.model_dump(mode="json"))):
+            raise UserError(
+                f"{self.path} holds a run with other settings: {'; '.join(map(str, changed))}. "
+                "Give another run_dir to start afresh, or the same settings to resume."
+            )
+
+    def write(self, config: Config) -> None:
+        """config.yaml and environment.json."""
+        private = carries_credentials(config.model_dump(mode="json"))
+        if private:
             log.warning(
                 "the config holds credentials (user, password or query of a URL): %s keeps them to resume, readable by you alone. Better "
                 "leave them out: ~/.netrc, AWS_PROFILE, gcloud's login and HF_TOKEN are read as by every tool.",
-                folder / "config.yaml",
+                self.path / "config.yaml",
             )
-        write_atomically(folder / "config.yaml", config.to_yaml(), private)
-        write_atomically(folder / "environment.json", to_json(environment(), indent=1))
-    except OSError as error:
-        raise UserError(f"run_dir {folder} cannot be written: {error.strerror or error}. Give another run_dir.") from None
-    return lock
+        with self._writable():
+            write_atomically(self.path / "config.yaml", config.to_yaml(), private)
+            write_atomically(self.path / "environment.json", to_json(environment(), indent=1))
+
+    def require_in_place(self) -> None:
+        """UserError if the folder was moved or deleted, or another one was put in its place, while this run trains in it."""
+        try:
+            found = (self.path / "lock").stat().st_ino
+        except FileNotFoundError:
+            found = None
+        except OSError:
+            return  # of a disk that fails; whoever writes next is told
+        if found != self._identity:
+            what = "it is not there any more" if found is None else "another one is in its place"
+            raise UserError(
+                f"{self.path} was moved or deleted while this run trained in it: {what}. The run ends; where its checkpoints are, the "
+                "same command resumes (run_dir=WHERE_IT_IS_NOW)."
+            )
+
+    def close(self) -> None:
+        """Let others train here."""
+        self._lock.close()
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"run_dir {self.path} cannot be written: {error.strerror or error}. Give another run_dir.") from None
 
 
 def acquire_lock(folder: Path) -> TextIO:
@@ -95,18 +153,22 @@ def acquire_lock(folder: Path) -> TextIO:
 
     A network disk may take minutes to notice that a node has died: where the holder is on another machine, it is waited for.
     """
-    lock = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  stays open as long as the run
     patience = None
     while True:
+        lock = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  stays open as long as the run
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX, not flock: forked loader workers must not inherit it
-            break
+            if _is_at(folder / "lock", lock):
+                break
+            lock.close()  # the file was deleted while this waited; who came later locked another one of that name
+            continue
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 log.debug("%s: this file system has no locks (%s)", folder, error)
                 return lock
         lock.seek(0)
         holder = lock.read().strip()
+        lock.close()
         if patience is None:
             patience = time.monotonic() + (0 if holder.endswith(f" on {socket.gethostname()}") else LOCK_PATIENCE)
         if time.monotonic() >= patience:
@@ -122,6 +184,13 @@ def acquire_lock(folder: Path) -> TextIO:
     return lock
 
 
+def _is_at(path: Path, file: TextIO) -> bool:
+    """Whether the open file is still the one of this name."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
+
+
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """summary.json, which a finished run has; None without a whole one."""
     try:
@@ -130,15 +199,15 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def differences(saved: Any, given: Any, key: str = "") -> Iterator[str]:
-    """'optim.lr was 0.1, now 0.2' for each key of two configs, as plain values, that matters."""
+def differences(saved: Any, given: Any, key: str = "") -> Iterator[Difference]:
+    """Each setting of two configs, as plain values, that is another one and matters for what is learned."""
     if key in MAY_CHANGE:
         return
     if isinstance(saved, dict) and isinstance(given, dict):
         for name in dict.fromkeys([*saved, *given]):
             yield from differences(saved.get(name), given.get(name), f"{key}.{name}".lstrip("."))
     elif redacted(saved, "") != redacted(given, ""):  # signed URLs rotate, and checkpoints keep none
-        yield f"{key} was {redacted(saved)!r}, now {redacted(given)!r}"
+        yield Difference(key, saved, given)
 
 
 def environment() -> dict[str, Any]:

@@ -144,6 +144,10 @@ def explain(run: Run) -> tuple[list[str], list[str]]:
         "stopped": (f"Ended without a word (killed, out of memory, or power): {at}.", again),
     }
     facts.append(words[run.status][0])
+    for event in run.events:
+        if event["kind"] in ("branch", "change"):
+            begin = f"Branched from {event['parent']}" if "parent" in event else "Settings were changed on purpose"
+            facts.append(f"{begin} at step {event['step']}: {'; '.join(event['changes']) or 'with the same settings'}.")
     advice.append(words[run.status][1])
     knn = run.summary.get("knn") or {}
     if knn.get("trained") is not None:

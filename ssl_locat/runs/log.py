@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, UserError, did_you_mean
+from ssl_locat.runs.durable import flush, flush_folder
 from ssl_locat.shown import printable, redact, redacted, shown, to_json
 
 if TYPE_CHECKING:  # rich is a third of the time that `--help` takes: it is imported by what shows something
@@ -258,7 +259,9 @@ def _drop_after(path: Path, step: int) -> None:
         beside = path.with_suffix(".tmp")
         beside.unlink(missing_ok=True)
         _append(beside, kept)
+        flush(beside)
         os.replace(beside, path)
+        flush_folder(path.parent)
 
 
 class EventLog:

@@ -17,11 +17,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ssl_locat.cli import app
 from ssl_locat.cluster.jobs import write_status
-from ssl_locat.errors import EXPECTED, Outage, Preempted
+from ssl_locat.errors import EXPECTED, Outage, Preempted, disk_error_message
 from ssl_locat.runs import distributed, log
 
 logger = logging.getLogger(__name__)
@@ -65,10 +68,19 @@ def run(arguments: list[str], folder: str, cwd: str, max_requeues: int) -> None:
             distributed.fault(error, faults)
         if isinstance(error, Preempted | Outage) and "SLURM_JOB_ID" in os.environ:
             requeue_and_wait(folder, job, restart, max_requeues)
+    except (OSError, SafetensorError) as error:
+        message = disk_error_message(error)
+        print(
+            f"{distributed.rank_and_host()}: {message}" if message else distributed.fault(error, faults),
+            file=sys.stderr,
+            flush=True,
+        )
+        code = Outage.exit_code if message else 1
     except BaseException as error:
         print(distributed.fault(error, faults), file=sys.stderr, flush=True)
     if distributed.is_main():
-        write_status(folder, job, state={0: "COMPLETED", 4: "STOPPED"}.get(code, "FAILED"), restart=restart, exit_code=code)
+        with suppress(OSError):  # a full disk: the exit code says the same
+            write_status(folder, job, state={0: "COMPLETED", 4: "STOPPED"}.get(code, "FAILED"), restart=restart, exit_code=code)
     if code:
         # without this a thread of a dead collective can keep the process, and with it the whole step, alive
         logging.shutdown()
@@ -79,6 +91,8 @@ def run(arguments: list[str], folder: str, cwd: str, max_requeues: int) -> None:
 
 def slurm_state(job: str) -> str:
     """Slurm's own word for it, such as RUNNING; '' if it does not answer or know."""
+    if shutil.which("scontrol") is None:
+        return ""
     shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False).stdout
     fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
     return fields.get("JobState", "")
@@ -88,11 +102,22 @@ def requeue_and_wait(folder: str, job: str, restart: int, max_requeues: int) -> 
     """Rank 0 asks Slurm to start the job again, unless the stop was asked for by `ssl-locat jobs stop`, or Slurm is ending or
     requeuing the job already. Returns if not (the others are then ended with rank 0); else waits to be ended by Slurm."""
     if distributed.is_main():
-        if Path(folder, f"{job}.stop").exists() or slurm_state(os.environ["SLURM_JOB_ID"]) != "RUNNING":
+        reachable = shutil.which("scontrol") is not None
+        if Path(folder, f"{job}.stop").exists() or (reachable and slurm_state(os.environ["SLURM_JOB_ID"]) != "RUNNING"):
             return
         if restart >= max_requeues:
             return logger.error("%s: not requeued: it was %d times already (max_requeues)", distributed.rank_and_host(), restart)
-        write_status(folder, job, state="REQUEUED", restart=restart)
+        if not reachable:  # the job's script runs outside a container, and asks there (cluster/launch.py)
+            with suppress(OSError):
+                Path(folder, f"{os.environ['SLURM_JOB_ID']}.requeue").touch()
+            return logger.warning(
+                "%s: saved, but there is no scontrol here, on this node or in this container: the job's script asks Slurm for the requeue as soon "
+                "as this ends. If the job does not come back, run `ssl-locat jobs requeue %s` on a login node.",
+                distributed.rank_and_host(),
+                job,
+            )
+        with suppress(OSError):  # a full disk
+            write_status(folder, job, state="REQUEUED", restart=restart)
         logger.info("requeue: saved, asking Slurm to start this job again")
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

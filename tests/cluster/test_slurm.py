@@ -227,6 +227,24 @@ def test_node_killed(cluster, unbroken):
     assert run.restarts() == 1 and run.resumed_at()[0] >= 20  # nobody told it: from the last periodic checkpoint
 
 
+def test_without_scontrol_in_the_container_the_jobs_script_asks_for_the_requeue(cluster, unbroken):
+    """And `--resume never` holds for the first start only."""
+    contained = cluster.folder / "contained.sh"
+    contained.write_text(f'#!/bin/bash\nexport PATH=/nowhere\nexec {sys.executable} "$@"\n')
+    contained.chmod(0o755)
+    (cluster.folder / "contained.yaml").write_text(yaml.safe_dump({**CONFIG, "run_dir": "runs/contained"}))
+    (cluster.folder / "contained-on.yaml").write_text(yaml.safe_dump({**PROFILE, "python": str(contained)}))
+    job = cluster.queue("pretrain", "contained.yaml", "--on", "contained-on.yaml", "--resume", "never")
+    run = Run(cluster, cluster.folder / "runs/contained", job)
+    run.wait_for_step(25)
+    cluster.slurm("scancel", "--signal=USR2", run.job)
+    run.wait(lambda: run.resumed_at(), "resumed")
+    run.wait_for_end()
+    assert run.losses() == unbroken.losses() and run.restarts() == 1 and run.resumed_at()[0] >= 25
+    said = "\n".join(path.read_text() for path in (run.folder / "slurm").glob(f"{job}_*_log.err"))
+    assert "there is no scontrol here" in said and "Traceback" not in said
+
+
 CRASHING = """
 import os
 from ssl_locat.objectives.dino import DINO

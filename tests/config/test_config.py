@@ -179,3 +179,27 @@ def test_what_is_written_has_no_aliases_which_the_loader_refuses(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(dump_yaml({"one": shared, "two": shared}))
     assert load_yaml(str(path)).data == {"one": shared, "two": shared}
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "expected"),
+    [
+        ("epochs: 3", ["optim.total_steps=7"], (None, 7)),
+        ("total_steps: 7", ["optim.epochs=3"], (3, None)),
+        ("epochs: 3", ["optim.epochs=null", "optim.total_steps=7"], (None, 7)),
+        ("epochs: 3", ["optim.total_steps=null"], (3, None)),
+    ],
+)
+def test_one_length_takes_the_place_of_the_other(tmp_path, below, above, expected):
+    """In a file over its base as on the command line; two in one place are still a mistake."""
+    rest = "run_dir: r\ndata: {train: x}\nbackbone: {name: vit_tiny_patch16_224}\nobjective: {name: dino}\n"
+    (tmp_path / "base.yaml").write_text(f"{rest}optim: {{{below}, global_batch_size: 8}}\n")
+    optim = load(str(tmp_path / "base.yaml"), above).optim
+    assert (optim.epochs, optim.total_steps) == expected
+    given = {key.removeprefix("optim."): value for key, value in (item.split("=") for item in above) if value != "null"}
+    lines = "".join(f"  {key}: {value}\n" for key, value in given.items()) or "  lr: 0.1\n"
+    (tmp_path / "above.yaml").write_text(f"base: base.yaml\noptim:\n{lines}")
+    optim = load(str(tmp_path / "above.yaml")).optim
+    assert (optim.epochs, optim.total_steps) == expected
+    with pytest.raises(ConfigError, match="exactly one of epochs and total_steps"):
+        load(str(tmp_path / "base.yaml"), ["optim.epochs=1", "optim.total_steps=2"])

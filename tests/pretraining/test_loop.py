@@ -196,7 +196,7 @@ def test_changed_settings_are_refused_on_resume(tiny):
         pretrain(tiny("optim.epochs=1", "optim.lr=0.02"))
     with pytest.raises(UserError, match="--resume never, but"):
         pretrain(config, resume="never")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"nowhere: there is no checkpoint"):
         pretrain(config, resume=str(Path(config.run_dir) / "nowhere"))
     with pytest.raises(UserError, match=r"step_00000004 is of a run with other settings: .*optim\.lr was 0\.01, now 0\.02"):
         pretrain(tiny("optim.lr=0.02", f"run_dir={config.run_dir}_b"), resume=f"{config.run_dir}/checkpoints/step_00000004")
@@ -242,6 +242,40 @@ def test_a_holder_on_another_machine_is_waited_for(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: holder.communicate())  # it ends meanwhile
     run_folder.acquire_lock(tmp_path).close()
     assert "waiting for it to end" in caplog.text
+
+
+def test_a_lock_that_is_deleted_while_another_waits_is_held_by_one_alone(tmp_path, monkeypatch):
+    """The waiting process opens what is there; what it locked must still be the file of that name when it has it."""
+    lockf, times = run_folder.fcntl.lockf, []
+
+    def slow(file, how):
+        lockf(file, how)
+        times.append(os.fstat(file.fileno()).st_ino)
+        if len(times) < 3:  # somebody deletes the file, and a third process makes it anew
+            (tmp_path / "lock").unlink()
+            (tmp_path / "other").touch()
+            (tmp_path / "other").rename(tmp_path / "lock")
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", slow)
+    with run_folder.acquire_lock(tmp_path) as lock:
+        assert len(times) == 3 and os.path.samestat(os.fstat(lock.fileno()), (tmp_path / "lock").stat())
+
+
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        ("{knn: {k: [5], data: {test: nowhere/*.tar}}}", r"probes\.knn: .*nowhere"),
+        ("{knn: {k: [5], data: {label_key: json}}}", r"probes\.knn: .*json"),
+        ("{knn: {kk: [5]}}", r"unknown key 'probes\.knn\.kk'"),
+    ],
+)
+def test_a_probe_that_is_switched_on_later_is_checked_at_the_start(tiny, probe, message):
+    config = tiny("optim.epochs=1")
+    pretrain(config)
+    shutil.rmtree(max(Path(config.run_dir).glob("checkpoints/step_*")))
+    (Path(config.run_dir) / "summary.json").unlink()
+    with pytest.raises(UserError, match=message):
+        pretrain(tiny("optim.epochs=1", f"probes={probe}"))
 
 
 def test_a_run_from_other_weights_keeps_their_grid_and_needs_them_once(tiny, tmp_path):

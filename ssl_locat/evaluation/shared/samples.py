@@ -239,6 +239,11 @@ class _Labels(Dataset):
             raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
 
 
+def first_label(members: Members, label_key: str | None) -> int:
+    """Of the first sample. DataError if it has none."""
+    return _Labels(members, label_key).fetch([0])[0]
+
+
 def read_labels(members: Members, label_key: str | None, workers: int) -> Tensor:
     """int64 [N]: the label of every sample, read by all processes together. One pass over the data, nothing decoded."""
     indices, valid = share(len(members), rank(), world_size())
