@@ -140,12 +140,14 @@ def submit_pretrain(config: Config, on: str, resume: str = "auto", allow: Sequen
     Raises:
         UserError: whatever is wrong with config, data or profile, before anything is queued.
     """
+    from ssl_locat.pretraining.origin import check_resume
     from ssl_locat.pretraining.parts import check
 
     profile = load_profile(on)
     runs = expand_sweep(config)
     for run in runs:
         check(run, profile.ranks)
+        check_resume(run, resume, allow)
     if profile.launcher == "torchrun" and len(runs) > 1:
         raise UserError("torchrun starts one run; a sweep needs --on slurm (or local, one after the other).")
     snapshot = _snapshot(Path(config.run_dir).absolute() / "slurm", dry_run)

@@ -22,7 +22,7 @@ from ssl_locat.runs import distributed
 from ssl_locat.runs.checkpoint import Checkpointer, read_marker
 from ssl_locat.runs.folder import Difference, differences, saved_config
 from ssl_locat.runs.log import read_jsonl
-from ssl_locat.runs.marker import MARKER
+from ssl_locat.runs.marker import MARKER, problem, step_folders
 
 # which settings a key of --allow covers besides itself and what stands below it
 TOGETHER = {"optim.epochs": ("optim.total_steps",), "optim.total_steps": ("optim.epochs",)}
@@ -64,14 +64,7 @@ def find_origin(
             )
         return Origin(config)
     marker, saved = read_marker(path)["meta"], saved_config(path)
-    config = _with_the_models_size(saved, config)
-    changes = tuple(differences(saved.model_dump(mode="json"), config.model_dump(mode="json")))
-    if refused := [change for change in changes if not _allowed(change.key, allow)]:
-        keys = ",".join(dict.fromkeys(change.key for change in refused))
-        raise UserError(
-            f"{path} is of a run with other settings: {'; '.join(map(str, refused))}. Give the same settings to resume; or, to go on with these on "
-            f"purpose, add --allow {keys}; or start a new run from its weights: backbone.init={path}."
-        )
+    config, changes = _compared(path, saved, config, allow)
     plan = resume_plan(marker["plan"], datasets, weights, config.seed)
     if changes:
         check_backbone(config)
@@ -87,7 +80,7 @@ def find_origin(
             f"{path} has seen {marker['samples_seen']:,} images, more than the {length.total_samples:,} of the whole run with these settings: "
             "give more optim.epochs (or total_steps), or resume from an earlier checkpoint."
         )
-    own = path.resolve().parent == checkpointer.folder.resolve()
+    own = _inside(path, checkpointer.folder)
     parent = marker.get("parent")
     if not own:
         step = read_marker(path)["step"]
@@ -97,20 +90,73 @@ def find_origin(
     return Origin(config, path, plan, changes, parent, since, new_branch=not own)
 
 
+def check_resume(config: Config, resume: str, allow: Iterable[str] = ()) -> None:
+    """What `find_origin` would refuse about settings and paths, before a job waits for hours to say it. Reads markers, no weights."""
+    found = reversed(step_folders(Path(config.run_dir, "checkpoints")))
+    path = next((path for path in found if not problem(path)), None)
+    if resume not in ("auto", "never") and not (path and _begun_at(path, resume)):
+        path = _named(resume)
+    if path:
+        _compared(path, saved_config(path), config, allow)
+
+
+def _compared(path: Path, saved: Config, config: Config, allow: Iterable[str]) -> tuple[Config, tuple[Difference, ...]]:
+    """The config as the checkpoint's weights need it, and the settings that were changed on purpose. UserError for other differences."""
+    config = _with_the_models_size(saved, config)
+    changes = tuple(differences(saved.model_dump(mode="json"), config.model_dump(mode="json")))
+    if refused := [change for change in changes if not _allowed(change.key, allow)]:
+        keys = ",".join(dict.fromkeys(change.key for change in refused))
+        raise UserError(
+            f"{path} is of a run with other settings: {'; '.join(map(str, refused))}. Give the same settings to resume; or, to go on with these on "
+            f"purpose, add --allow {keys}; or start a new run from its weights: backbone.init={path}."
+        )
+    return config, changes
+
+
+def _begun_at(newest: Path, resume: str) -> bool:
+    """Whether `newest` is of a branch that began at the checkpoint `resume`."""
+    return (read_marker(newest)["meta"].get("parent") or {}).get("checkpoint") == str(Path(resume).resolve())
+
+
+def _is_ahead(newest: Path, resume: str) -> bool:
+    return problem(resume) is not None or read_marker(newest)["step"] > read_marker(Path(resume))["step"]
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path.resolve().parent == folder.resolve()
+
+
+def _require_same_run(newest: Path, config: Config, path: Path) -> None:
+    """UserError if a branch would be mixed into the folder of another run; a copy of a run's own checkpoint is taken there."""
+    saved = saved_config(newest)
+    given = _with_the_models_size(saved, config)
+    if other := list(differences(saved.model_dump(mode="json"), given.model_dump(mode="json"))):
+        raise UserError(
+            f"{config.run_dir} holds a run that did not begin at {path} ({newest.name}, whose {'; '.join(map(str, other))}): a branch goes into "
+            "a run_dir of its own."
+        )
+
+
+def _named(resume: str) -> Path:
+    path = Path(resume)
+    if not (path / MARKER).is_file():
+        raise CheckpointError(
+            f"--resume {path}: there is no checkpoint (a folder with {MARKER} in it). Give RUN/checkpoints/step_NNNNNNNN, or auto."
+        )
+    return path
+
+
 def _find_checkpoint(config: Config, checkpointer: Checkpointer, resume: str) -> Path | None:
     """The checkpoint to start from. A path, or `never`, is meant for the first start: whoever starts the same command again automatically
     (Slurm's requeue, torchrun's restart), or starts a branch again, resumes from the newest."""
     newest = checkpointer.newest()
     if resume not in ("auto", "never"):
-        path = Path(resume)
-        if not (path / MARKER).is_file():
-            raise CheckpointError(
-                f"--resume {path}: there is no checkpoint (a folder with {MARKER} in it). Give RUN/checkpoints/step_NNNNNNNN, or auto."
-            )
-        if newest:
-            begun = (read_marker(newest)["meta"].get("parent") or {}).get("checkpoint") == str(path.resolve())
-            if begun or (read_marker(newest)["step"] > read_marker(path)["step"] and restarted(config.run_dir)):
-                return newest
+        # the checkpoint that a branch began at may be deleted by now
+        if newest and (_begun_at(newest, resume) or (restarted(config.run_dir) and _is_ahead(newest, resume))):
+            return newest
+        path = _named(resume)
+        if newest and not _inside(path, checkpointer.folder):
+            _require_same_run(newest, config, path)
         if wrong := checkpointer.verify(path):
             raise CheckpointError(f"--resume {path}: it cannot be used: {wrong}. Take another checkpoint of that run.")
         return path

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_run import losses, write_config
 
+from ssl_locat.cluster.launch import submit_pretrain
 from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.errors import CheckpointError, ConfigError, UserError
@@ -129,6 +130,7 @@ def test_a_branch_that_was_stopped_is_resumed_by_the_same_command_bit_for_bit(ti
     pretrain(broken, resume=path, allow=allow)
     for step in (16, 18):
         shutil.rmtree(checkpoint(broken, step))
+    shutil.rmtree(path)  # as `keep_last` of the parent may have
     (Path(broken.run_dir) / "summary.json").unlink()
     pretrain(broken, resume=path, allow=allow)  # not from its parent again
     assert losses(broken.run_dir) == losses(unbroken.run_dir)
@@ -136,6 +138,13 @@ def test_a_branch_that_was_stopped_is_resumed_by_the_same_command_bit_for_bit(ti
     rates = {step: record["lr"] for step, record in records(unbroken).items()}
     assert rates[5] == 0 and rates[7] == pytest.approx(2e-2 * 16 / 256)  # restart: warm-up over 3 steps, then a cosine to the end
     assert all(rates[step] > rates[step + 1] for step in range(8, 18))
+
+
+def test_a_branch_is_not_mixed_into_the_folder_of_another_run(tiny, tmp_path):
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    config = tiny("optim.lr=0.02", run="other")
+    with pytest.raises(UserError, match=r"other holds a run that did not begin at .*a branch goes into a run_dir of its own"):
+        pretrain(config, resume=checkpoint(tiny(), 8), allow=["optim.lr"])
 
 
 def test_a_last_stage_of_larger_crops_and_another_objective(tiny):
@@ -169,6 +178,19 @@ def test_what_would_change_the_order_of_data_or_the_model_is_refused(tiny, textu
     config = tiny(override.format(textures))
     with pytest.raises(CheckpointError, match=message):
         pretrain(config, allow=[allow])
+
+
+def test_a_job_is_refused_before_it_is_queued(tiny, tmp_path):
+    other = tiny("optim.lr=0.02")
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.01, now 0\.02.*--allow optim\.lr"):
+        submit_pretrain(other, "slurm", dry_run=True)
+    with pytest.raises(CheckpointError, match="nowhere: there is no checkpoint"):
+        submit_pretrain(other, "slurm", resume=str(tmp_path / "nowhere"), dry_run=True)
+
+
+def test_a_command_that_is_queued_keeps_what_is_allowed(tiny, capsys):
+    submit_pretrain(tiny("optim.lr=0.02"), "local", allow=["optim.lr"], dry_run=True)
+    assert "--resume auto --allow optim.lr" in capsys.readouterr().out
 
 
 def test_a_key_that_is_none_is_refused_with_the_nearest(tiny):

@@ -118,7 +118,7 @@ def test_saves_that_fail_are_told_at_once_tried_again_and_end_the_run_in_a_state
 
 
 def test_room_that_is_made_meanwhile_is_found_without_waiting_for_the_next_period(disk, config, at_step, monkeypatch):
-    made = config(disk, "optim.epochs=4", "checkpoint.every_steps=10")
+    made = config(disk, "optim.epochs=4", "checkpoint.every_steps=10", "checkpoint.asynchronous=false")
     monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.05)
     at_step(9, lambda: fill(disk, leave=60_000))
     at_step(11, lambda: (disk / "filler").unlink())
