@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PYTEST  = $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-slow test-lowest test-slurm test-slurm-full bench lint format docs clean
+.PHONY: quickstart test test-slow test-lowest test-slurm test-slurm-full bench lint format hooks docs clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/ssl-locat pretrain quickstart
@@ -33,6 +33,13 @@ bench: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check ssl_locat tests
 	$(BIN)/ruff format --check ssl_locat tests
+	$(BIN)/mypy
+	$(PYTEST) --durations=0 --durations-min=5 tests/test_layout.py -k "point_down or cycle or room or picture"
+	$(PYTEST) --durations=0 --durations-min=5 tests/test_docs.py -k links
+
+# Lint before each commit (.pre-commit-config.yaml).
+hooks: $(VENV)/ready
+	$(BIN)/pre-commit install
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix ssl_locat tests
