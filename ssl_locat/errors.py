@@ -34,7 +34,7 @@ class CheckpointError(UserError):
 
 
 class CorruptSample(Told):
-    """One sample is damaged: it is quarantined, counted and replaced; the run goes on."""
+    """One sample is damaged: it is quarantined, counted and replaced; the run continues."""
 
     def __init__(self, reason: str):
         self.reason = shown(reason)

@@ -61,7 +61,7 @@ def test_the_extending_page_runs_as_it_stands(workplace, monkeypatch, capsys):
     runpy.run_path("train_narrow.py", run_name="__main__")
     assert (workplace / "runs/narrow/summary.json").is_file()
     monkeypatch.setitem(PROTOCOLS, "spread", "")  # so that what the page adds is taken back
-    runpy.run_path("judge.py")
+    runpy.run_path("evaluate_spread.py")
     assert "'rank': " in capsys.readouterr().out
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ssl_locat.errors import UserError
@@ -90,10 +91,10 @@ def state(record: dict[str, Any], queued: dict[str, str] | None) -> str:
         return "UNKNOWN (Slurm does not answer)"
     if own.get("state") in ("RUNNING", "REQUEUED"):
         return f"LOST (last heard of {time.strftime('%Y-%m-%d %H:%M', time.localtime(own['time']))})"
-    return own.get("state", "UNKNOWN")
+    return str(own.get("state", "UNKNOWN"))
 
 
-def write_status(folder: str, job: str, **fields) -> None:
+def write_status(folder: str, job: str, **fields: Any) -> None:
     """What this job last said of itself: the word that counts where Slurm has forgotten the job and keeps no accounts."""
     path = Path(folder, f"{job}.json")
     partial = path.with_suffix(".partial")
@@ -104,7 +105,8 @@ def write_status(folder: str, job: str, **fields) -> None:
 def job_status(record: dict[str, Any]) -> dict[str, Any]:
     """What the job last wrote about itself; {} before it ran."""
     path = Path(record["folder"], f"{record['job']}.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    status: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return status
 
 
 def _from_scontrol(job: str) -> str:
@@ -226,10 +228,10 @@ ACTIONS = {"list": list_jobs, "logs": show_logs, "stop": stop, "requeue": requeu
 # --- processes of this machine --------------------------------------------------------------------------------------------------
 
 
-def follow_local(job, folder: Path) -> int:
+def follow_local(job: Any, folder: Path) -> int:
     """Shows rank 0's log of a submitit local job until it ends; returns its exit code."""
 
-    def pass_on(number: int, _frame) -> None:
+    def pass_on(number: int, _frame: FrameType | None) -> None:
         os.kill(int(job.job_id), signal.SIGTERM)  # the controller passes it on to the processes, which save and stop
 
     former = signal.signal(signal.SIGTERM, pass_on)
@@ -255,4 +257,4 @@ def follow_local(job, folder: Path) -> int:
         print(f"--- what failed first: rank {fault['rank']} on {fault['host']}\n{fault['trace'].rstrip()}", file=sys.stderr)
     path = folder / f"{job.job_id}.json"
     own = json.loads(path.read_text()) if path.exists() else {}
-    return own.get("exit_code", 0 if own.get("state") == "COMPLETED" else 1)
+    return int(own.get("exit_code", 0 if own.get("state") == "COMPLETED" else 1))

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 # submitit's shared names -> Slurm's; `slurm_X` means X
 SHARED_NAMES = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
-OURS = {  # keys that are neither submitit's nor Slurm's, with their defaults
+OURS: dict[str, Any] = {  # keys that are neither submitit's nor Slurm's, with their defaults
     "environment": {},  # variables of the job
     "python": None,  # the interpreter on the nodes; default: this one
     "max_requeues": 1000,  # a job that is stopped more often than this stays stopped

@@ -9,6 +9,7 @@ import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ssl_locat.config.schema import OBJECTIVES, Config
@@ -16,7 +17,7 @@ from ssl_locat.config.signatures import base_target, definition, keyword_default
 
 HEADER = """# Config reference
 
-A run is one YAML. Every key below may stand in it, or on the command line as `key.sub=value`, which wins. A YAML may name another
+Every key, its type, default and meaning. A run is one YAML. Every key below may stand in it, or on the command line as `key.sub=value`, which wins. A YAML may name another
 one as `base:` and say only what differs. Unknown keys, wrong types and values out of range are refused, with the file, the line and the
 nearest key that exists.
 
@@ -88,7 +89,7 @@ def _type(annotation: Any) -> str:
     return names.get(name, "mapping" if isinstance(annotation, type) and issubclass(annotation, BaseModel) else name)
 
 
-def _default(field) -> str:
+def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "**required**" if field.is_required() else "empty"
     if field.default is None:
@@ -115,7 +116,9 @@ def _objective(name: str, target: str) -> str:
 def _docstring(target: str) -> tuple[str, list[str]]:
     """The first line of a class's docstring, and the lines below its `Args:`, then those of the base that it hands `**rest` to."""
     module, _, attribute = target.partition(":")
-    tree = ast.parse(source_of(module).read_text(encoding="utf-8"))
+    source = source_of(module)
+    assert source is not None, f"{target} has no source"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
     node = definition(tree, attribute)
     assert isinstance(node, ast.ClassDef), f"{target} is no class"
     lines = (ast.get_docstring(node) or "").split("\n")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from ssl_locat.config.habits import in_our_words, our_value
 from ssl_locat.config.signatures import check_options
@@ -222,7 +223,7 @@ class Checkpoint(Section):
     every_steps: int = Field(default=1000, gt=0)
     keep_last: int = Field(default=3, gt=0)
     milestone_every_steps: int | None = Field(default=None, gt=0, description="these are never deleted")
-    asynchronous: bool = Field(default=True, description="write while training goes on")
+    asynchronous: bool = Field(default=True, description="write while training continues")
 
 
 class Log(Section):
@@ -269,7 +270,7 @@ class Config(Section):
     probes: Probes = Probes()
     log: Log = Log()
     stop_on: list[Literal["uniform", "collapse"]] = Field(
-        default=[], description="signs of collapse that end the run instead of warning"
+        default=[], description="kinds of collapse that end the run instead of a warning"
     )
     export: bool = Field(default=False, description="export the teacher to RUN/export when the run ends")
     sweep: dict[str, list[Any]] = Field(default={}, description="key -> values: on a cluster, one job for each combination")
@@ -362,7 +363,7 @@ def parse(schema: type[T], loaded: LoadedYaml) -> T:
         raise ConfigError("\n".join(lines)) from None
 
 
-def _explain(schema: type[BaseModel], item: dict, loaded: LoadedYaml) -> str:
+def _explain(schema: type[BaseModel], item: ErrorDetails, loaded: LoadedYaml) -> str:
     """One pydantic error as: place: key is value; expected ...; nearest."""
     key = _yaml_key(item["loc"], loaded.data)
     name = ".".join(map(str, key)) or loaded.name

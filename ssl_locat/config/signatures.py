@@ -67,8 +67,9 @@ def base_target(tree: ast.Module, node: ast.ClassDef | ast.FunctionDef) -> str |
     if not isinstance(node, ast.ClassDef) or not node.bases or not isinstance(node.bases[0], ast.Name):
         return None
     for item in tree.body:
-        ours = isinstance(item, ast.ImportFrom) and (item.module or "").startswith("ssl_locat.")
-        if ours and any(alias.name == node.bases[0].id for alias in item.names):
+        if not isinstance(item, ast.ImportFrom) or not (item.module or "").startswith("ssl_locat."):
+            continue
+        if any(alias.name == node.bases[0].id for alias in item.names):
             return f"{item.module}:{node.bases[0].id}"
     return None
 
@@ -82,7 +83,9 @@ def keyword_names(target: str) -> list[str] | None:
 def check_options(target: str, options: dict[str, Any], loaded: LoadedYaml, key: tuple = ()) -> None:
     """Refuse an option that `target` does not take, naming the place and the nearest one it does."""
     known = keyword_names(target)
-    for name in options if known is not None else ():
+    if known is None:
+        return
+    for name in options:
         if name not in known:
             full = ".".join(map(str, (*key, name)))
             raise ConfigError(

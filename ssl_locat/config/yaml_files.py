@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a value in itself, or a few lines that unfold to terabytes
             event = self.peek_event()
             raise _wrong(f"aliases are not read; write the value of *{event.anchor} out, or share it in a `base:` file", event)
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_object(self, node, deep=False):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError) as error:  # of 2024-13-45, !!bool maybe, !!timestamp x
@@ -233,6 +233,7 @@ def _apply_override(loaded: LoadedYaml, override: str) -> None:
     for depth, part in enumerate(parts[:-1]):
         if isinstance(target, list):
             _check_number(target, parts[: depth + 1], override)
+            assert isinstance(part, int)  # what _check_number makes sure of
             if not isinstance(target[part], (dict, list)):
                 shown = ".".join(map(str, parts[: depth + 1]))
                 raise ConfigError(f"{override!r}: {shown} is {target[part]!r}, which has no keys; give {shown} as a whole.")
@@ -266,7 +267,8 @@ def read_value(text: str) -> Any:
 
 def dump_yaml(values: Any) -> str:
     """Plain values as YAML that `load_yaml` reads: no aliases, also where one list stands in two places."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 class _Dumper(yaml.SafeDumper):

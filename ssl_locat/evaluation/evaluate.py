@@ -1,4 +1,4 @@
-"""`ssl-locat evaluate PROTOCOL MODEL [key=value ...]`: load the protocol's YAML and a frozen backbone, judge, say what came out.
+"""`ssl-locat evaluate PROTOCOL MODEL [key=value ...]`: load the protocol's YAML and a frozen backbone, evaluate it, print the metrics.
 
 PROTOCOL is the name of a YAML in eval/, or the path of one; its `protocol:` key names the function in evaluation/ whose keyword
 arguments the other keys are. Several processes (torchrun, Slurm) share the work and print one result.

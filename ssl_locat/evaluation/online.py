@@ -1,4 +1,4 @@
-"""Protocols during pretraining: the teacher's backbone is judged on small labelled splits, and training never notices."""
+"""Protocols during pretraining: the teacher's backbone is evaluated on small labelled splits, and training never notices."""
 
 import random
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,7 @@ def setup(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
         )
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a failed collective ends the process
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    options = {"device_id": chosen} if chosen.type == "cuda" else {}
+    options: dict[str, Any] = {"device_id": chosen} if chosen.type == "cuda" else {}
     if rendezvous:
         options["store"] = _store_through_file(Path(rendezvous), timeout)
     else:
@@ -268,6 +268,8 @@ class SyncBatchNorm(nn.BatchNorm1d):
         centred = x.float() - mean.view(shape)
         var = _SumOverRanks.apply(centred.square().sum(others)) / count
         with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+            assert self.momentum is not None  # only affine layers with running statistics are made
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)

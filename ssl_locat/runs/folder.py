@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 LOCK_PATIENCE = 300  # seconds; servers of network disks forget a dead node's locks after one to two minutes
 
 # what may differ between the run that was stopped and the one that goes on: nothing in it changes what is learned
-MAY_CHANGE = (
+MAY_CHANGE: tuple[str, ...] = (
     "data.workers",
     "data.read_memory_gb",
     "data.max_bad",

@@ -122,7 +122,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"optim": {"lr": 1}} -> {"optim.lr": 1}; lists stay whole."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

@@ -95,7 +95,8 @@ def setup(quiet: bool = False, verbose: bool = False) -> None:
     else:  # one event per line, never wrapped: people grep it
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S"))
-    logging.lastResort.setFormatter(_Formatter())  # what other packages warn about
+    if logging.lastResort is not None:  # prints what other packages warn about
+        logging.lastResort.setFormatter(_Formatter())
     logger = logging.getLogger("ssl_locat")
     logger.handlers[:] = [handler]
     logger.setLevel(level)
@@ -122,7 +123,8 @@ class _Bar:
 
     def __init__(self, description: str, total: int | None, unit: str, start: int):
         self.description, self.total, self.unit = description, total, unit
-        self.start, self.done, self.fields = start, start, {}
+        self.start, self.done = start, start
+        self.fields: dict[str, float | str] = {}
         self.began = time.monotonic()
 
     def update(self, n: int = 1, **fields: float | str) -> None:
@@ -200,26 +202,26 @@ def progress(description: str, total: int | None = None, unit: str = "", start: 
         yield _Bar(description, total, unit, start)
         return
     if not console().is_terminal:
-        bar = _PlainBar(description, total, unit, start)
+        plain = _PlainBar(description, total, unit, start)
         try:
-            yield bar
+            yield plain
         finally:
-            bar.finish()
+            plain.finish()
         return
-    outermost = _live is None
-    if outermost:
+    live, outermost = _live, _live is None
+    if live is None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}"))
-        _live = Progress(*columns, console=console(), refresh_per_second=4)
-        _live.start()
-    bar = _RichBar(_live, description, total, unit, start)
+        live = _live = Progress(*columns, console=console(), refresh_per_second=4)
+        live.start()
+    bar = _RichBar(live, description, total, unit, start)
     try:
         yield bar
     finally:
         bar.finish()
         if outermost:
-            _live.stop()
+            live.stop()
             _live = None
 
 

@@ -23,13 +23,12 @@ from contextlib import suppress
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from ssl_locat.data.stores.local import Local
-from ssl_locat.data.stores.objects import Denied, Gone, Stat, join, normalise, scheme_of
+from ssl_locat.data.stores.objects import EXTRAS, Denied, Gone, Stat, join, normalise, scheme_of
 from ssl_locat.errors import DataError, Outage
 from ssl_locat.shown import shown
 
 log = logging.getLogger(__name__)
 
-_EXTRAS = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http", "hf": "http"}  # of the package, for the message
 # botocore's errors that a network or a busy service may cause. Its others tell of credentials, or of settings that cannot be
 _HEALING = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"}
 _HEALING |= {"CredentialRetrievalError", "MetadataRetrievalError"}
@@ -230,5 +229,5 @@ def _open_backend(scheme: str, timeout: float):
         return remote.open_backend(scheme, timeout)
     except ImportError:
         raise DataError(
-            f"reading {scheme}:// needs a package that is not installed: pip install 'ssl_locat[{_EXTRAS.get(scheme)}]'"
+            f"reading {scheme}:// needs a package that is not installed: pip install 'ssl_locat[{EXTRAS.get(scheme)}]'"
         ) from None

@@ -1,4 +1,4 @@
-"""Numbers that judge: classification hits, confusion matrices, mIoU by label and by Hungarian matching. Plain tensors in, plain floats out."""
+"""Metrics: classification hits, confusion matrices, mIoU by label and by Hungarian matching. Plain tensors in, plain floats out."""
 
 import numpy as np
 import torch
