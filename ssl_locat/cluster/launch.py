@@ -89,6 +89,12 @@ def load_profile(on: str) -> Profile:
                 f"{loaded.place((key,))}: {launcher} has no field {key!r}.{did_you_mean(key, known)} "
                 f"Known: {', '.join(sorted({*known, *OURS}))}."
             )
+    if (
+        launcher == "slurm"
+        and data.get("gpus_per_node")
+        and not {"tasks_per_node", "ntasks_per_node", "slurm_ntasks_per_node"} & set(data)
+    ):
+        data["tasks_per_node"] = data["gpus_per_node"]  # one process per GPU: their number is said in one place
     ours["environment"] = {key: str(value) for key, value in ours["environment"].items()}
     return Profile(name, launcher, {key: value for key, value in data.items() if value is not None}, **ours)
 

@@ -68,7 +68,8 @@ def estimate_memory(
     )
     per_block = tokens * width * KEPT[precision]
     kept = tokens * width * 4 * len(blocks) + per_block if activation_checkpointing else per_block * len(blocks)
-    prototypes = max((head.last_layer.weight_v.shape[0] for head in model.student.heads.values()), default=0)
+    scoring = [head for head in model.student.heads.values() if hasattr(head, "last_layer")]  # KoLeo and the like have none
+    prototypes = max((head.last_layer.weight_v.shape[0] for head in scoring), default=0)
     views = 2 + 2 + num_local
     return Memory(
         weights=4 * (student + teacher) / parts + low * (largest * 2 if parts > 1 else student),

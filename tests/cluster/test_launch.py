@@ -53,7 +53,7 @@ def losses(run_dir) -> list[float]:
 
 def test_shipped_profiles_load():
     ranks = {name: launch.load_profile(name).ranks for name in names("launch")}
-    assert ranks.keys() == {"local", "torchrun", "slurm", "slurm_preemptible"} and ranks["slurm"] == 1
+    assert ranks.keys() == {"local", "torchrun", "slurm", "slurm_preemptible"} and ranks["slurm"] == 8
     assert launch.load_profile("slurm,nodes=4,tasks_per_node=8").ranks == 32
 
 
@@ -97,7 +97,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
 
 def test_batch_that_the_ranks_do_not_divide_is_refused_before_queueing(here):
     with pytest.raises(ConfigError, match=r"global_batch_size is 8.* 3 ranks"):
-        launch.submit_pretrain(load("config.yaml"), "slurm,nodes=3", dry_run=True)
+        launch.submit_pretrain(load("config.yaml"), "slurm,nodes=3,gpus_per_node=1", dry_run=True)
 
 
 def test_missing_data_is_refused_before_queueing(here):
