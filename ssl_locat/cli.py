@@ -374,12 +374,25 @@ def doctor(
 
 @app.command(epilog=_examples("ssl-locat bench attention --quick", "ssl-locat bench all --json > here.json"))
 def bench(
-    what: Annotated[Literal["attention", "step", "crops", "stream", "start", "all"], typer.Argument()] = "all",
+    what: Annotated[Literal["attention", "step", "crops", "stream", "start", "rehearsal", "all"], typer.Argument()] = "all",
     as_json: Json = False,
     compare: Annotated[Path | None, typer.Option(help="show beside the numbers of an earlier --json", metavar="FILE")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a short look: fewer cases and repeats")] = False,
+    folder: Annotated[Path, typer.Option(help="of the rehearsal: shards, runs and results; it goes on there")] = Path(
+        "runs/rehearsal"
+    ),
+    scale: Annotated[float, typer.Option(help="of the rehearsal: share of ImageNet's samples", min=0.001, max=1)] = 1.0,
+    recipe: Annotated[str, typer.Option(help="that is rehearsed", metavar="CONFIG")] = "dino_locatvit_s16",
+    gpu_images_per_second: Annotated[float | None, typer.Option(help="what one GPU trains; else no GPU time is told")] = None,
 ) -> None:
-    """Measure side by side on this machine, as ratios."""
+    """Measure side by side on this machine, as ratios. `rehearsal`: a recipe's whole life at ImageNet's size, with a tiny network."""
+    if what == "rehearsal":
+        from ssl_locat.benchmarks.rehearsal import rehearse
+
+        found = rehearse(folder, recipe, scale, gpu_images_per_second)
+        if as_json:
+            _print_json(found)
+        return
     from ssl_locat.benchmarks.bench import run
 
     result = run(what, as_json=as_json, compare=compare, quick=quick)

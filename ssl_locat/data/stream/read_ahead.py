@@ -33,6 +33,9 @@ class ReadCounts(NamedTuple):
     bytes: int  # of the samples fetched
     requests: int  # range reads; of a folder's images, groups of neighbours
     peak: int  # most bytes of raw samples in memory at any time, those being read included
+    dropped: (
+        int  # samples that were read and not needed: other ranks' in a window of this one, or those before a resumed position
+    )
 
 
 class Share(NamedTuple):
@@ -72,7 +75,7 @@ class ReadAhead:
         share: the rank's micro-batches.
         memory_bytes: raw samples held at most, read and not yet taken. A micro-batch that nobody else's reading delays gets what it
             needs in any case, so that a budget smaller than one window of each lane slows nothing down but is exceeded.
-        counts: five integers to keep `ReadCounts` in, shared with another process perhaps.
+        counts: six integers to keep `ReadCounts` in, shared with another process perhaps.
     """
 
     def __init__(
@@ -187,6 +190,7 @@ class ReadAhead:
             for read in window.reads:
                 read.cancel()
             self._hold(-window.held)
+            self.counts[5] += len(window.places) - window.taken
 
     def _finish(self, number: int) -> None:
         del self._runs[number]

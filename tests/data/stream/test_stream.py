@@ -390,7 +390,7 @@ def test_every_sample_is_read_once_however_many_read_and_decode(many, ranks, wor
     counts, keys = counted(many, plan, 90, rank=ranks // 2, **size)
     assert len(keys) == 90 * batch // ranks <= counts.used + batch // ranks
     assert counts.fetched - counts.used <= 1.1 * memory / many[0].mean_bytes
-    assert counts.peak <= 1.1 * memory
+    assert counts.dropped == 0 and counts.peak <= 1.1 * memory
     if ranks == 1:
         assert counts.fetched <= 1.05 * counts.used
 
