@@ -255,6 +255,9 @@ def export(
     which: Annotated[Literal["teacher", "student"] | None, typer.Option(help="which network of a run; default: teacher")] = None,
     step: Annotated[int | None, typer.Option(help="of this checkpoint; default: the newest")] = None,
     with_head: Annotated[bool, typer.Option("--with-head", help="the projection head too")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="a modeling file too: transformers without ssl_locat, by trust_remote_code")
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(help="upload to this repository of the Hugging Face hub", metavar="NAME")
     ] = None,
@@ -265,7 +268,9 @@ def export(
     check_model(model)
     from ssl_locat.export.export import export
 
-    target = export(model, out, format=format, which=which, step=step, with_head=with_head, push_to_hub=push_to_hub)
+    target = export(
+        model, out, format=format, which=which, step=step, with_head=with_head, with_code=with_code, push_to_hub=push_to_hub
+    )
     log.next_steps(
         f"""python -c "import ssl_locat.models, timm; timm.create_model('local-dir:{target}', pretrained=True)\"""",
         f"ssl-locat evaluate knn {target} data.train=DATA data.test=DATA",

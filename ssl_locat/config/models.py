@@ -15,7 +15,7 @@ NAMES = Path(__file__).with_name("model_names.txt")
 
 def check_exists(model: str) -> None:
     """UserError if MODEL is a path and nothing is there."""
-    if model.startswith(("timm:", "hf-hub:")) or Path(model).exists() or Path(model.partition("?")[0]).is_file():
+    if model.startswith(("timm:", "hf-hub:")) or Path(model).exists() or Path(model.partition("?")[0]).exists():
         return
     name = model.partition("?")[0]
     hint = f" Did you mean timm:{name}?" if name in (known_names() or ()) else ""

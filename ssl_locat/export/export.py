@@ -11,24 +11,20 @@ What is written is opened again and compared with what was trained, before the f
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
-import timm
-import torch
 from jinja2 import Environment, StrictUndefined
 from safetensors.torch import save_file
-from timm.models import save_for_hf
-from torch import Tensor, nn
-from torch.export import Dim
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from ssl_locat.errors import CheckpointError, UserError
+from ssl_locat.errors import UserError
 from ssl_locat.export.hub import push
+from ssl_locat.export.modeling import FILE
+from ssl_locat.export.parity import TOLERANCE, compare, outputs_of_timm, shapes_of
+from ssl_locat.export.program import write_program
+from ssl_locat.export.timm_folder import obey_umask, write_timm
 from ssl_locat.models.backbone import find_checkpoint, is_run_or_checkpoint, load_backbone
-from ssl_locat.models.tokens import class_token, forward_tokens, refine
 from ssl_locat.runs.checkpoint import read_weights
 from ssl_locat.runs.history import Run, is_run, open_run
 from ssl_locat.shown import redacted, shown, to_json
@@ -46,20 +42,8 @@ WRITTEN = {
     "model.onnx",
     "model.onnx.data",
     "model.pt2",
+    FILE,
 }
-TOLERANCE = {"timm": 1e-6, "pt2": 1e-4, "onnx": 1e-4}  # greatest difference of features, relative to their largest value
-
-
-class BothTokens(nn.Module):
-    """images [B, 3, H, W] -> (class_token [B, D] as a head sees it, patch_tokens [B, N, D] as dense probes read them)."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        raw = forward_tokens(self.backbone, images)
-        return class_token(self.backbone, refine(self.backbone, raw)), raw.patches
 
 
 def export(
@@ -70,6 +54,7 @@ def export(
     which: str | None = None,
     step: int | None = None,
     with_head: bool = False,
+    with_code: bool = False,
     push_to_hub: str | None = None,
 ) -> Path:
     """Write MODEL's backbone into the folder `out`, whole or not at all; returns it.
@@ -78,6 +63,7 @@ def export(
         format: timm, or onnx or pt2, which add their file to timm's.
         which, step: of a run: "teacher" (default) or "student", at a checkpoint (newest by default).
         with_head: the projection head too, as head.safetensors; runs only.
+        with_code: a modeling file too, with which transformers opens the folder where ssl_locat is not installed.
         push_to_hub: upload to this repository of the Hugging Face hub afterwards.
 
     Raises:
@@ -94,9 +80,9 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_for_hf(backbone, partial, safe_serialization=True, data_config={"input_size": backbone.pretrained_cfg["input_size"]})
-        differences = {"timm": compare(backbone, _timm_outputs(partial), _shapes(backbone), TOLERANCE["timm"])}
-        sizes = _shapes(backbone)
+        write_timm(backbone, partial, with_code)
+        sizes = shapes_of(backbone)
+        differences = {"timm": compare(backbone, outputs_of_timm(partial), sizes, TOLERANCE["timm"])}
         if format != "timm":
             outputs, sizes = write_program(backbone, partial / f"model.{format}")
             differences[format] = compare(backbone, outputs, sizes, TOLERANCE[format])
@@ -104,6 +90,7 @@ def export(
             _write_head(Path(model), which or "teacher", step, partial / "head.safetensors")
         card = model_card(backbone, target.name, run, which or "teacher", step, format, sizes, differences)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        obey_umask(partial)
         _replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -141,114 +128,6 @@ def _write_head(model: Path, which: str, step: int | None, path: Path) -> None:
     if not is_run_or_checkpoint(model):
         raise UserError(f"--with-head needs a run folder or a checkpoint; {model} holds a backbone alone.")
     save_file(read_weights(find_checkpoint(model, step), f"{which}.heads."), path)
-
-
-# --- parity ---------------------------------------------------------------------------------------------------------------
-
-
-def _shapes(backbone: nn.Module) -> list[tuple[int, int, int]]:
-    """(batch, height, width) to compare at: the size it was trained at, and two others where the model takes any."""
-    _, height, width = backbone.pretrained_cfg["input_size"]
-    patch = backbone.patch_embed.patch_size
-    rows, cols = (patch, patch) if isinstance(patch, int) else patch
-    if not getattr(backbone, "dynamic_img_size", False):
-        return [(1, height, width), (3, height, width)]
-    return [(1, height, width), (3, height + rows, width + 3 * cols), (2, max(rows, height // 2 // rows * rows), width)]
-
-
-@torch.inference_mode()
-def compare(backbone: nn.Module, outputs: Callable, shapes: list[tuple[int, int, int]], tolerance: float) -> float:
-    """Greatest difference between the backbone's two outputs and `outputs(images)`, relative to their largest value.
-
-    Raises CheckpointError above `tolerance`."""
-    module = BothTokens(backbone.eval())
-    generator = torch.Generator().manual_seed(0)
-    worst = 0.0
-    for batch, height, width in shapes:
-        images = torch.randn(batch, backbone.pretrained_cfg["input_size"][0], height, width, generator=generator)
-        for name, expected, given in zip(("class token", "patch tokens"), module(images), outputs(images), strict=True):
-            difference = ((given - expected).abs().max() / expected.abs().max()).item()
-            if not difference <= tolerance:
-                raise CheckpointError(
-                    f"the exported {name} at {batch} x {height} x {width} differs by {difference:.1e} from the trained model's "
-                    f"(allowed: {tolerance:.0e}). Nothing was written. Please report this with the config."
-                )
-            worst = max(worst, difference)
-    return worst
-
-
-def _timm_outputs(folder: Path) -> Callable:
-    return BothTokens(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
-
-
-# --- programs -------------------------------------------------------------------------------------------------------------
-
-
-def write_program(backbone: nn.Module, path: Path) -> tuple[Callable, list[tuple[int, int, int]]]:
-    """Write model.onnx or model.pt2; returns the written file as a function, and the sizes (batch, height, width) it was made for.
-
-    Any batch size; any image size where the architecture's graph allows it, else the size it was trained at.
-    """
-    module, (channels, height, width) = BothTokens(backbone.eval()), backbone.pretrained_cfg["input_size"]
-    shapes = _shapes(backbone)
-    images = torch.zeros(2, channels, height, width)
-    write = {".onnx": _write_onnx, ".pt2": _write_pt2}[path.suffix]
-    if len({shape[1:] for shape in shapes}) > 1:
-        try:
-            outputs = write(module, images, {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, path)
-            compare(backbone, outputs, shapes, TOLERANCE[path.suffix[1:]])
-            return outputs, shapes
-        except Exception as error:  # exporters raise whatever they like for a shape that they cannot keep open
-            log.debug("%s with open image sizes failed: %s", path.suffix[1:], error)
-            log.warning(
-                "%s: this architecture exports at %d x %d only; other formats take any size.", path.suffix[1:], height, width
-            )
-    return write(module, images, {0: Dim.AUTO}, path), [(1, height, width), (3, height, width)]
-
-
-class PlainOperations(TorchFunctionMode):
-    """While exporting: what exporters translate wrongly, said in operations that they know.
-
-    Fused attention has strides that the decomposition for ONNX gets wrong; repeat_interleave with a symbolic count does not repeat there.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        plain = {F.scaled_dot_product_attention: _plain_attention, torch.Tensor.repeat_interleave: _plain_repeat}
-        return plain.get(function, function)(*args, **(kwargs or {}))
-
-
-def _plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
-
-
-def _plain_repeat(x, repeats, dim):
-    dim %= x.ndim
-    return x.unsqueeze(dim + 1).expand(*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]).flatten(dim, dim + 1)
-
-
-def _program(module: nn.Module, images: Tensor, dynamic: dict) -> torch.export.ExportedProgram:
-    with PlainOperations(), torch.no_grad():
-        return torch.export.export(module, (images,), dynamic_shapes={"images": dynamic})
-
-
-def _write_pt2(module: nn.Module, images: Tensor, dynamic: dict, path: Path) -> Callable:
-    # decomposed, since the regions without autocast that GAug opens cannot be written with symbolic sizes
-    torch.export.save(_program(module, images, dynamic).run_decompositions(), path)
-    return torch.export.load(path).module()
-
-
-def _write_onnx(module: nn.Module, images: Tensor, dynamic: dict, path: Path) -> Callable:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch.onnx needs it
-    except ImportError:
-        raise UserError("ONNX export needs onnx, onnxruntime and onnxscript: pip install 'ssl_locat[onnx]'.") from None
-    names = ["class_token", "patch_tokens"]
-    program = torch.onnx.export(_program(module, images, dynamic), input_names=["images"], output_names=names, verbose=False)
-    program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(array) for array in session.run(names, {"images": images.numpy()})]
 
 
 # --- model card ----------------------------------------------------------------------------------------------------------

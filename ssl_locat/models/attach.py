@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import UserError, did_you_mean
 from ssl_locat.models.gaug import GAug
+from ssl_locat.models.positions import POS_RESIZE, resize_table
 from ssl_locat.models.prr import PRR, ClassAttention
 from ssl_locat.models.tokens import Grid, input_grid, run_blocks
 
-POS_RESIZE = ("timm", "dino")
 POOLINGS = ("prr", "class_attention")
 GAUG_OPTIONS = tuple(p.name for p in inspect.signature(GAug).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
@@ -35,8 +35,8 @@ def attach_locat(model: nn.Module, gaug: bool | dict = True, prr: bool | dict = 
             the weights are trained at, by default the model's own (Swin: its window).
         prr: False, True, or {"num_heads": h}; by default as many heads as the last block's attention. {"kind": "class_attention"} puts
             class-attention pooling, which has parameters, in its place.
-        pos_resize: how learned positional embeddings follow the input size: "timm" (bicubic, antialias, exact size) or "dino"
-            (bicubic, no antialias, scale factor with 0.1 added, as facebookresearch/dino does).
+        pos_resize: how learned positional embeddings follow the input size: "timm" (bicubic, antialias, exact size), "dino"
+            (bicubic, no antialias, scale factor with 0.1 added, as facebookresearch/dino does) or "transformers" (bicubic, no antialias).
 
     Raises UserError that names the part which LocAt cannot serve, and why.
     """
@@ -69,11 +69,11 @@ def check_model(model: nn.Module, gaug: bool | dict, prr: bool | dict, pos_resiz
             f"PRR cannot be attached to a model with global_pool={model.global_pool!r}, which pools by an attention of its own; "
             "create it with global_pool='token' or 'avg'"
         )
-    if pos_resize == "dino" and (
+    if pos_resize != "timm" and (
         not isinstance(model, VisionTransformer) or hasattr(model, "dist_token") or model.pos_embed is None
     ):
         raise UserError(
-            f"pos_resize='dino' needs a VisionTransformer with learned positions and without a distillation token, not {name}"
+            f"pos_resize={pos_resize!r} needs a VisionTransformer with learned positions and without a distillation token, not {name}"
         )
 
 
@@ -280,24 +280,12 @@ class LocAtViT(LocAtModel):
         if self.pos_resize == "timm" or x.ndim == 3:
             return super()._pos_embed(x)
         skip = 0 if self.no_embed_class else self.num_prefix_tokens
-        positions = resize_like_dino(self.pos_embed, x.shape[1:3], skip)
+        positions = resize_table(self.pos_embed, skip, self.patch_embed.grid_size, x.shape[1:3], self.pos_resize)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = x.flatten(1, 2)
         if self.no_embed_class:
             return self.pos_drop(torch.cat([*prefix, x + positions], dim=1))
         return self.pos_drop(torch.cat([*prefix, x], dim=1) + positions)
-
-
-def resize_like_dino(positions: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
-    """Positional embeddings [1, R + N, D] of a square grid for another grid, as facebookresearch/dino resizes them (quirk: the 0.1)."""
-    prefix, patches = positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:]
-    side = round(patches.shape[1] ** 0.5)
-    if tuple(grid) == (side, side):
-        return positions
-    scale = tuple((length + 0.1) / side for length in grid)
-    square = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    resized = F.interpolate(square.float(), scale_factor=scale, mode="bicubic").to(positions.dtype)
-    return torch.cat([prefix, resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 @cache

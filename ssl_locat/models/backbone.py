@@ -4,9 +4,10 @@
     load_backbone("runs/dino")                           the teacher of a run's newest checkpoint
     init_weights(backbone, "timm:vit_small_patch16_224.dino")    start a new one from given weights
 
-MODEL is a run folder, a checkpoint folder, an export folder, a file of weights (.safetensors, .pth), `timm:NAME` (random weights;
-`timm:NAME?pretrained`, `timm:NAME?patch_size=8&depth=4`), or `hf-hub:NAME`. A file takes options too (`weights.pth?img_size=384`), for what
-its tensors do not show: the training size of models without positional embeddings, whether PRR is attached.
+MODEL is a run folder, a checkpoint folder, an export folder, a folder that transformers saved, a file of weights (.safetensors, .pth),
+`timm:NAME` (random weights; `timm:NAME?pretrained`, `timm:NAME?patch_size=8&depth=4`), or `hf-hub:NAME`. Files and folders of weights take
+options too (`weights.pth?img_size=384`), for what their tensors do not show: `name` (a model of timm's), `mean` and `std`, `num_heads`, the
+training size of models without positional embeddings, whether GAug or PRR is attached.
 """
 
 import logging
@@ -14,20 +15,24 @@ from pathlib import Path
 
 import timm
 import yaml
+from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
 from ssl_locat.config.models import check_exists
 from ssl_locat.config.yaml_files import load_yaml
 from ssl_locat.errors import CheckpointError, UserError, did_you_mean
-from ssl_locat.models.official import HALF, recognise
+from ssl_locat.models.architecture import recognise
+from ssl_locat.models.foreign import normalisation, read_foreign, read_json, read_known
+from ssl_locat.models.layouts import Known, Layout, same
 from ssl_locat.models.registry import MODELS, TWINS
-from ssl_locat.models.weights import fit, read_state, set_initial_grid
+from ssl_locat.models.weights import FOLDER_FILES, fit, set_initial_grid
 from ssl_locat.runs.checkpoint import problem, read_marker, read_weights
 
 log = logging.getLogger(__name__)
 
 ATTACH = ("gaug", "prr", "pos_resize")  # options of attach_locat
 NOT_FOR_THE_CONSTRUCTOR = ("name", "init", "frozen_epochs")  # keys of a config's `backbone` that are no options of the model
+NOT_OF_THE_WEIGHTS = ("num_classes", "in_chans", "img_size")  # options that a run chooses by itself
 
 
 def create_backbone(name: str, **options) -> nn.Module:
@@ -75,14 +80,31 @@ def load_backbone(model: str | Path, which: str | None = None, step: int | None 
     if model.startswith("timm:"):
         backbone = create_from_timm(model.removeprefix("timm:"))
     elif model.startswith("hf-hub:"):
-        backbone = create_pretrained(model)
-    elif Path(model.partition("?")[0]).is_file():
-        backbone = load_weights_file(model)
-    elif Path(model, "config.json").is_file():
-        backbone = create_pretrained(f"local-dir:{model}")
+        backbone = load_from_hub(model)
+    elif is_foreign(model):
+        backbone = load_foreign(model)
+    elif Path(folder_of(model), "config.json").is_file():
+        path, options = split_options(model)
+        backbone = create_pretrained(f"local-dir:{folder_of(path)}", **options)
     else:
         backbone = load_run(Path(model), which or "teacher", step)
     return backbone.eval()
+
+
+def folder_of(model: str) -> Path:
+    """The folder that a MODEL names, or in which the file of weights lies that it names."""
+    path = Path(model.partition("?")[0])
+    return path.parent if path.name in FOLDER_FILES else path
+
+
+def is_foreign(model: str) -> bool:
+    """Whether MODEL is a bare file of weights or a folder of transformers'. A folder with timm's config.json says itself what it is, and so
+    does the file of weights in it, but for one that is asked to be opened as another model (`?name=`)."""
+    path, options = split_options(model)
+    if Path(path).is_file() and (Path(path).name not in FOLDER_FILES or "name" in options):
+        return True
+    config = read_json(folder_of(path) / "config.json")
+    return Path(path).is_file() if not config else "architecture" not in config and "model_type" in config
 
 
 def is_run_or_checkpoint(model: str | Path) -> bool:
@@ -96,16 +118,57 @@ def init_weights(backbone: nn.Module, source: str) -> list[str]:
     Positional embeddings and patch kernels are resized where they differ. Returns the names of what the weights did not have.
     Here `timm:NAME` means its pretrained weights. Raises CheckpointError for weights of another architecture.
     """
-    if Path(source).is_file():
-        return fit(backbone, read_state(Path(source)), source)
+    check_exists(source)
+    if not source.startswith(("timm:", "hf-hub:")) and is_foreign(source):
+        path, given = split_options(source)
+        known, facts = read_known(Path(path))
+        log.info("%s: %s", source, known.layout.name)
+        try:
+            missing = fit(backbone, known, source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{options_of(known, source)}") from None
+        (mean, std), _, guessed = normalisation(known, facts, given.get("name"), 0)
+        if not guessed:
+            compare_normalisation(backbone, mean, std, source)
+        return missing
     if source.startswith("timm:"):
         given = create_pretrained(source.removeprefix("timm:").removesuffix("?pretrained"), num_classes=0)
     else:
         given = load_backbone(source)
-    missing = fit(backbone, given.state_dict(), source)
+    missing = fit(backbone, weights_of_model(given, source), source)
     if getattr(given, "has_gaug", False) and getattr(backbone, "has_gaug", False):
         set_initial_grid(backbone, given.gaug_options["initial_grid"])
+    compare_normalisation(backbone, given.pretrained_cfg["mean"], given.pretrained_cfg["std"], source)
     return missing
+
+
+def options_of(known: Known, source: str) -> str:
+    """The keys of a config that make a backbone for these weights, as a sentence; nothing where the tensors do not show them."""
+    try:
+        name, options, _ = recognise(known.state, source, known.layout.prefix)
+    except CheckpointError:
+        return ""
+    options = {key: value for key, value in options.items() if key not in NOT_OF_THE_WEIGHTS}
+    return " They fit " + " ".join(f"backbone.{key}={value}" for key, value in {"name": name, **options}.items()) + "."
+
+
+def weights_of_model(model: nn.Module, source: str) -> Known:
+    """The weights of a model that is open already, which knows its grid and how its positions are resized."""
+    grid, table = getattr(model.patch_embed, "grid_size", None), getattr(model, "pos_embed", None)
+    prefix = None if table is None or grid is None else table.shape[1] - grid[0] * grid[1]
+    layout = Layout(source, lambda weights: True, same, prefix, getattr(model, "pos_resize", "timm"))
+    return Known(layout, model.state_dict(), grid)
+
+
+def compare_normalisation(backbone: nn.Module, mean: tuple, std: tuple, source: str) -> None:
+    """Say it where the weights were trained on images of another mean and std than `backbone` will see."""
+    own = getattr(backbone, "pretrained_cfg", None) or {}
+    if own and (tuple(own["mean"]), tuple(own["std"])) != (tuple(mean), tuple(std)):
+        log.warning(
+            "%s was trained on images with mean %s and std %s; here they have mean %s and std %s (crops.mean, crops.std).",
+            source,
+            *(list(numbers) for numbers in (mean, std, own["mean"], own["std"])),
+        )
 
 
 def create_from_timm(spec: str) -> nn.Module:
@@ -144,15 +207,41 @@ def create_pretrained(name: str, **options) -> nn.Module:
         raise CheckpointError(f"{name.removeprefix('local-dir:')}: its weights cannot be loaded: {error}") from error
 
 
-def load_weights_file(spec: str) -> nn.Module:
-    """`PATH` or `PATH?key=value` of a bare state dict; what model it is shows in its names and shapes."""
+def load_from_hub(model: str) -> nn.Module:
+    """`hf-hub:NAME[?key=value]`: a repository of timm's or ours, or one of transformers' whose layout is known."""
+    name, options = split_options(model)
+    repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+    try:
+        config = read_json(Path(hf_hub_download(repository, "config.json", revision=revision or None)))
+        if "architecture" in config:
+            return create_pretrained(name, **options)
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.bin"])
+    except (RuntimeError, OSError, ValueError) as error:  # huggingface_hub's and httpx's descend from these
+        raise CheckpointError(f"{model}: cannot be loaded from the hub: {error}") from error
+    return load_foreign(model.replace(name, folder, 1))
+
+
+def load_foreign(spec: str) -> nn.Module:
+    """`PATH` or `PATH?key=value` of weights without a config of timm's; what model they are shows in their names and shapes."""
     path, given = split_options(spec)
-    state = read_state(Path(path))
-    name, options = recognise(state, path)
-    backbone = create_backbone(name, **{**options, **given})
-    fit(backbone, state, path)
-    if options["num_classes"] and "rope" not in name and "swin" not in name and name.startswith("locat"):
-        backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": HALF, "std": HALF}
+    foreign = read_foreign(Path(path), given)
+    backbone = create_backbone(foreign.name, **foreign.options)
+    fit(backbone, foreign.known, path)
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": foreign.mean, "std": foreign.std}
+    size = "x".join(str(side) for side in backbone.patch_embed.img_size)
+    log.log(
+        logging.WARNING if foreign.guessed else logging.INFO,
+        "%s: %s, opened as %s (%s px%s); mean %s and std %s (%s%s)",
+        path,
+        foreign.known.layout.name,
+        foreign.name,
+        size,
+        "".join(f"; assumed: {words}, say num_heads=N otherwise" for words in foreign.assumed),
+        [round(number, 3) for number in foreign.mean],
+        [round(number, 3) for number in foreign.std],
+        foreign.normalisation,
+        "; give ?mean=[...]&std=[...] or ?name=NAME of a timm model" if foreign.guessed else "",
+    )
     return backbone
 
 

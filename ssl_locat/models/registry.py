@@ -23,6 +23,7 @@ from timm.models import (
     model_entrypoint,
     register_model,
 )
+from timm.models._features import FeatureGetterNet
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as filter_eva
 from timm.models.swin_transformer import SwinTransformer
@@ -57,6 +58,7 @@ SWIN = {
     "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
 }
 VANILLA = {"gaug": False, "prr": False}
+FEATURE_OPTIONS = ("out_indices", "out_map", "return_dict", "output_fmt", "norm", "prune")  # of timm's FeatureGetterNet
 
 
 def build_locat(
@@ -111,6 +113,8 @@ def register_twin(name: str, options: dict) -> None:
     """`locat_NAME`: timm's model NAME with LocAt. `pretrained=True` starts it from NAME's weights, or opens an export of its own."""
 
     def create(pretrained: bool = False, gaug: bool | dict = True, prr: bool | dict = True, pos_resize: str = "timm", **given):
+        # feature maps alone: timm cuts blocks off, so that LocAt and the weights must be there before
+        maps = {key: given.pop(key) for key in FEATURE_OPTIONS if key in given} if given.pop("features_only", False) else None
         exported = isinstance(
             given.get("pretrained_cfg"), dict
         )  # a folder or hub repository, whose weights have GAug's among them
@@ -119,7 +123,7 @@ def register_twin(name: str, options: dict) -> None:
         if pretrained and exported:
             load_pretrained(model, num_classes=model.num_classes, in_chans=model.in_chans)
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": f"locat_{name}"}
-        return model
+        return model if maps is None else FeatureGetterNet(model, **maps)
 
     create.__name__ = f"locat_{name}"
     create.__module__ = __name__
@@ -142,7 +146,7 @@ default_cfgs = generate_default_cfgs(
             "input_size": (3, 224, 224),
             "crop_pct": 0.9,
             "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,  # what pretraining here uses; the release's classifiers were trained with 0.5, see official.py
+            "mean": IMAGENET_DEFAULT_MEAN,  # what pretraining here uses; the release's classifiers were trained with 0.5, see architecture.py
             "std": IMAGENET_DEFAULT_STD,
             "first_conv": "patch_embed.proj",
             "classifier": "head.fc" if base is SwinTransformer else "head",

@@ -1,10 +1,12 @@
-"""Foreign weights: reading them without unpickling, recognising their layout, fitting them into a backbone.
+"""Foreign weights: reading them without unpickling, fitting them into a backbone whose names are timm's.
 
-Layouts: the official LocAtViT release (its names are ours), timm, DINO (`teacher` / `student` with heads), DINOv2 (`mask_token`,
-`register_tokens`), each possibly under `module.`, `backbone.` or `_orig_mod.`.
+Whose layout a file has is told by layouts.py. Tensors may lie under `teacher`, `model`, ... and have `module.`, `backbone.`, `_orig_mod.` in
+front of their names.
 """
 
+import json
 import logging
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -19,30 +21,43 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import CheckpointError
 from ssl_locat.models.jumbo import drop_copies_of_the_shared_mlp
+from ssl_locat.models.layouts import Known, Weights
+from ssl_locat.models.positions import embed_special_tokens, num_special_tokens, own_grid, resize_positions
 
 log = logging.getLogger(__name__)
 
 TORCH_STARTS = (b"PK", b"\x80")  # a zip archive; older, a bare pickle
 NESTED = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model", "student")  # first one found holds the weights
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "teacher.", "student.")
+PREFIXES = ("module.", "backbone.", "teacher.", "student.")
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch puts these anywhere into a name
 HEADS = ("head.", "head_dist.", "dino_head.", "ibot_head.", "last_layer.", "mlp.")  # what hangs behind a backbone
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)  # where transformers and timm put weights
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or of a torch file (.pth, .pt, .bin), unpacked from nesting and prefixes.
+def read_file(path: Path) -> Weights:
+    """Tensors of a .safetensors file (or the index of several) or of a torch file (.pth, .pt, .bin), out of nesting and prefixes.
 
-    Torch files are read with weights_only; CheckpointError for one that needs unpickling, is damaged or holds no weights.
+    Torch files are read with weights_only. Of Python's classes, argparse.Namespace alone is let in, whose values obey the same rule: the
+    checkpoints of DINO, iBOT and MAE hold their `args` in one. CheckpointError for a file that needs more, is damaged or holds no weights.
     """
     try:
         if path.suffix == ".safetensors":
             return unpack(load_file(path), path)
+        if path.name.endswith(".index.json"):
+            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            return unpack({name: t for part in parts for name, t in load_file(path.with_name(Path(part).name)).items()}, path)
         with path.open("rb") as file:
             if not file.read(2).startswith(TORCH_STARTS):  # torch's unpickler runs into text with errors of every kind
                 raise CheckpointError(f"{path} is no file of weights: expected what torch.save wrote, or a .safetensors.")
-        return unpack(torch.load(path, map_location="cpu", weights_only=True), path)
+        with torch.serialization.safe_globals([Namespace]):
+            return unpack(torch.load(path, map_location="cpu", weights_only=True), path)
     except CheckpointError:
         raise
-    except (SafetensorError, RuntimeError, EOFError, OSError, LookupError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, LookupError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as weights: {error}") from None
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":  # told by its name: no module of this project imports pickle
@@ -53,13 +68,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def unpack(content: dict, source: Path | str) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: the teacher or averaged weights where there are several, without wrappers' prefixes."""
+def unpack(content: dict, source: Path | str, around: frozenset[str] = frozenset()) -> Weights:
+    """The state dict inside a checkpoint: the teacher or averaged weights where there are several, without wrappers' prefixes.
+
+    Half-precision weights become float32, in which everything here computes unless told otherwise.
+    """
     for key in NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
-            return unpack(content[key], source)
+            names = {name for name in content if isinstance(name, str)}
+            return unpack(content[key], source, around | names)
     items = content.items() if isinstance(content, dict) else ()
-    state = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+    state = {unwrapped(name): value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     while state and (prefix := next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None)):
         inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         # DDP wraps everything; a backbone lies beside its heads, which are left out
@@ -70,40 +89,36 @@ def unpack(content: dict, source: Path | str) -> dict[str, Tensor]:
         )
     if not state:
         raise CheckpointError(f"{source} holds no weights: expected a state dict, alone or under {', '.join(NESTED)}")
-    return state
+    return Weights({name: value.float() if value.is_floating_point() else value for name, value in state.items()}, around)
 
 
-def trained_grid(state: dict[str, Tensor], num_prefix_tokens: int = 1) -> tuple[int, int] | None:
-    """The square grid (rows, cols) that a state dict's positional embeddings were trained at; None if it has none."""
-    if "pos_embed" not in state or state["pos_embed"].ndim != 3:
-        return None
-    tokens = state["pos_embed"].shape[1]
-    side = next((int(n**0.5) for n in (tokens, tokens - num_prefix_tokens) if int(n**0.5) ** 2 == n), None)
-    return (side, side) if side else None
+def unwrapped(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
-def fit(backbone: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
-    """Load `state` into `backbone`; positional embeddings and patch kernels are resized where they differ, classifiers left out if so.
+def fit(backbone: nn.Module, known: Known, source: str) -> list[str]:
+    """Load weights into `backbone`; positional embeddings and patch kernels are resized where they differ, classifiers left out if so.
 
     Only LocAt's weights (GAug, class-attention pooling) and the classifier may be missing; the names of what was missing are returned. GAug weights bring the grid that they
     were trained at along, which fixes its constants. Raises CheckpointError for weights of another architecture, and says what differs.
     """
-    state = dict(state)
-    has_gaug = any(".gaug." in name for name in state)
-    grid = trained_grid(state, getattr(backbone, "num_prefix_tokens", 1))
-    if has_gaug and grid and not isinstance(backbone, SwinTransformer):
-        set_initial_grid(backbone, grid)
-    convert = filter_swin if isinstance(backbone, SwinTransformer) else filter_eva if isinstance(backbone, Eva) else filter_vit
+    state = dict(known.state)
     own = backbone.state_dict()
     drop_copies_of_the_shared_mlp(backbone, state, "")
+    table = fit_positions(backbone, state, known, source)
+    convert = filter_swin if isinstance(backbone, SwinTransformer) else filter_eva if isinstance(backbone, Eva) else filter_vit
     try:
         converted = convert(state, backbone)
     except (RuntimeError, LookupError) as error:
         raise CheckpointError(
             f"the weights of {source} do not fit this {type(backbone).__name__}: {error}. They must be of such a model."
         ) from None
-    state = {n: v for n, v in converted.items() if n in own or not n.startswith(HEADS)}
+    state = {n: v for n, v in (converted | table).items() if n in own or not n.startswith(HEADS)}
     state = {n: v for n, v in state.items() if not (n.startswith("head.") and n in own and own[n].shape != v.shape)}
+    # DINOv3's released biases are zero but for its own training; timm's models of that name have none
+    state = {n: v for n, v in state.items() if n in own or not (n.endswith((".q_bias", ".v_bias")) and not v.any())}
     missing = [name for name in own if name not in state and not name.startswith("head.")]
     wrong = {
         "lack": [name for name in missing if ".gaug." not in name and not name.startswith("prr.")],
@@ -116,13 +131,34 @@ def fit(backbone: nn.Module, state: dict[str, Tensor], source: str) -> list[str]
         if names:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise CheckpointError(
-                f"the weights of {source} do not fit this {type(backbone).__name__}: they {what} {listed}. Choose the backbone.name and "
-                "options (patch_size, init_values for LayerScale, reg_tokens, no_embed_class, ...) that they were trained with."
+                f"the weights of {source} ({known.layout.name}) do not fit this {type(backbone).__name__}: they {what} {listed}. Choose the "
+                "backbone.name and options (patch_size, init_values for LayerScale, reg_tokens, no_embed_class, ...) that they were trained with."
             )
     backbone.load_state_dict(state, strict=False)
     if missing:
         log.info("%s: %d tensors of LocAt are not in these weights and stay as initialised", source, len(missing))
     return missing
+
+
+def fit_positions(backbone: nn.Module, state: dict[str, Tensor], known: Known, source: str) -> dict[str, Tensor]:
+    """Take the positional embeddings out of `state` and return them as the backbone has them: its grid, resized as the source resizes,
+    and its convention about special tokens (whose embeddings change in `state` where theirs is another)."""
+    own = getattr(backbone, "pos_embed", None)
+    if own is None or state.get("pos_embed") is None or state["pos_embed"].ndim != 3:
+        return {}
+    new = tuple(backbone.patch_embed.grid_size)
+    wanted = own.shape[1] - new[0] * new[1]
+    prefix = known.layout.prefix
+    if prefix is None and num_special_tokens(state) == getattr(backbone, "num_prefix_tokens", 1):
+        prefix = wanted
+    prefix, old = own_grid(state, prefix, known.grid or new, source)
+    if any(".gaug." in name for name in state):
+        set_initial_grid(backbone, old)
+    moved = embed_special_tokens(state, prefix, wanted)
+    state.clear()
+    state |= {name: value for name, value in moved.items() if name != "pos_embed"}
+    patches = resize_positions(moved["pos_embed"][:, wanted:], old, new, known.layout.pos_resize)
+    return {"pos_embed": torch.cat([moved["pos_embed"][:, :wanted], patches], dim=1)}
 
 
 def set_initial_grid(backbone: nn.Module, grid: tuple[int, int]) -> None:

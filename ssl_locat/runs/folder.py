@@ -61,6 +61,17 @@ class Difference(NamedTuple):
         return f"{self.key} was {redacted(self.saved)!r}, now {redacted(self.given)!r}"
 
 
+def save_tensors(tensors: dict, path: str | Path, **options) -> None:
+    """safetensors' save_file, but with the permissions that the umask asks for: it writes 0600."""
+    from safetensors.torch import save_file  # imports torch, which the commands that only look at a run do without
+
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, **options)
+    path.chmod(mode)
+
+
 def read_config(run_dir: str | Path) -> Config:
     """The resolved config of a run: config.yaml, or that of the newest checkpoint where a power cut left the file empty or took it."""
     path = Path(run_dir, "config.yaml")

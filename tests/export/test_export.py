@@ -12,8 +12,8 @@ from trained import trained_run  # noqa: F401
 
 import ssl_locat
 from ssl_locat.errors import CheckpointError, UserError
-from ssl_locat.export.export import BothTokens, export
-from ssl_locat.export.export import export as exporting
+from ssl_locat.export.export import export
+from ssl_locat.export.parity import TOLERANCE, BothTokens
 from ssl_locat.models.attach import locat_args
 from ssl_locat.models.backbone import create_backbone, load_backbone
 from ssl_locat.models.tokens import features
@@ -100,7 +100,7 @@ def test_an_export_is_whole_or_absent_and_nothing_else_is_replaced(tmp_path, mon
     first = export(f"timm:vit_tiny{SMALL}", str(tmp_path / "out"))
     before = (first / "model.safetensors").read_bytes()
     torch.manual_seed(1)
-    monkeypatch.setitem(exporting.TOLERANCE, "timm", -1.0)  # no export can be as near as that
+    monkeypatch.setitem(TOLERANCE, "timm", -1.0)  # no export can be as near as that
     with pytest.raises(CheckpointError, match="differs by"):
         export(f"timm:vit_tiny{SMALL}", str(tmp_path / "out"))
     assert (first / "model.safetensors").read_bytes() == before

@@ -11,7 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from shards import write_shards
+
+from ssl_locat.export.export import export
+from ssl_locat.models import features
+from ssl_locat.models.backbone import load_backbone
 
 EXPORT = ["-m", "ssl_locat.cli", "export", "timm:vit_tiny?patch_size=8&img_size=32&depth=1&embed_dim=24&num_heads=2"]
 PUSH = "import sys; from pathlib import Path; from ssl_locat.export.hub import push; print(push(Path(sys.argv[1]), sys.argv[2]))"
@@ -202,3 +208,116 @@ def test_a_closed_data_set_and_a_missing_shard_are_named(datasets, tmp_path):
     assert closed.returncode == 1 and "DataError" in closed.stderr and "hf auth login" in closed.stderr, closed.stderr[-1500:]
     missing = read(datasets, "hf://datasets/me/images/{000..002}.tar", "good", tmp_path / "cache")
     assert missing.returncode == 1 and "002.tar does not exist" in missing.stderr, missing.stderr[-1500:]
+
+
+# --- models ------------------------------------------------------------------------------------------------------------------------
+
+
+class Models(BaseHTTPRequestHandler):
+    """Repositories of models as the hub serves them: what is in a repository, and its files."""
+
+    folder: Path  # one folder for each repository: me/NAME
+    protocol_version = "HTTP/1.1"
+    commit = "1" * 40
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if found := re.fullmatch(r"/api/models/me/([^/]+)(/revision/[^/]+)?", path):
+            repository = self.folder / found[1]
+            if not repository.is_dir():
+                return self.reply(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+            files = [{"rfilename": file.name} for file in sorted(repository.iterdir())]
+            answer = {"id": f"me/{found[1]}", "sha": self.commit, "siblings": files, "private": False}
+            return self.reply(json.dumps(answer).encode())
+        if found := re.fullmatch(r"/api/models/me/([^/]+)/tree/[^/]+", path):
+            files = sorted((self.folder / found[1]).iterdir())
+            entries = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "1" * 40} for f in files]
+            return self.reply(json.dumps(entries).encode())
+        if found := re.fullmatch(r"/me/([^/]+)/resolve/[^/]+/(.+)", path):
+            file = self.folder / found[1] / found[2]
+            if not file.is_file():
+                return self.reply(b"{}", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
+            return self.reply(file.read_bytes(), headers={"ETag": f'"{file.name}"', "X-Repo-Commit": self.commit})
+        return self.reply(b"{}", 404)
+
+    def reply(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, text in {"Content-Length": str(len(data)), "Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def models(tmp_path):
+    Models.folder = tmp_path / "hub"
+    Models.folder.mkdir()
+    yield from serve(Models)
+
+
+BACKBONE = """
+import sys; sys.modules["ssl_locat"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoBackbone
+expected = load_file(sys.argv[1])
+model = AutoBackbone.from_pretrained("me/locat", trust_remote_code=True, out_indices=(0, -1)).eval()
+with torch.inference_mode():
+    maps = model(expected["images"]).feature_maps
+assert len(maps) == 2 and model.channels == [24, 24], (len(maps), model.channels)
+print((maps[-1] - expected["map"]).abs().max().item())
+"""
+OPEN = """
+import sys, torch, ssl_locat
+from safetensors.torch import load_file
+expected = load_file(sys.argv[1])
+with torch.inference_mode():
+    print((ssl_locat.features(ssl_locat.load_backbone("hf-hub:me/" + sys.argv[2]), expected["images"]) - expected["class"]).abs().max().item())
+"""
+
+
+def from_hub(hub, tmp_path, *command: str) -> float:
+    settings = {"HF_HOME": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    os.environ.update(settings)
+    try:
+        done = run_python(hub, "good", *command)
+    finally:
+        for name in settings:
+            del os.environ[name]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return float(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.store
+def test_a_backbone_of_the_hub_opens_by_its_generated_code(models, tmp_path):
+    """AutoBackbone.from_pretrained takes names of the hub alone; ssl_locat cannot be imported in that process."""
+    pytest.importorskip("transformers", minversion="5", reason="transformers is not installed")
+    spec = "timm:locatvit_tiny?patch_size=8&img_size=32&depth=2&embed_dim=24&num_heads=2"
+    model = load_backbone(export(spec, str(Models.folder / "locat"), with_code=True))
+    images = torch.randn(2, 3, 32, 48)
+    with torch.inference_mode():
+        last = model.forward_intermediates(images, indices=[-1], norm=False, intermediates_only=True)[-1]
+        save_file(
+            {"images": images, "map": last.contiguous(), "class": features(model, images).contiguous()},
+            tmp_path / "expected.safetensors",
+        )
+    assert from_hub(models, tmp_path, "-c", BACKBONE, str(tmp_path / "expected.safetensors")) <= 1e-6
+    assert from_hub(models, tmp_path, "-c", OPEN, str(tmp_path / "expected.safetensors"), "locat") <= 1e-6
+
+
+@pytest.mark.store
+def test_a_repository_of_transformers_opens_by_its_name(models, tmp_path, golden):
+    file = golden("hf_dinov2_reg")
+    folder = Models.folder / "dinov2"
+    folder.mkdir()
+    save_file(file.state(), folder / "model.safetensors")
+    (folder / "config.json").write_text(file.metadata["hf_config_json"])
+    save_file({"images": file["in.1.x"].float(), "class": file["out.1.class"]}, tmp_path / "expected.safetensors")
+    assert from_hub(models, tmp_path, "-c", OPEN, str(tmp_path / "expected.safetensors"), "dinov2") <= 1e-4

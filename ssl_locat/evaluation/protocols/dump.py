@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -23,6 +22,7 @@ from ssl_locat.evaluation.shared.options import Count, Flag, Shards, Text, Whole
 from ssl_locat.evaluation.shared.samples import NO_LABEL, Members, load_in_order, share
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
 from ssl_locat.runs.distributed import barrier, is_main, rank, world_size
+from ssl_locat.runs.folder import save_tensors
 from ssl_locat.runs.log import progress
 from ssl_locat.shown import to_json
 
@@ -154,5 +154,5 @@ def write_part(stem: Path, arrays: dict[str, Tensor], keys: list[str], labels: l
         for name, array in arrays.items():
             np.save(f"{stem}.{name}.npy", array.numpy())
     else:
-        save_file(arrays, f"{stem}.safetensors")
+        save_tensors(arrays, f"{stem}.safetensors")
     Path(f"{stem}.json").write_text(json.dumps({"key": keys, "label": labels}) + "\n", encoding="utf-8")

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors.torch import save_file
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
@@ -52,6 +51,7 @@ from ssl_locat.evaluation.shared.samples import (
 )
 from ssl_locat.models.backbone import load_backbone
 from ssl_locat.runs.distributed import all_reduce_sum_, is_main, rank, world_size
+from ssl_locat.runs.folder import save_tensors
 from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
 
@@ -275,7 +275,7 @@ def evaluate(
             if step % per_epoch == 0:
                 save_progress(resume_file, step, backbone, optimizer, purpose)
     if weights_file and is_main():
-        save_file({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, weights_file)
+        save_tensors({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, weights_file)
     return test_accuracy(backbone, LabelledSamples(test, test_view, *keys), batch_size // world_size(), workers, device)
 
 

@@ -1,0 +1,60 @@
+"""model.safetensors and config.json as timm's hub format has them, and as transformers reads them, too.
+
+Both read one config.json: timm makes `architecture` with `model_args`; transformers' TimmWrapper does the same and passes the number of
+classes itself, so it must not be among them. A model without LocAt gets timm's own name, so that timm alone can open it.
+"""
+
+import json
+from pathlib import Path
+
+from timm.models import save_for_hf
+from torch import nn
+
+from ssl_locat.export.modeling import AUTO_MAP, FILE, write_modeling
+from ssl_locat.models.attach import LocAtModel
+from ssl_locat.models.jumbo import Jumbo
+from ssl_locat.models.registry import MODELS, TWINS
+
+ATTACH = ("gaug", "prr", "pos_resize")
+
+
+def write_timm(backbone: nn.Module, folder: Path, with_code: bool = False) -> None:
+    """Write the two files into `folder`; with_code: a modeling file besides, for transformers where ssl_locat is not installed."""
+    save_for_hf(backbone, folder, safe_serialization=True, data_config={"input_size": backbone.pretrained_cfg["input_size"]})
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
+    config["architecture"], args = own_name(backbone, config["architecture"], args)
+    config["model_args"] = args
+    if with_code:
+        config["auto_map"] = AUTO_MAP
+        write_modeling(config["architecture"], folder / FILE)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    obey_umask(folder)
+
+
+def own_name(backbone: nn.Module, architecture: str, args: dict) -> tuple[str, dict]:
+    """(timm's name, its options) of a model of ours that has nothing of LocAt's; others as they are."""
+    plain = not (getattr(backbone, "has_gaug", False) or getattr(backbone, "prr", None) is not None)
+    if not isinstance(backbone, LocAtModel) or isinstance(backbone, Jumbo) or not plain:
+        return architecture, args
+    if getattr(backbone, "pos_resize", "timm") != "timm":  # timm cannot resize positions that way
+        return architecture, args
+    args = {key: value for key, value in args.items() if key not in ATTACH}
+    twin = architecture.removeprefix("locat_")
+    if twin in TWINS:
+        return twin, {**TWINS[twin], **args}
+    if architecture in MODELS and "swin" not in architecture:
+        size = architecture.removeprefix("locat").removeprefix("reg").split("_")[1]
+        rope = "small" if size == "tiny" else size  # timm has no tiny one; the width is among the options
+        name = f"vit_{rope}_patch16_rope_mixed_224" if "rope_mixed" in architecture else f"vit_{size}_patch16_224"
+        options = {key: value for key, value in MODELS[architecture][1].items() if key not in ATTACH}
+        return name, {**options, **args}
+    return architecture, args
+
+
+def obey_umask(folder: Path) -> None:
+    """Give every file in a folder that this process made the permissions that its umask asks for: safetensors writes 0600."""
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
