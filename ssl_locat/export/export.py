@@ -88,7 +88,7 @@ def export(
             differences[format] = compare(backbone, outputs, sizes, TOLERANCE[format])
         if with_head:
             _write_head(Path(model), which or "teacher", step, partial / "head.safetensors")
-        card = model_card(backbone, target.name, run, which or "teacher", step, format, sizes, differences)
+        card = model_card(backbone, target.name, run, which or "teacher", step, format, sizes, differences, with_code)
         (partial / "README.md").write_text(card, encoding="utf-8")
         obey_umask(partial)
         _replace(partial, target)
@@ -147,6 +147,7 @@ def model_card(
     format: str,
     sizes: list[tuple[int, int, int]],
     differences: dict[str, float],
+    with_code: bool = False,
 ) -> str:
     """README.md of the export: what it is, how to load it, data, recipe, scores, and how near it is to what was trained."""
     # Markdown: nothing to escape but line breaks, which would begin a paragraph of their own
@@ -162,6 +163,7 @@ def model_card(
         mean=backbone.pretrained_cfg["mean"],
         std=backbone.pretrained_cfg["std"],
         locat=is_locat,
+        code=with_code,
         which=which,
         format=format,
         sizes=sizes,

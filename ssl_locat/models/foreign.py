@@ -41,6 +41,10 @@ def read_foreign(path: Path, given: dict) -> Foreign:
     name = given.pop("name", None)
     if name is not None and not timm.is_model(name):
         raise UserError(f"{path}?name={name}: timm has no model {name!r}.{did_you_mean(str(name), timm.list_models())}")
+    if any(".mlp.fc1_g." in name for name in known.state) and facts.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(
+            f"{path}: a gated MLP with hidden_act {facts['hidden_act']!r}; DINOv3's has 'silu', and timm's Eva, too"
+        )
     architecture = recognise(known.state, str(path), known.layout.prefix, given)
     options, assumed = architecture.options, architecture.assumed
     if "num_attention_heads" in facts:

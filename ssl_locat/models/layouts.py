@@ -89,6 +89,11 @@ def from_ibot(state: State) -> State:
     return substitute(without(state, r"masked_embed$"), (r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma"))
 
 
+def from_timm(state: State) -> State:
+    """timm's own names, and bare files of iBOT and DeiT III, whose LayerScale is gamma_1, gamma_2 (timm's Eva, too, which has no qkv.bias)."""
+    return from_ibot(state) if {"blocks.0.gamma_1", "blocks.0.attn.qkv.bias", "pos_embed"} <= state.keys() else state
+
+
 def from_mae(state: State) -> State:
     """The encoder alone: the decoder has its own width, mask token and positions."""
     return without(state, r"decoder_", r"mask_token$")
@@ -260,5 +265,5 @@ LAYOUTS = (
         normalisation=IMAGENET,
     ),
     Layout("LocAtViT", lambda w: any(".gaug." in name for name in w.state), same),
-    Layout("timm", has("patch_embed.proj.weight"), same),
+    Layout("timm", has("patch_embed.proj.weight"), from_timm),
 )

@@ -5,6 +5,7 @@ models give for them, "scratch": a folder}. "without": `ssl_locat` cannot be imp
 the error's last line}}, the greatest difference relative to the largest value.
 """
 
+import importlib
 import json
 import sys
 import time
@@ -22,7 +23,7 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 if mode == "with":
-    pass
+    importlib.import_module("ssl_locat.models")  # registers the models with timm
 expected = load_file(work["expected"])
 images = expected["images"]
 trust = {"trust_remote_code": True}

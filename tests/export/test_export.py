@@ -1,6 +1,8 @@
 """What is exported gives the same features as what was trained, in every format, or is not written at all."""
 
+import ast
 import json
+import os
 import subprocess
 import sys
 
@@ -13,10 +15,12 @@ from trained import trained_run  # noqa: F401
 import ssl_locat
 from ssl_locat.errors import CheckpointError, UserError
 from ssl_locat.export.export import export
+from ssl_locat.export.modeling import FILE, modeling_code
 from ssl_locat.export.parity import TOLERANCE, BothTokens
 from ssl_locat.models.attach import locat_args
 from ssl_locat.models.backbone import create_backbone, load_backbone
 from ssl_locat.models.tokens import features
+from ssl_locat.runs.folder import save_tensors
 
 SMALL = "?patch_size=8&img_size=32&depth=1&embed_dim=24&num_heads=2"
 
@@ -138,6 +142,14 @@ def test_onnx_equals_the_model_at_several_sizes_and_batches(name, tmp_path):
     out = export(f"timm:{name}{SMALL}", str(tmp_path / "out"), format="onnx")
     check_program(out, run_onnx, "model.onnx", [(1, 32, 32), (4, 48, 64), (2, 16, 40)])
     assert "any image size" in (out / "README.md").read_text()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    assert [o.shape[:2] for o in session.get_outputs()] == [["batch", 24], ["batch", "patches"]]
+    for odd in ((1, 3, 33, 32), (1, 3, 32, 36)):  # timm refuses them, too
+        with pytest.raises(Exception, match=r"cannot be reshaped|Reshape"):
+            session.run(None, {"images": torch.zeros(odd).numpy()})
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -180,3 +192,41 @@ def test_exported_models_keep_the_options_of_locat(options, attached, tmp_path, 
     direct.load_state_dict(load_file(out / "model.safetensors"))
     with torch.inference_mode():
         torch.testing.assert_close(features(again, images), features(direct, images), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_obey_the_umask(trained_run, tmp_path, umask):  # noqa: F811
+    before = os.umask(umask)
+    try:
+        out = export(str(trained_run), str(tmp_path / "out"), with_head=True, with_code=True)
+        save_tensors({"x": torch.zeros(2)}, tmp_path / "features.safetensors")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (*out.iterdir(), tmp_path / "features.safetensors")}
+    assert {"model.safetensors", "head.safetensors", "config.json", "README.md", FILE} <= modes.keys()
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_vanilla_exports_carry_timms_own_name(tmp_path):
+    for name, own in {
+        "vit_tiny": "vit_tiny_patch16_224",
+        "regvit_tiny": "vit_tiny_patch16_224",
+        "vit_small_nopos": "vit_small_patch16_224",
+        "vit_tiny_rope_mixed": "vit_small_patch16_rope_mixed_224",
+        "locatvit_tiny": "locatvit_tiny",
+    }.items():
+        config = json.loads((export(f"timm:{name}{SMALL}", str(tmp_path / name)) / "config.json").read_text())
+        assert config["architecture"] == own and "num_classes" not in config["model_args"]
+        if own != name:
+            assert not {"gaug", "prr", "pos_resize"} & config["model_args"].keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["locatvit_tiny", "locatvit_tiny_rope_mixed", "locatjumbo_tiny", "locatswin_tiny", "locat_vit_small_patch16_dinov3"]
+)
+def test_the_generated_code_stands_alone(name):
+    code = modeling_code(name)
+    names = {alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)}
+    assert {module.partition(".")[0] for module in names} - sys.stdlib_module_names == {"torch", "timm", "transformers"}
+    assert code == modeling_code(name)  # the same each time

@@ -1,5 +1,6 @@
 """Checkpoints in released layouts: recognised by their keys, outputs equal to the source implementation's (golden2) or to transformers'."""
 
+import json
 import logging
 from argparse import Namespace
 
@@ -261,3 +262,68 @@ def test_conventions_about_special_tokens_convert_exactly(tmp_path):
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(known(images), source(images), atol=1e-5, rtol=0)
+
+
+# --- transformers itself, and timm's own DINO networks --------------------------------------------------------------------------------
+
+
+def transformers_models():
+    transformers = pytest.importorskip("transformers", minversion="5", reason="transformers is not installed")
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    yield transformers.Dinov2Model(transformers.Dinov2Config(**shape, use_swiglu_ffn=True))
+    yield transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**shape, use_swiglu_ffn=True))
+    dinov3 = {**shape, "intermediate_size": 256, "num_register_tokens": 4}
+    yield transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**dinov3, use_gated_mlp=True, hidden_act="silu"))
+    yield transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**shape))
+
+
+def test_transformers_folders_and_state_dicts_open(tmp_path):
+    """SwiGLU in each layout, names on disk and in memory, and a task's head around the model, which is left out."""
+    for model in transformers_models():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        folder, file = tmp_path / type(model).__name__, tmp_path / f"{type(model).__name__}.pth"
+        model.eval().save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(
+            json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
+        )
+        torch.save(model.state_dict(), file)
+        inner = getattr(model, "dinov2", model)
+        for images in (torch.randn(1, 3, 56, 56), torch.randn(1, 3, 42, 84)):
+            with torch.no_grad():
+                expected = inner(images).last_hidden_state
+                for spec in (folder, folder / "model.safetensors", file):
+                    backbone = load_backbone(spec)
+                    given = normalise(backbone, forward_tokens(backbone, images))
+                    torch.testing.assert_close(
+                        torch.cat([given.prefix, given.patches], 1),
+                        expected,
+                        atol=1e-4,
+                        rtol=0,
+                        msg=lambda m, s=spec: f"{s}: {m}",
+                    )
+                    assert mean_of(backbone) == ((0.485, 0.456, 0.406) if spec == file else (0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
+@pytest.mark.parametrize("locat", [False, True])
+def test_timms_own_dino_networks_open_as_bare_files(tmp_path, name, locat):
+    patch = 14 if "14" in name else 16
+    options = {"img_size": 4 * patch, "depth": 2, "embed_dim": 128, "num_heads": 2, "global_pool": "token"}
+    torch.manual_seed(0)
+    model = create_backbone(name, **options, **({"gaug": True, "prr": True} if locat else {})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    size = f"?img_size={4 * patch}" if locat else ""  # no positions, or none for the class token: GAug's grid does not show
+    again = load_backbone(f"{tmp_path}/w.safetensors{size}")
+    for images in (torch.randn(1, 3, 4 * patch, 4 * patch), torch.randn(1, 3, 3 * patch, 5 * patch)):
+        with torch.no_grad():
+            torch.testing.assert_close(features(again, images), features(model, images), atol=1e-5, rtol=0)
+
+
+def test_keys_of_none_are_listed(tmp_path):
+    save_file({"layer1.0.conv1.weight": torch.zeros(3, 3)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(CheckpointError, match=r"no layout that is known here, such as layer1.0.conv1.weight; known: .*dinov3"):
+        load_backbone(tmp_path / "resnet.safetensors")
