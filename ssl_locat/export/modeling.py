@@ -28,7 +28,7 @@ INSTEAD = {
         "triton",
     ): 'def triton(*_):\n    raise UserError("the fused kernel is in ssl_locat alone; use another backend")',
 }
-IMPORTS = """from transformers import TimmBackbone, TimmBackboneConfig
+IMPORTS = """from transformers import TimmBackbone, TimmBackboneConfig, TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperForImageClassification, TimmWrapperModel"""
 CLASSES = '''
 class SslLocatModel(TimmWrapperModel):
@@ -41,6 +41,8 @@ class SslLocatForImageClassification(TimmWrapperForImageClassification):
 
 class SslLocatBackbone(TimmBackbone):
     """AutoBackbone: feature maps [B, D, rows, cols] of the blocks `out_indices`; of a folder or a repository of the hub."""
+
+    config_class = TimmWrapperConfig  # of the repository's config.json, which AutoBackbone compares
 
     @classmethod
     def from_pretrained(cls, name, *args, config=None, out_indices=(-1,), **kwargs):

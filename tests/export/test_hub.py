@@ -86,7 +86,7 @@ def run_python(hub, token: str, *command: str) -> subprocess.CompletedProcess:
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    return subprocess.run([sys.executable, *command], env={**os.environ, **settings}, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *command], env={**os.environ, **settings}, capture_output=True, text=True, timeout=280)
 
 
 def test_an_export_arrives_whole(hub, tmp_path):
@@ -185,7 +185,7 @@ def read(hub, spec: str, token: str, cache: Path) -> subprocess.CompletedProcess
         "XDG_CACHE_HOME": str(cache),
     }
     command = [sys.executable, "-c", READ, spec]
-    return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.store
