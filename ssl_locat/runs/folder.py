@@ -61,7 +61,7 @@ class Difference(NamedTuple):
         return f"{self.key} was {redacted(self.saved)!r}, now {redacted(self.given)!r}"
 
 
-def save_tensors(tensors: dict, path: str | Path, **options) -> None:
+def save_tensors(tensors: dict[str, Any], path: str | Path, **options: Any) -> None:
     """safetensors' save_file, but with the permissions that the umask asks for: it writes 0600."""
     from safetensors.torch import save_file  # imports torch, which the commands that only look at a run do without
 
