@@ -37,6 +37,7 @@ rehearsal: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check ssl_locat tests
 	$(BIN)/ruff format --check ssl_locat tests
+	$(BIN)/mypy
 	$(PYTEST) --durations=0 --durations-min=5 tests/test_layout.py -k "point_down or cycle or room or picture"
 	$(PYTEST) --durations=0 --durations-min=5 tests/test_docs.py -k links
 

@@ -122,6 +122,7 @@ def _from_sacct(job: str) -> str:
 def find(name: str) -> dict[str, Any]:
     """The newest record that a job id or a run folder means."""
     path = str(Path(name).absolute())
+    record: dict[str, Any]
     for record in reversed(records()):
         if name == record["job"] or path in (record["run"], record["folder"]):
             return record

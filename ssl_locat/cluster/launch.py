@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from ssl_locat.cluster import jobs as registry
 from ssl_locat.config.schema import Config, load
 from ssl_locat.config.yaml_files import dump_yaml, load_yaml, shipped
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.shown import carries_credentials
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,10 @@ class _Worker:
     """What a task of a job runs, named and not imported: it stands above `cli`, and so above this room. submitit pickles what it queues;
     the node that unpickles this gets the function itself."""
 
-    def __reduce__(self):
+    def __call__(self, *arguments: Any) -> None:
+        raise TypeError("runs only as what it is unpickled to, on a node")
+
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
         return pkgutil.resolve_name, ("ssl_locat.worker.task:run",)
 
 
@@ -292,7 +295,7 @@ def _start_slurm(commands: list[list[str]], profile: Profile, snapshot: Path, ru
             if conf:
                 os.environ["SLURM_CONF"] = conf
             with executor.batch() if len(commands) > 1 else nullcontext():
-                queued = [
+                queued: list[Any] = [
                     executor.submit(_Worker(), command, str(folder), os.getcwd(), profile.max_requeues) for command in commands
                 ]
     except FailedJobError as error:
@@ -344,7 +347,7 @@ def _start_local(commands: list[list[str]], profile: Profile, snapshot: Path, ru
         # ignored by submitit's controller, which on Ctrl-C would kill the processes while they save
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         with submitit.helpers.clean_env(), _variables(job_variables(profile, snapshot)):
-            job = executor.submit(_Worker(), command, str(snapshot.parent), os.getcwd(), 0)
+            job: Any = executor.submit(_Worker(), command, str(snapshot.parent), os.getcwd(), 0)
         signal.signal(signal.SIGINT, interrupt)
         log.info("%s: %d processes, logs in %s", run, profile.ranks, snapshot.parent)
         code = registry.follow_local(job, snapshot.parent)

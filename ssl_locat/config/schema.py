@@ -378,8 +378,8 @@ def _explain(schema: type[BaseModel], item: ErrorDetails, loaded: LoadedYaml) ->
     if kind == "value_error":
         return f"{place}: {name}: {message}."
     expected = message[0].lower() + message[1:]
-    if (ours := our_value(name, item["input"])) != item["input"]:
-        return f"{place}: {name} is {item['input']!r}, which is {ours} here: {name}={ours}."
+    if (value := our_value(name, item["input"])) != item["input"]:
+        return f"{place}: {name} is {item['input']!r}, which is {value} here: {name}={value}."
     return f"{place}: {name} is {item['input']!r}; {expected.replace('input should', 'it should')}."
 
 

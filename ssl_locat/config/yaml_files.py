@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
             raise _wrong(f"{shown!r} cannot be read as a value ({error}); put text in quotes", node) from None
 
 
-def _wrong(problem: str, at: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
+def _wrong(problem: str, at: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 

@@ -82,6 +82,7 @@ def dense_bias_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, num_prefix_tokens: int, *, dropout_p: float = 0.0
 ) -> Tensor:
     """softmax(q k^T / sqrt(d) + zero-pad(bias)) v for any patch-to-patch `bias` [B, heads, N, N] (Laplace, inverse distance)."""
+    # zeros for prefix tokens as queries (rows) and as keys (columns): [B, heads, R + N, R + N]
     mask = F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0)).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
@@ -89,13 +90,16 @@ def dense_bias_attention(
 def gaussian_bias(coeff: Gaussian, grid: tuple[int, int]) -> Tensor:
     """The bias S between patches by the paper's formula, [B, heads, N, N] float32: slow, for tests, figures and comparison."""
     dx, dy = patch_distances(grid, coeff.alpha.device, coeff.pool)
+    # [B, heads, N, 1] * [N, N]: the width is the query's, so that S is not symmetric
     exponent = coeff.ax[..., None] * dx.square().clamp(max=coeff.clamp) + coeff.ay[..., None] * dy.square().clamp(max=coeff.clamp)
     return coeff.alpha[..., None] * torch.exp(-exponent)
 
 
 def separable_bias(coeff: Gaussian, grid: tuple[int, int], num_prefix_tokens: int, dtype: torch.dtype) -> Tensor:
     """S with its zero rows and columns, [B, heads, R + N, R + N] of `dtype`, from one factor per axis."""
+    # exp(-(a + b)) = exp(-a) exp(-b): rows + cols exponentials per query instead of rows * cols
     factor_x, factor_y = factors(coeff, grid)
+    # [B, heads, N, rows, 1] * [B, heads, N, 1, cols], flattened to [B, heads, N, N]
     patches = (coeff.alpha[..., None] * factor_y)[..., :, None] * factor_x[..., None, :]
     return F.pad(patches.flatten(-2).to(dtype), (num_prefix_tokens, 0, num_prefix_tokens, 0))
 
@@ -109,7 +113,7 @@ def factors(coeff: Gaussian, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def reference(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) -> Tensor:
     """The formula step by step, nothing fused: what the other backends are tested against."""
     r = num_prefix_tokens
-    logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, heads, T, T], T = R + N
     logits = logits + F.pad(gaussian_bias(coeff, grid), (r, 0, r, 0))
     if extra_bias is not None:
         logits = logits + extra_bias
@@ -163,7 +167,7 @@ def choose(q: Tensor, coeff: Gaussian, plain: bool) -> str:
     if q.shape[2] <= SHORT:
         return "sdpa"
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, *coeff[:3]))
-    return "tiled" if needs_grad or q[..., 0].numel() * q.shape[2] > SMALL_BIAS else "sdpa"
+    return "tiled" if needs_grad or q[..., 0].numel() * q.shape[2] > SMALL_BIAS else "sdpa"  # B * heads * T * T elements
 
 
 _forced = "auto"  # a plain global: torch.compile of torch 2.11 cannot read a ContextVar

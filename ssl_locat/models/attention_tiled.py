@@ -32,15 +32,16 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx, q, k, v, ax, ay, alpha, clamp, pool, grid, num_prefix_tokens, scale):
         distances = squared_distances(grid, clamp, pool, q.device)
         bump = Bump(ax, ay, distances, num_prefix_tokens)
-        heights = F.pad(alpha[:, None], (num_prefix_tokens, 0))
+        heights = F.pad(alpha[:, None], (num_prefix_tokens, 0))  # [M, 1, T], 0 for prefix tokens: no bias in their rows
+        # logsumexp [M, 1, T] is all that the backward needs to make the weights again
         out, logsumexp = torch.empty_like(q), torch.empty_like(heights)
         cut = Cut(q)
         buffer, low_buffer = cut.buffers(1)
         given = cut(q.float(), 1), cut(k.float()), cut(v), cut(bump.x, 2), cut(bump.y * heights, 2)
         for q_tile, k_tile, v_tile, x, y, out_tile, logsumexp_tile in zip(*given, cut(out, 1), cut(logsumexp, 2), strict=True):
-            weights, _ = bump.write(buffer, x, y)
-            weights.baddbmm_(k_tile, q_tile.mT, alpha=scale)
-            highest = weights.amax(1, keepdim=True)
+            weights, _ = bump.write(buffer, x, y)  # [heads, keys, queries], already times alpha
+            weights.baddbmm_(k_tile, q_tile.mT, alpha=scale)  # += scale * k q^T, in float32
+            highest = weights.amax(1, keepdim=True)  # [heads, 1, queries]: softmax runs over keys, dim 1 here
             total = weights.sub_(highest).exp_().sum(1, keepdim=True)
             torch.add(highest, total.log(), out=logsumexp_tile)
             torch.bmm(copy_to(low_buffer, weights.div_(total)).mT, v_tile, out=out_tile)
@@ -54,6 +55,7 @@ class _Tiled(torch.autograd.Function):
         distances, r, scale = ctx.options
         bump, heights = Bump(ax, ay, distances, r), F.pad(alpha[:, None], (r, 0))
         along_x, along_y = torch.empty_like(bump.y), torch.empty_like(bump.x)
+        # keys gather from all tiles of queries: their sums begin at zero, in float32
         dq, dk, dv = torch.empty_like(q), *(torch.zeros(t.shape, device=t.device) for t in (k, v))
         cut = Cut(q)
         *buffers, low_buffer = cut.buffers(3)
@@ -63,22 +65,24 @@ class _Tiled(torch.autograd.Function):
         for tile_in, (x, y, height, shift), tile_out in zip(tiles_in, tiles_bias, tiles_out, strict=True):
             q_low, q_tile, k_low, k_tile, v_tile, dout_tile = tile_in
             dq_tile, dk_tile, dv_tile, sum_x, sum_y = tile_out
-            gauss, patches = bump.write(buffers[0], x, y)
+            gauss, patches = bump.write(buffers[0], x, y)  # without alpha: its gradient needs the bare Gaussian
             weights, dlogits = (view(buffer, gauss.shape) for buffer in buffers[1:])
             torch.addcmul(shift, gauss, height, out=weights).baddbmm_(k_tile, q_tile.mT, alpha=scale).exp_()
             add_product(dv_tile, copy_to(low_buffer, weights), dout_tile)
             dweights = torch.bmm(v_tile, dout_tile.mT, out=view(low_buffer, gauss.shape))
             torch.mul(weights, dweights, out=dlogits)
+            # softmax's backward: w * (dw - sum(w * dw)); dlogits holds w * dw before
             dlogits.addcmul_(weights, dlogits.sum(1, keepdim=True), value=-1)
             dlogits_low = copy_to(low_buffer, dlogits)
             torch.bmm(dlogits_low.mT, k_low, out=dq_tile)
             add_product(dk_tile, dlogits_low, q_low)
+            # dS times the Gaussian; summed along rows, columns or both it gives all three coefficients' gradients
             gauss.mul_(dlogits)
-            torch.sum(patches, 2, out=sum_x)
-            torch.sum(patches, 1, out=sum_y)
+            torch.sum(patches, 2, out=sum_x)  # over columns -> [heads, rows, queries]
+            torch.sum(patches, 1, out=sum_y)  # over rows -> [heads, cols, queries]
         along_x, along_y = along_x[..., r:], along_y[..., r:]
         dx2, dy2 = distances
-        dax = (along_y * dx2.mT).sum(1) * -alpha
+        dax = (along_y * dx2.mT).sum(1) * -alpha  # dS/dax = -alpha * dx^2 * Gaussian; dx depends on the column alone
         day = (along_x * dy2.mT).sum(1) * -alpha
         return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype), dax, day, along_x.sum(1), None, None, None, None, None
 

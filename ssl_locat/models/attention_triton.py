@@ -49,7 +49,7 @@ def coordinates(tokens, R, COLS, POOL: tl.constexpr):
 @triton.jit
 def gauss_tile(xm, ym, axm, aym, xn, yn, clamp):
     """exp2(-ax dx^2 - ay dy^2) of broadcastable queries and keys, with the two squared distances."""
-    dx, dy = xm - xn, ym - yn
+    dx, dy = xm - xn, ym - yn  # [M, N] by broadcasting, in patches
     dx2, dy2 = tl.minimum(dx * dx, clamp), tl.minimum(dy * dy, clamp)
     return tl.exp2(-axm * dx2 - aym * dy2), dx2, dy2
 
@@ -120,18 +120,19 @@ def forward_kernel(
         k = load_rows(K + b * k_b + h * k_h, n, k_t, T, D, BLOCK_D)
         xn, yn = coordinates(n, R, COLS, POOL)
         gauss, _, _ = gauss_tile(xm[:, None], ym[:, None], ax[:, None], ay[:, None], xn[None, :], yn[None, :], clamp)
-        bias = tl.where(n[None, :] >= R, alpha[:, None] * gauss, 0.0)
+        bias = tl.where(n[None, :] >= R, alpha[:, None] * gauss, 0.0)  # prefix tokens as keys get no bias
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        # the last tile of keys runs over the end; their weight must be 0, not exp2(0)
         logits = tl.where(n[None, :] < T, logits, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(logits, 1))
+        new_highest = tl.maximum(highest, tl.max(logits, 1))  # online softmax: sums so far shrink to the new maximum
         weights = tl.exp2(logits - new_highest[:, None])
-        shrink = tl.exp2(highest - new_highest)
+        shrink = tl.exp2(highest - new_highest)  # 0 in the first tile, where highest is -inf
         total = total * shrink + tl.sum(weights, 1)
         v = load_rows(V + b * v_b + h * v_h, n, v_t, T, D, BLOCK_D)
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         highest = new_highest
     store_rows(OUT + b * o_b + h * o_h, m, o_t, T, out / total[:, None], D, BLOCK_D)
-    tl.store(LSE + head * T + m, highest + tl.log2(total), mask=m < T)
+    tl.store(LSE + head * T + m, highest + tl.log2(total), mask=m < T)  # base 2, like the logits
 
 
 @triton.jit
@@ -146,6 +147,7 @@ def query_grad_kernel(
     q, xm, ym, ax, ay, alpha = load_queries(Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, head, m, T, R, COLS, D, POOL, BLOCK_D)
     dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
     out = load_rows(OUT + b * o_b + h * o_h, m, o_t, T, D, BLOCK_D)
+    # sum_j w_ij dw_ij, without the weights (FlashAttention-2)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(DELTA + head * T + m, delta, mask=m < T)
     lse = tl.load(LSE + head * T + m, mask=m < T, other=0.0)
@@ -159,16 +161,16 @@ def query_grad_kernel(
         gauss, dx2, dy2 = gauss_tile(xm[:, None], ym[:, None], ax[:, None], ay[:, None], xn[None, :], yn[None, :], clamp)
         gauss = tl.where(n[None, :] >= R, gauss, 0.0)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + alpha[:, None] * gauss
-        weights = tl.where(n[None, :] < T, tl.exp2(logits - lse[:, None]), 0.0)
+        weights = tl.where(n[None, :] < T, tl.exp2(logits - lse[:, None]), 0.0)  # made again from the saved log-sum-exp: [M, N]
         dlogits = weights * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dq += tl.dot(dlogits.to(k.dtype), k, input_precision=PRECISION)
+        dq += tl.dot(dlogits.to(k.dtype), k, input_precision=PRECISION)  # [M, N] @ [N, D]
         product = dlogits * gauss
         dalpha += tl.sum(product, 1)
         dax += tl.sum(product * dx2, 1)
         day += tl.sum(product * dy2, 1)
     store_rows(DQ + b * dq_b + h * dq_h, m, dq_t, T, dq * scale, D, BLOCK_D)
     patches, at = (m >= R) & (m < T), head * (T - R) + m - R
-    height = alpha / LOG2E
+    height = alpha / LOG2E  # out of base 2 again: the stored gradients are those of the coefficients given
     tl.store(DALPHA + at, dalpha, mask=patches)
     tl.store(DAX + at, -height * dax, mask=patches)
     tl.store(DAY + at, -height * day, mask=patches)
@@ -197,9 +199,9 @@ def key_grad_kernel(
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
         # queries beyond T have zeros for q, dout and delta: their weights add nothing below
         weights = tl.exp2(logits - lse[None, :])
-        dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)
+        dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)  # [N, M] @ [M, D]
         dlogits = weights * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-        dk += tl.dot(dlogits.to(q.dtype), q, input_precision=PRECISION)
+        dk += tl.dot(dlogits.to(q.dtype), q, input_precision=PRECISION)  # [N, M] @ [M, D]
     store_rows(DK + b * dk_b + h * dk_h, n, dk_t, T, dk * scale, D, BLOCK_D)
     store_rows(DV + b * dv_b + h * dv_h, n, dv_t, T, dv, D, BLOCK_D)
 

@@ -42,9 +42,10 @@ def constants(initial_grid: tuple[int, int]) -> Constants:
     """Constants of the reference for weights trained on `initial_grid` (rows, cols); its half-precision limits shaped eps and clamp."""
     side = max(initial_grid)
     coef = float(side**2)
-    eps = 0.1
+    eps = 0.1  # patches^2: a Gaussian is never narrower than a third of a patch
     while 0.5 * (side - 1) ** 2 / eps**2 > 32500:  # so that the exponent stays finite in float16
         eps *= 2
+    # f(0) = coef * sigmoid(-log(coef - 1)) = 1: every Gaussian starts with a variance of one patch
     return Constants(coef, math.log(coef - 1) if coef > 2 else 0.0, eps, float(min((side - 1) ** 2, 2 * 6550)))
 
 
@@ -92,9 +93,10 @@ class GAug(nn.Module):
         self.source, self.sigma, self.alpha, self.kernel, self.fast = source, sigma, alpha, kernel, fast
         self.small_start = small_start
         self.set_initial_grid(initial_grid)
-        self.num_widths = 1 if isotropic or kernel != "gaussian" else 2
+        self.num_widths = 1 if isotropic or kernel != "gaussian" else 2  # columns and rows; a single radius has no axes
         self.log_var = self.log_alpha = None  # the release's names; neither is a logarithm
         if sigma is None and source == "query":
+            # shared by all heads, as in the release: 2 * head_dim + 2 numbers a block
             self.log_var = nn.Linear(head_dim, self.num_widths)
         elif sigma is None:
             self.log_var = nn.Linear(dim, self.num_widths * num_heads)
@@ -110,7 +112,7 @@ class GAug(nn.Module):
     def init_weights(self) -> None:
         for layer in (self.log_var, self.log_alpha):
             if layer is not None:
-                trunc_normal_(layer.weight, std=0.02)
+                trunc_normal_(layer.weight, std=0.02)  # timm's for every other linear layer
                 nn.init.zeros_(layer.bias)
         if self.small_start:
             nn.init.zeros_(self.log_alpha.weight)
@@ -126,12 +128,14 @@ class GAug(nn.Module):
             q, x = pool_cells(q, grid, pool), None if x is None else pool_cells(x[:, None], grid, pool)[:, 0]
         with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # half precision rounds a bias of 6 by 0.02
             width, alpha = self.predict(q.float(), None if x is None else x.float())
-            width = width * (min(grid) / min(self.initial_grid))
+            width = width * (min(grid) / min(self.initial_grid))  # [B, heads, N, 1 or 2], in patches of this grid
             if self.kernel == "gaussian":
+                # the exponent's 1 / (2 sigma^2), columns last as in the release: [B, heads, N] each
                 ax, ay = 0.5 / (width[..., -1] + self.constants.eps), 0.5 / (width[..., 0] + self.constants.eps)
             else:
-                ax = ay = 1 / (width[..., 0] + self.constants.eps)
+                ax = ay = 1 / (width[..., 0] + self.constants.eps)  # 1 / lambda
             if self.alpha == "auto":
+                # eq. 13-19: the typical size of this query's logits, |q| * mean |k| / sqrt(d): [B, heads, N]
                 alpha = q.float().norm(dim=-1) * k.float().norm(dim=-1).mean(-1, keepdim=True) * q.shape[-1] ** -0.5
         if pool > 1:
             ax, ay, alpha = (spread_cells(t, grid, pool) for t in (ax, ay, alpha))
@@ -143,9 +147,11 @@ class GAug(nn.Module):
             # both projections in one product: they read the same queries
             weight = torch.cat([self.log_var.weight, self.log_alpha.weight]).float()
             bias = torch.cat([self.log_var.bias, self.log_alpha.bias]).float()
+            # [B, heads, N, widths + 1] cut into widths and alpha
             raw_width, raw_alpha = F.linear(q, weight, bias).split([self.num_widths, 1], dim=-1)
             return self.scaled_sigmoid(raw_width), F.softplus(raw_alpha[..., 0])
         if self.sigma is not None:
+            # one constant, broadcast over both axes
             width = q.new_full((*q.shape[:3], 1), self.sigma**2 if self.kernel == "gaussian" else self.sigma)
         elif self.source == "input":
             raw = F.linear(x, self.log_var.weight.float(), self.log_var.bias.float())  # [B, N, heads * widths]
@@ -171,8 +177,9 @@ class GAug(nn.Module):
         if self.kernel == "gaussian":
             return gaussian_bias(coefficients, grid)
         dx, dy = patch_distances(grid, coefficients.alpha.device, coefficients.pool)
+        # [N, N], the clamp per axis as in the Gaussian
         distance = (dx.square().clamp(max=coefficients.clamp) + dy.square().clamp(max=coefficients.clamp)).sqrt()
-        reach = coefficients.ax[..., None] * distance
+        reach = coefficients.ax[..., None] * distance  # [B, heads, N, 1] * [N, N]: row i is query i's
         return coefficients.alpha[..., None] * (torch.exp(-reach) if self.kernel == "laplace" else 1 / (1 + reach))
 
     def attend(
@@ -216,12 +223,12 @@ def pool_cells(x: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
         raise UserError(
             f"gaug.fast=reference pools {pool} x {pool} patches, but the grid is {rows} x {cols}; use even sides or fast=off"
         )
-    cells = x.unflatten(2, (rows // pool, pool, cols // pool, pool))
+    cells = x.unflatten(2, (rows // pool, pool, cols // pool, pool))  # [B, heads, rows / p, p, cols / p, p, d]
     return cells.mean(dim=(3, 5)).flatten(2, 3)
 
 
 def spread_cells(x: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
     """[B, heads, N / pool^2] -> every patch has its cell's value, [B, heads, N]."""
     rows, cols = grid
-    cells = x.unflatten(2, (rows // pool, cols // pool))
+    cells = x.unflatten(2, (rows // pool, cols // pool))  # [B, heads, rows / p, cols / p]
     return cells.repeat_interleave(pool, dim=2).repeat_interleave(pool, dim=3).flatten(2)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 def prr(x: Tensor, num_heads: int) -> Tensor:
     """softmax(x x^T / sqrt(d)) x in each head, over all tokens; x [B, N, D] or a map [B, H, W, D]; the same shape comes back."""
     tokens = x.flatten(1, -2).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]
+    # keys and values are the tokens themselves: [B, heads, N, d]
     refined = F.scaled_dot_product_attention(tokens, tokens, tokens)
     return refined.transpose(1, 2).reshape(x.shape)
 
@@ -53,4 +54,4 @@ class ClassAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, R + N, D] -> the same shape."""
-        return torch.cat([x[:, :1] + self.attn(x), x[:, 1:]], dim=1)
+        return torch.cat([x[:, :1] + self.attn(x), x[:, 1:]], dim=1)  # ClassAttn gives the class token's row alone, [B, 1, D]

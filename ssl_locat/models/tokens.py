@@ -57,6 +57,7 @@ def last_blocks(
         raise UserError(
             f"{type(backbone).__name__} has no forward_intermediates, by which timm's models give tokens; choose a timm ViT or Swin"
         )
+    # one [B, D, rows, cols] per stage
     maps = backbone.forward_intermediates(images, indices=n, norm=False, output_fmt="NCHW", intermediates_only=True)
     return [Tokens(m.new_empty(m.shape[0], 0, m.shape[1]), m.flatten(2).transpose(1, 2), Grid(*m.shape[2:])) for m in maps]
 
@@ -72,6 +73,7 @@ def run_blocks(
         if getattr(model, "has_gaug", False):
             context["attn_mask"] = grid
         if model.grad_checkpointing and torch.is_grad_enabled():
+            # the reentrant kind takes no keyword arguments
             x = checkpoint(block, x, use_reentrant=False, **context)
         else:
             x = block(x, **context)
@@ -84,11 +86,12 @@ def embed(
     model: VisionTransformer | Eva, images: Tensor, masks: Tensor | None = None, mask_token: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Grid]:
     """Images to what the first block reads [B, R + N, D], rotary embedding (or None), grid."""
-    x = model.patch_embed(images)
+    x = model.patch_embed(images)  # [B, rows, cols, D] with dynamic_img_size, else [B, N, D]
     grid = Grid(*x.shape[1:3]) if x.ndim == 4 else Grid(*model.patch_embed.grid_size)
     if masks is not None:
+        # before positions: a hidden patch keeps its place, as in BEiT and iBOT
         x = torch.where(masks.view(*x.shape[:-1], 1), mask_token.to(x.dtype), x)
-    x = model._pos_embed(x)
+    x = model._pos_embed(x)  # adds class token and registers: [B, R + N, D]
     rope = None
     if isinstance(model, Eva):
         x, rope = x

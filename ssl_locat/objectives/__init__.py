@@ -37,6 +37,12 @@ class Views(NamedTuple):
     masked: Tensor | None = None  # [M] int64, where masks is True, counted through T*B*N
 
 
+def required(tokens: Tensor | None) -> Tensor:
+    """Tokens that an objective's `needs` asked for, which are therefore there."""
+    assert tokens is not None, "an objective reads what its `needs` does not name"
+    return tokens
+
+
 class Needs(NamedTuple):
     """What an objective wants computed beyond class tokens."""
 
@@ -80,4 +86,4 @@ def check_batch(losses: nn.ModuleDict, images: int) -> None:
             )
 
 
-__all__ = ["OBJECTIVES", "Masks", "Needs", "Progress", "Views", "build", "check_batch"]
+__all__ = ["OBJECTIVES", "Masks", "Needs", "Progress", "Views", "build", "check_batch", "required"]

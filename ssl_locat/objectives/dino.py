@@ -17,7 +17,8 @@ from ssl_locat.runs.distributed import all_reduce_mean_
 class ClassHead(DINOHead):
     """DINOHead on the class token of every view."""
 
-    def forward(self, views: Views) -> Tensor:
+    # views instead of tokens; a head that held a DINOHead would rename the parameters of every checkpoint
+    def forward(self, views: Views) -> Tensor:  # type: ignore[override]
         """-> scores [V, B, K]."""
         return super().forward(views.cls)
 
@@ -51,16 +52,16 @@ class DINO(PrototypeObjective):
     def forward(self, student: Tensor, teacher: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """student [S, B, K], teacher [T, B, K] (no grad) scores; the first T student views are the teacher's -> loss [], metrics."""
         temperature = self.temperature(progress)
-        teacher = teacher.float()
+        teacher = teacher.float()  # under bf16 the head gives 8 bits; the softmax at temperature 0.04 multiplies by 25
         if self.targets == "sinkhorn":
-            log_targets = sinkhorn(teacher.flatten(0, 1), temperature).view_as(teacher)
+            log_targets = sinkhorn(teacher.flatten(0, 1), temperature).view_as(teacher)  # both global views together: [T*B, K]
         else:
-            log_targets = centered(teacher, self.center, temperature)
-            self.seen.append(teacher.mean((0, 1)).unsqueeze(0))
+            log_targets = centered(teacher, self.center, temperature)  # [T, B, K]
+            self.seen.append(teacher.mean((0, 1)).unsqueeze(0))  # [1, K]; the centre itself moves once per step, in finish_step
         targets = log_targets.exp()
         loss = pair_loss(student, targets, self.student_temp)
         with torch.no_grad():
-            entropy = -(targets * log_targets).sum(-1).mean()
+            entropy = -(targets * log_targets).sum(-1).mean()  # []: ln K is uniform, 0 is one prototype; both mean collapse
         return loss, {"teacher_entropy": entropy, "kl": loss.detach() - entropy}
 
     @torch.no_grad()

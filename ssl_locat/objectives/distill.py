@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_locat.objectives import Needs, Progress, Views
+from ssl_locat.objectives import Needs, Progress, Views, required
 
 
 class Projections(nn.Module):
@@ -64,13 +64,14 @@ class Distill(nn.Module):
 
     def forward(self, student: tuple[Tensor, Tensor], anchor: Views, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Projected class tokens [S, B, D'] and patch tokens [T, B, N, D'], the anchor's views of the global crops -> loss [], metrics."""
-        cls, patches = (F.normalize(tokens.float(), dim=-1) for tokens in student)
+        cls, patches = (F.normalize(tokens.float(), dim=-1) for tokens in student)  # unit length: [S, B, D'] and [T, B, N, D']
         target = F.normalize(anchor.cls.float(), dim=-1)
-        same = (cls[: len(target)] * target).sum(-1).flatten()
+        same = (cls[: len(target)] * target).sum(-1).flatten()  # [T*B] cosines of each global crop with itself
+        # [L*T*B]: each local crop with both global ones
         across = torch.einsum("sbd,tbd->stb", cls[len(target) :], target).flatten()
         cls_loss = 1 - torch.cat([same, across]).mean()
-        target = F.normalize((anchor.refined_patches if self.refined else anchor.patches).float(), dim=-1)
-        patch_loss = 1 - (patches * target).sum(-1).mean()
+        target = F.normalize(required(anchor.refined_patches if self.refined else anchor.patches).float(), dim=-1)
+        patch_loss = 1 - (patches * target).sum(-1).mean()  # local crops have no patches of the anchor to compare with
         return cls_loss + self.patch_weight * patch_loss, {"cls": cls_loss.detach(), "patches": patch_loss.detach()}
 
     def finish_step(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_locat.errors import UserError
-from ssl_locat.objectives import Needs, Progress, Views
+from ssl_locat.objectives import Needs, Progress, Views, required
 
 NEGATIVES = ("keep", "zero", "zero_teacher")
 
@@ -28,7 +28,7 @@ class PatchTokens(nn.Module):
 
     def forward(self, views: Views) -> Tensor:
         """-> [T, B, N, D]."""
-        return views.refined_patches if self.refined else views.patches
+        return required(views.refined_patches if self.refined else views.patches)
 
 
 class Gram(nn.Module):
@@ -71,8 +71,8 @@ class Gram(nn.Module):
 
     def forward(self, student: Tensor, anchor: Views, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """student [T, B, N, D], the anchor's views of the same global crops -> loss [], metrics."""
-        target = anchor.refined_patches if self.refined else anchor.patches
-        return self.compare(student.flatten(0, 1), target.flatten(0, 1)), {}
+        target = required(anchor.refined_patches if self.refined else anchor.patches)
+        return self.compare(student.flatten(0, 1), target.flatten(0, 1)), {}  # views and images alike: [T*B, N, D]
 
     def compare(self, student: Tensor, target: Tensor) -> Tensor:
         """[B, N, D] and [B, N, D'] (the widths may differ) -> loss []."""
@@ -80,7 +80,7 @@ class Gram(nn.Module):
         for tokens in (student.float(), target.float()):
             tokens = F.normalize(tokens, dim=-1) if self.normalize else tokens
             tokens = tokens.flatten(0, 1) if self.level == "batch" else tokens
-            similarities.append(tokens @ tokens.mT)
+            similarities.append(tokens @ tokens.mT)  # Gram matrices: [B, N, N], or [B*N, B*N] over the batch
         student, target = similarities
         if self.negatives == "zero":
             student = student.clamp(min=0)

@@ -20,7 +20,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, dim: int, num_prototypes: int, norm: bool):
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not norm)
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not norm)  # g [K, 1]
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
         nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # nn.Linear's own
 
@@ -48,7 +48,7 @@ class DINOHead(nn.Module):
         norm_last_layer: bool = True,
     ):
         super().__init__()
-        widths = [embed_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
+        widths = [embed_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]  # D -> hidden ... -> bottleneck
         layers: list[nn.Module] = []
         for depth, (before, after) in enumerate(pairwise(widths)):
             if depth:
@@ -56,12 +56,13 @@ class DINOHead(nn.Module):
             layers.append(nn.Linear(before, after))
         for layer in layers:
             if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.trunc_normal_(layer.weight, std=0.02)  # DINO's, as for timm's linear layers
                 nn.init.zeros_(layer.bias)
         self.mlp = nn.Sequential(*layers) if num_layers > 1 else layers[0]
         self.last_layer = Prototypes(bottleneck_dim, num_prototypes, norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., K]."""
+        # [B', bottleneck] of unit length -> [B', K] cosines
         scores = self.last_layer(F.normalize(self.mlp(x.flatten(0, -2)), dim=-1))
         return scores.unflatten(0, x.shape[:-1])

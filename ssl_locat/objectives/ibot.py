@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_locat.errors import UserError
-from ssl_locat.objectives import Needs, Progress, Views
+from ssl_locat.objectives import Needs, Progress, Views, required
 from ssl_locat.objectives.heads import DINOHead
 from ssl_locat.objectives.masking import draw_masks
 from ssl_locat.objectives.prototypes import PrototypeObjective
@@ -38,12 +38,13 @@ class PatchScores(nn.Module):
     @torch.compiler.disable  # the number of hidden patches changes from batch to batch
     def forward(self, views: Views) -> tuple[Tensor, Tensor]:
         """-> scores [M, K], and each hidden patch's weight [M]: 1 / (hidden patches of its crop * crops)."""
-        patches = views.refined_patches if self.refined else views.patches
-        hidden = patches.flatten(0, 2).index_select(0, views.masked)
+        patches, masked = required(views.refined_patches if self.refined else views.patches), required(views.masked)
+        hidden = patches.flatten(0, 2).index_select(0, masked)  # [M, D] of T*B*N
         scores = self.head(hidden) if self.head is not None else self.shared[0](Views(hidden))
-        masks = views.masks.flatten(0, 1)
+        masks = required(views.masks).flatten(0, 1)  # [T*B, N]
+        # each masked crop weighs the same, however much of it is hidden
         weights = (masks / (masks.sum(-1, keepdim=True).clamp(min=1) * len(masks))).flatten()
-        return scores, weights.index_select(0, views.masked)
+        return scores, weights.index_select(0, masked)
 
 
 class IBOT(PrototypeObjective):
@@ -81,7 +82,7 @@ class IBOT(PrototypeObjective):
         self.shares_head_of = "dino" if shared_head else None
         self.refined = refined
         self.needs = Needs(patches=not refined, refined_patches=refined, masks=True)
-        self.masking = {"shape": mask_shape, "probability": mask_probability, "ratio": tuple(mask_ratio)}
+        self.masking: dict[str, Any] = {"shape": mask_shape, "probability": mask_probability, "ratio": tuple(mask_ratio)}
         # counts its rows, other than DINO's: each rank and micro-batch hides another number of patches
         self.center = Center(self.num_prototypes, self.center_momentum) if self.targets == "centering" else None
 
@@ -102,7 +103,7 @@ class IBOT(PrototypeObjective):
         """
         (scores, weights), (teacher_scores, _) = student, teacher
         temperature = self.temperature(progress)
-        if self.targets == "sinkhorn":
+        if self.center is None:
             log_targets = sinkhorn(teacher_scores, temperature)
         else:
             log_targets = centered(teacher_scores, self.center.center, temperature)
@@ -110,7 +111,7 @@ class IBOT(PrototypeObjective):
         targets = log_targets.exp()
         loss = masked_loss(scores.float() / self.student_temp, targets, weights)
         with torch.no_grad():
-            entropy = -(targets * log_targets).sum() / max(1, len(targets))
+            entropy = -(targets * log_targets).sum() / max(1, len(targets))  # mean over the M hidden patches; 0 for none
         return loss, {"patch_entropy": entropy}
 
     def finish_step(self) -> dict[str, Tensor]:

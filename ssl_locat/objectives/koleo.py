@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.runs.distributed import all_gather_cat, all_reduce_sum_, rank, world_size
 
-EPS = 1e-8
+EPS = 1e-8  # DINOv2's, in the distance and in the logarithm: of two equal images it would be log 0
 
 
 class ClassTokens(nn.Module):
@@ -57,13 +57,13 @@ def nearest_distances(x: Tensor) -> Tensor:
     Nearest by inner product, oneself left out; distance ||a - b + 1e-8|| with the epsilon inside, as the references' PairwiseDistance.
     """
     x = F.normalize(x.float(), dim=-1, eps=EPS)
-    everyone = GatherWithGradient.apply(x)
+    everyone = GatherWithGradient.apply(x)  # [W*B, D]
     with torch.no_grad():
-        similarity = x @ everyone.T
+        similarity = x @ everyone.T  # [B, W*B]; the nearest by angle is the nearest by distance for unit vectors
         own = torch.arange(len(x), device=x.device)
-        similarity[own, own + rank() * len(x)] = -1
+        similarity[own, own + rank() * len(x)] = -1  # below any cosine: oneself is never the nearest
         nearest = similarity.argmax(1)
-    return (x - everyone[nearest] + EPS).norm(dim=-1)
+    return (x - everyone[nearest] + EPS).norm(dim=-1)  # [B]
 
 
 class GatherWithGradient(torch.autograd.Function):
@@ -76,4 +76,5 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
+        # autograd may hand the same buffer to others: never reduce it in place
         return all_reduce_sum_(gradient.clone())[ctx.rows]

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 MIN_BLOCK = 4  # patches, and the range of aspect ratios: BEiT's, kept by iBOT and DINOv2
-MIN_ASPECT = 0.3
-ATTEMPTS = 10
+MIN_ASPECT = 0.3  # heights from 0.3 to 3.3 widths, even in the logarithm
+ATTEMPTS = 10  # rectangles tried before single cells fill the rest; BEiT's
 
 
 class Masks(NamedTuple):
     hidden: Tensor  # [T*B, N] bool, True = hidden from the student; view-major
-    index: Tensor  # [M] int64: where `hidden` is True, counted through its rows; made on the CPU, so that no kernel is waited for
+    # [M] int64: where `hidden` is True, counted through its rows; made on the CPU, so that no kernel is waited for.
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
     @classmethod
     def of(cls, hidden: Tensor, device: torch.device | str = "cpu") -> "Masks":
@@ -43,7 +44,7 @@ def draw_masks(
         rng = random.Random(seed)
         for view in range(views):
             if rng.random() < probability:
-                count = int(cells * rng.uniform(*ratio))
+                count = int(cells * rng.uniform(*ratio))  # patches of this crop
                 places = block_places(rng, grid, count) if shape == "block" else rng.sample(range(cells), count)
                 hidden[view, image, places] = True
     return torch.from_numpy(hidden).flatten(0, 1)

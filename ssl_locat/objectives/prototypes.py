@@ -1,6 +1,6 @@
 """What `dino` and `ibot` share: scores over prototypes, a sharpened teacher, and prototypes that stand still at first."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -44,7 +44,7 @@ class PrototypeObjective(nn.Module):
     ):
         super().__init__()
         check_targets(name, targets)
-        self.head_options = {
+        self.head_options: dict[str, Any] = {
             "num_prototypes": num_prototypes,
             "hidden_dim": hidden_dim,
             "bottleneck_dim": bottleneck_dim,
@@ -53,7 +53,8 @@ class PrototypeObjective(nn.Module):
         }
         self.num_prototypes = num_prototypes
         self.student_temp = student_temp
-        self.teacher_temp = tuple(teacher_temp)
+        start, end = teacher_temp  # a list, where it comes from a YAML
+        self.teacher_temp = (start, end)
         self.teacher_temp_warmup_epochs = teacher_temp_warmup_epochs
         self.center_momentum = center_momentum
         self.frozen_last_layer_epochs = frozen_last_layer_epochs

@@ -34,7 +34,7 @@ def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     log_q = scores.float() / temperature
     for _ in range(iterations):
         log_q = log_q - all_gather_cat(log_q.logsumexp(0, keepdim=True)).logsumexp(0)  # each prototype's mass, over all ranks
-        log_q = log_q.log_softmax(-1)
+        log_q = log_q.log_softmax(-1)  # rows: each a distribution again
     return log_q
 
 
@@ -84,13 +84,14 @@ class _PairLoss(torch.autograd.Function):
     def forward(ctx, scores: Tensor, targets: Tensor, temperature: float, same_view: bool) -> Tensor:
         ctx.temperature, ctx.same_view = temperature, same_view
         ctx.pairs = len(targets) * (len(scores) - (not same_view))
-        total, log_norms = 0.0, []
+        total: Tensor | float = 0.0
+        log_norms: list[Tensor] = []
         for view, (teachers, count) in _PairLoss.partners(len(scores), targets, same_view):
-            z = scores[view].float() / temperature
+            z = scores[view].float() / temperature  # [B, K], the only copy in float32 at a time
             log_norms.append(z.logsumexp(-1))
             total = total + count * log_norms[-1] - z.mul_(teachers).sum(-1)
         ctx.save_for_backward(scores, targets, *log_norms)
-        return total.mean() / ctx.pairs
+        return torch.as_tensor(total).mean() / ctx.pairs
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
@@ -98,14 +99,15 @@ class _PairLoss(torch.autograd.Function):
         scale = gradient / (ctx.pairs * scores.shape[1] * ctx.temperature)
         result = torch.empty_like(scores)
         for view, (teachers, count) in _PairLoss.partners(len(scores), targets, ctx.same_view):
+            # softmax by the saved logsumexp: [B, K]
             p = (scores[view].float() / ctx.temperature).sub_(log_norms[view][:, None]).exp_()
-            result[view] = p.mul_(count).sub_(teachers).mul_(scale)
+            result[view] = p.mul_(count).sub_(teachers).mul_(scale)  # d/dz of count * logsumexp(z) - sum(q z)
         return result, None, None, None
 
     @staticmethod
     def partners(num_student: int, targets: Tensor, same_view: bool):
         """(view, (sum of the targets it is compared with [B, K], their number)) for each student view."""
-        everyone = targets.sum(0)
+        everyone = targets.sum(0)  # [B, K]: sum over teachers, made once for all student views
         for view in range(num_student):
             own = view < len(targets) and not same_view
             yield view, (everyone - targets[view] if own else everyone, len(targets) - own)

@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0, patch_embed_lr:
         groups[scale, True], groups[scale, False] = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = not (name.endswith(".bias") or parameter.ndim == 1)
+            decayed = not (name.endswith(".bias") or parameter.ndim == 1)  # biases and norms: shrinking them only undoes scale
             groups[scales.get(name, 1.0), decayed].append(parameter)
     return [
         {"params": parameters, "name": "decayed" if decayed else "plain", "lr_scale": scale, "weight_decay": 0.0}
@@ -82,12 +82,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, how: str 
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norms = torch._foreach_norm(gradients)
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    norms = torch._foreach_norm(gradients)  # one kernel for all tensors, not one each
+    total = torch.linalg.vector_norm(torch.stack(norms))  # norm of norms = norm of everything
     if largest > 0:
         if how == "global":
             torch._foreach_mul_(gradients, (largest / (total + 1e-6)).clamp(max=1.0))
         else:
-            factors = (largest / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
+            factors = (largest / (torch.stack(norms) + 1e-6)).clamp(max=1.0)  # 1e-6: as torch's and DINO's clipping
             torch._foreach_mul_(gradients, list(factors.unbind()))
-    return total.full_tensor() if isinstance(total, DTensor) else total
+    return total.full_tensor() if isinstance(total, DTensor) else total  # FSDP: the norm of all shards

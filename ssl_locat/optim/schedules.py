@@ -25,4 +25,4 @@ def stepwise(epoch: int, start: float, end: float, warmup_epochs: int) -> float:
     """DINO's teacher temperature: constant within an epoch, linear over `warmup_epochs` epochs, then `end`."""
     if epoch >= warmup_epochs:
         return end
-    return float(np.linspace(start, end, warmup_epochs)[epoch])
+    return float(np.linspace(start, end, warmup_epochs)[epoch])  # as the reference builds its table: both ends included

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -87,7 +88,8 @@ class Checkpointer:
         self._pending: Future | None = None
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # caches pinned buffers
         # a group of its own: the writing thread's collectives must not mix with the training loop's
-        self._group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT) if distributed.world_size() > 1 else None
+        # Any: torch's annotation includes a sentinel of processes outside the group, of which there are none
+        self._group: Any = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT) if distributed.world_size() > 1 else None
 
     def save(
         self,
@@ -127,7 +129,7 @@ class Checkpointer:
         if self._pending is not None and self._pending.done():
             self.wait()
         now = time.monotonic()
-        if not self.failures or now < self._next_try:
+        if not self.failures or self.failing_since is None or now < self._next_try:
             return 0
         self._next_try = now + RETRY_SECONDS
         return SAVE_OR_END if now - self.failing_since >= UNSAVED_SECONDS else SAVE_AGAIN
@@ -164,14 +166,14 @@ class Checkpointer:
 
     def verify(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, each byte of it read by one of the ranks; the same answer on all of them."""
-        wrong = distributed.broadcast_object(problem(path) if distributed.is_main() else None)
+        wrong: str | None = distributed.broadcast_object(problem(path) if distributed.is_main() else None)
         if wrong:
             return wrong
         expected = distributed.broadcast_object(hashes(path) if distributed.is_main() else None)
         names = sorted(expected)
         own = names[distributed.rank() :: distributed.world_size()]
-        bad = torch.tensor([name in own and damage(path, expected, [name]) is not None for name in names], dtype=torch.int64)
-        bad = distributed.sum_on_cpu_(bad).tolist()
+        votes = torch.tensor([name in own and damage(path, expected, [name]) is not None for name in names], dtype=torch.int64)
+        bad = distributed.sum_on_cpu_(votes).tolist()
         first = next((name for name, times in zip(names, bad, strict=True) if times), None)
         return (
             first and f"{first} does not hold the bytes that were written (its SHA-256 is another): it was damaged or exchanged"
@@ -272,7 +274,7 @@ class Checkpointer:
             log.error("%s Training goes on; it is tried again soon.", self._words(step, error))  # at once, not at the next save
         return step, time.monotonic() - start, error
 
-    def _attempt(self, part) -> str | None:
+    def _attempt(self, part: Callable[[], object]) -> str | None:
         """Run a part of the save; what went wrong with it, on this or another rank."""
         error = None
         try:
@@ -331,7 +333,7 @@ class Checkpointer:
 class _HashedFiles(FileSystem):
     """The storage writer's files. `sha256`: of what was given to be written, by name, whatever the disk made of it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.sha256: dict[str, str] = {}
 
@@ -351,7 +353,7 @@ class _Hashed:
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        return self.stream.write(data)
+        return int(self.stream.write(data))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -369,7 +371,9 @@ def read_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
         reader = HuggingFaceStorageReader(str(path))
         saved = reader.read_metadata().state_dict_metadata
     wanted = {
-        name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in saved.items() if name.startswith(prefix)
+        name: torch.empty(info.size, dtype=info.properties.dtype)
+        for name, info in saved.items()
+        if name.startswith(prefix) and isinstance(info, TensorStorageMetadata)
     }
     if not wanted:
         starts = sorted({".".join(name.split(".")[:2]) + "." for name in saved})
@@ -395,7 +399,8 @@ def _explained(path: Path) -> Iterator[None]:
 
 def plain_name(module: nn.Module, name: str) -> str:
     """`name` as in the bare module: without the levels that DDP, torch.compile and checkpoint wrappers put in."""
-    parts, current = [], module
+    parts: list[str] = []
+    current: nn.Module | None = module
     for part in name.split("."):
         wrapper = (isinstance(current, DistributedDataParallel) and part == "module") or part in (
             "_orig_mod",
@@ -497,5 +502,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _in_words(error: BaseException) -> str:
-    words = DISK_ERRORS.get(getattr(error, "errno", None), "").partition(".")[0]
+    number = getattr(error, "errno", None)
+    words = DISK_ERRORS.get(number, "").partition(".")[0] if number else ""
     return f"{words} ({error})" if words else f"{type(error).__name__}: {error}"

@@ -26,7 +26,8 @@ def feature_std(features: Tensor) -> Tensor:
     """features [B, D] -> []: spread of the directions, 1 for isotropic ones, 0 when all images look the same.
 
     Standard deviation per dimension of the unit vectors, averaged, times sqrt(D) (SimSiam, arXiv:2011.10566, section 4.1)."""
-    return F.normalize(features.float(), dim=-1).std(dim=0, unbiased=False).mean() * features.shape[-1] ** 0.5
+    spread: Tensor = F.normalize(features.float(), dim=-1).std(dim=0, unbiased=False).mean()
+    return spread * float(features.shape[-1] ** 0.5)
 
 
 @torch.no_grad()

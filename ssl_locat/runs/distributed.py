@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ ROLL_CALL_SECONDS = 5  # ranks notice a lost one within a second of each other: 
 COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|monitoredBarrier|timed? ?out", re.IGNORECASE)
 
 _roll: "Roll | None" = None
-_cpu_group: dist.ProcessGroup | None = None  # gloo: agreements and small objects, whatever the tensors' backend is
+_cpu_group: Any = None  # gloo: agreements and small objects, whatever the tensors' backend is
 
 
 def rank() -> int:
@@ -240,11 +241,11 @@ class _SumOverRanks(torch.autograd.Function):
     """What all ranks' losses say about the sum comes back to each summand."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return all_reduce_sum_(x.clone())
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return all_reduce_sum_(gradient.clone())
 
 
@@ -257,16 +258,17 @@ class SyncBatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        return self._over_ranks(x)
+        normalised: Tensor = self._over_ranks(x)
+        return normalised
 
-    @torch.compiler.disable  # collectives
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives; torch gives the decorator no types
     def _over_ranks(self, x: Tensor) -> Tensor:
         others = [dim for dim in range(x.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
         count = world_size() * x.numel() // x.shape[1]
-        mean = _SumOverRanks.apply(x.float().sum(others)) / count
+        mean: Tensor = _SumOverRanks.apply(x.float().sum(others)) / count
         centred = x.float() - mean.view(shape)
-        var = _SumOverRanks.apply(centred.square().sum(others)) / count
+        var: Tensor = _SumOverRanks.apply(centred.square().sum(others)) / count
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
             assert self.momentum is not None  # only affine layers with running statistics are made
@@ -277,7 +279,7 @@ class SyncBatchNorm(nn.BatchNorm1d):
         return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
-def broadcast_object(value=None):
+def broadcast_object(value: Any = None) -> Any:
     """Rank 0's `value` (anything JSON can hold) on every rank."""
     if world_size() == 1:
         return value
@@ -296,7 +298,7 @@ _remembered = 0  # a signal that came before there was a loop to stop
 def remember_signals() -> None:
     """From here on a stop signal is kept for the next `StopFlag`; before that, it would end the process with nothing saved."""
 
-    def keep(number: int, _frame) -> None:
+    def keep(number: int, _frame: FrameType | None) -> None:
         global _remembered
         _remembered = _remembered or number
 
@@ -317,7 +319,7 @@ class StopFlag:
     process at once. Use as a context manager around the loop; call `agreed()` once per step on every rank.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal = _remembered  # the first that arrived here; 0: none
         self._work: dist.Work | None = None
         self._vote = torch.zeros(2, dtype=torch.int64)
@@ -340,11 +342,11 @@ class StopFlag:
         self._former = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
-    def _on_signal(self, number: int, _frame) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             sys.exit(130)
         self.signal = self.signal or number

@@ -205,7 +205,8 @@ def _is_at(path: Path, file: TextIO) -> bool:
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """summary.json, which a finished run has; None without a whole one."""
     try:
-        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return summary
     except (FileNotFoundError, ValueError):
         return None
 

@@ -70,11 +70,11 @@ class Run:
     def seconds(self) -> float:
         """Time that was worked: gaps between a stop and its resume do not count."""
         if "seconds" in self.summary:
-            return self.summary["seconds"]
+            return float(self.summary["seconds"])
         times = [record["time"] for record in self.metrics if "time" in record]
         gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         usual = sorted(gaps)[len(gaps) // 2] if gaps else 0.0
-        return sum(gap for gap in gaps if gap < max(QUIET_SECONDS, 20 * usual))
+        return float(sum(gap for gap in gaps if gap < max(QUIET_SECONDS, 20 * usual)))
 
     @property
     def restarts(self) -> int:
@@ -115,7 +115,8 @@ def open_run(path: str | Path) -> Run:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
     except (FileNotFoundError, ValueError):  # not written yet, or cut off by a full disk
         return {}
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, UserError, did_you_mean
 from ssl_locat.runs.durable import flush, flush_folder
@@ -63,7 +63,7 @@ def console() -> "Console":
     class Redacting(Console):
         """Whatever text it is given, in tables too, comes out without credentials and control characters."""
 
-        def render_str(self, text: str, **options):
+        def render_str(self, text: str, **options: Any) -> Any:
             return super().render_str(printable(redact(text)), **options)
 
     found = Redacting(stderr=True)
@@ -151,8 +151,8 @@ class _Bar:
 
 
 class _RichBar(_Bar):
-    def __init__(self, live: "Progress", *args):
-        super().__init__(*args)
+    def __init__(self, live: "Progress", description: str, total: int | None, unit: str, start: int):
+        super().__init__(description, total, unit, start)
         self.live = live
         self.task = live.add_task(self.description, total=self.total, completed=self.done, words="")
 
@@ -167,8 +167,8 @@ class _RichBar(_Bar):
 class _PlainBar(_Bar):
     """For log files: a line after 5 s, then at doubling intervals up to a minute, and one at the end if there was any."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, description: str, total: int | None, unit: str, start: int):
+        super().__init__(description, total, unit, start)
         self.interval, self.longest = _PLAIN_EVERY_SECONDS
         self.last, self.lines = self.began, 0
 
@@ -328,7 +328,7 @@ class MetricsLog:
                 raise ConfigError(f"tracker {name!r} is unknown; known: {', '.join(TRACKERS)}.{did_you_mean(name, TRACKERS)}")
             self._trackers.append(TRACKERS[name](Path(run_dir), resume_step, redacted(config or {})))
 
-    def add(self, step: int, samples_seen: int, **values) -> list[dict]:
+    def add(self, step: int, samples_seen: int, **values: Any) -> list[dict]:
         """Note one step's numbers (float, int, or a tensor of one element). Returns the records that this call wrote, as plain
         floats: mostly none, every `every_steps` calls that many."""
         if _rank():
@@ -354,7 +354,7 @@ class MetricsLog:
         self._trackers = []
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """JSON has no NaN: null stands for it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

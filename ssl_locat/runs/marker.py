@@ -49,7 +49,8 @@ def problem(path: str | Path, contents: bool = False) -> str | None:
 
 def hashes(path: Path) -> dict[str, str]:
     """{file: sha256} of a checkpoint without a `problem`; {} of version 0.1."""
-    return json.loads((path / MARKER).read_text()).get("sha256", {})
+    found: dict[str, str] = json.loads((path / MARKER).read_text()).get("sha256", {})
+    return found
 
 
 def damage(path: Path, expected: dict[str, str], names: Iterable[str] | None = None) -> str | None:
@@ -66,7 +67,7 @@ def damage(path: Path, expected: dict[str, str], names: Iterable[str] | None = N
 
 
 @cache
-def _sha256(file: Path, *_same_file) -> str:
+def _sha256(file: Path, *_same_file: int) -> str:
     """Kept while the process lives, as long as inode, size and time are the same: one load asks more than once."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -76,7 +77,8 @@ def read_marker(path: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint; CheckpointError if the folder is not whole by names, sizes and headers."""
     if wrong := problem(path):
         raise CheckpointError(f"{path} is not a whole checkpoint: {wrong}. Expected a folder step_NNNNNNNN with {MARKER} in it.")
-    return json.loads((path / MARKER).read_text())
+    content: dict[str, Any] = json.loads((path / MARKER).read_text())
+    return content
 
 
 def require_intact(path: Path) -> None:
