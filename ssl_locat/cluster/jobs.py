@@ -53,8 +53,8 @@ def after_queueing(queued: list[str], folder: Path) -> None:
         f"logs     {folder}/{first}_0_log.err (and .out; one pair per process)\n"
         f"follow   tail -F {shlex.quote(str(folder))}/{first}_0_log.err     or: ssl-locat jobs logs {first}\n"
         f"state    ssl-locat jobs list\n"
-        f"stop     ssl-locat jobs stop {first}         it saves first; the same command goes on later\n"
-        f"requeue  ssl-locat jobs requeue {first}      it saves, and goes on when Slurm finds nodes",
+        f"stop     ssl-locat jobs stop {first}         it saves first; the same command resumes later\n"
+        f"requeue  ssl-locat jobs requeue {first}      it saves, and resumes when Slurm finds nodes",
         file=sys.stderr,
     )
 
@@ -200,7 +200,7 @@ def requeue(names: list[str]) -> None:
             print(f"{job}: requeued")
         else:
             command = shlex.join(record["command"])
-            raise UserError(f"Slurm has forgotten job {job}. Queue it anew with --on; it goes on where it stopped: {command}")
+            raise UserError(f"Slurm has forgotten job {job}. Queue it anew with --on; it resumes where it stopped: {command}")
 
 
 def _queued(job: str) -> str:

@@ -179,7 +179,7 @@ def submit_evaluate(
 
 
 def submit_table(name: str, arguments: list[str], on: str, dry_run: bool = False) -> None:
-    """Fill a table where the profile says; requeued, it goes on after the cells that are finished."""
+    """Fill a table where the profile says; requeued, it resumes after the cells that are finished."""
     from ssl_locat.evaluation.table import check
 
     profile = load_profile(on)

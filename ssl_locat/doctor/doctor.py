@@ -161,7 +161,7 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
     advice += more
     _section("Data", _data_lines(config, datasets, sample), reading)
     if sample.payload is None:
-        _section("Advice", ["None of the samples looked at could be read: see data.image_key, and `ssl-locat shards show`."])
+        _section("Advice", ["None of the images looked at could be read: is data.train the right folder, or pattern of shards?"])
         return 2
     with progress("measuring a few steps"):
         times = step_times(config, sample.payload, micro_batch)
@@ -226,7 +226,12 @@ def _data_advice(config: Config, sample, datasets) -> list[Advice]:
     share = len(sample.damaged) / sample.looked_at
     if share > config.data.max_bad:
         text = f"{100 * share:.1f} % of the samples are unreadable, more than data.max_bad: the run would stop with exit code 3. "
-        advice.append(Advice(STOPPER + share, text + "Mend or repack them (`ssl-locat shards check`), or raise data.max_bad."))
+        how = (
+            "Mend or repack them (`ssl-locat shards check`)"
+            if any(data.by_range for data in datasets)
+            else "Replace or remove them"
+        )
+        advice.append(Advice(STOPPER + share, f"{text}{how}, or raise data.max_bad."))
     total = sum(map(len, datasets))
     for objective in config.objectives:
         prototypes = objective.options.get("num_prototypes", 65536)

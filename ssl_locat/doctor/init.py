@@ -173,7 +173,7 @@ def inspect_data(source: str) -> DataStats:
             labels.append(sample.members["cls"])
     if not pixels:
         raise UserError(
-            f"{source}: none of {len(places)} samples could be read as an image, such as {damaged[0]}. DataStats at them: ssl-locat shards show {source}"
+            f"{source}: none of {len(places)} samples could be read as an image, such as {damaged[0]}. Is this the right folder?"
         )
     joined = np.concatenate(pixels)
     classes = len(getattr(dataset, "classes", None) or []) or None

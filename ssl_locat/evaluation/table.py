@@ -1,7 +1,7 @@
 """`ssl-locat table TABLE [ROW=MODEL ...] [key=value ...]`: models x protocols, our number beside the published one.
 
 A table's YAML (eval/tables/) names data sets, columns (a protocol on one of them, and the metric to show) and rows (models, with what is
-published). Each finished cell is a file below `results`, so that the same command goes on where it stopped; the table is written there as
+published). Each finished cell is a file below `results`, so that the same command resumes where it stopped; the table is written there as
 table.md, table.csv and table.tex. A row's list of models, and a column's list of seeds, give mean and standard deviation.
 """
 
@@ -197,7 +197,7 @@ def dry_run(name: str, arguments: Sequence[str] = ()) -> None:
 
 
 def fingerprint(model: str) -> str:
-    """MODEL and what it holds now: a run that went on, or a replaced export, is judged anew."""
+    """MODEL and what it holds now: a run that went on, or a replaced export, is evaluated anew."""
     path = Path(model.partition("?")[0])
     if not path.exists():
         return model

@@ -53,9 +53,10 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
         distributed.StopFlag() as stop,
         progress("pretraining", length.total_steps, "steps", start=run.step) as bar,
     ):
-        if run.step == 0:
-            run.probe()
         monitor = Monitor(run, bar)
+        if run.step == 0:
+            with monitor.paused(run.probes.period):
+                run.probe()
         while run.step < length.total_steps:
             # all that is random or scheduled is a function of (seed, step, rank): the same again after a resume
             torch.manual_seed(mix64(config.seed, run.step, rank()))  # stochastic depth
@@ -93,12 +94,13 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
 
             monitor.log(metrics, rate, positions, teacher_tokens)
             stopped, done = stop.agreed(run.checkpointer.wish()), run.step == length.total_steps
-            with monitor.paused():  # saves and probes are no part of images/s
-                if stopped or done or stop.wish or run.step % config.checkpoint.every_steps == 0:
+            if stopped or done or stop.wish or run.step % config.checkpoint.every_steps == 0:
+                with monitor.paused(config.checkpoint.every_steps):
                     run.save(block=stopped or done or stop.wish == SAVE_OR_END)
-                if stopped:
-                    break
-                if run.probes.due(run.step):
+            if stopped:
+                break
+            if run.probes.due(run.step):
+                with monitor.paused(run.probes.period):
                     run.probe()
 
     with run.ending():

@@ -59,8 +59,10 @@ class Rates(NamedTuple):
     momentum: float
 
 
-def check(config: Config, ranks: int = 1) -> tuple[list[Dataset], list[float], Length]:
+def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[Dataset], list[float], Length]:
     """Everything that can be found wrong without building a model; returns the data sets, their weights, and how long the run is.
+
+    may_write: make the image set of `data.make` if it is not there. Without it, what stands in for that set has only its length.
 
     Raises:
         UserError: with what is wrong and how to mend it.
@@ -73,13 +75,15 @@ def check(config: Config, ranks: int = 1) -> tuple[list[Dataset], list[float], L
         )
     check_backbone(config)
     check_probes(config)
-    if config.data.make:
+    made = config.data.make
+    to_come = made is not None and not may_write and not Path(made.folder).is_dir()
+    if made and not to_come:
         if is_main():
-            make_textures(config.data.make.folder, **config.data.make.model_dump(exclude={"folder"}))
+            make_textures(made.folder, **made.model_dump(exclude={"folder"}))
         distributed.barrier()
     budget, cache = 60 * config.data.retry_minutes, config.data.cache
     store = CachedStore(cache.folder, int(cache.max_gb * 1e9), budget_seconds=budget) if cache else Store(budget_seconds=budget)
-    datasets, weights = open_mix(config.data.model_dump()["train"], store=store)
+    datasets, weights = ([range(made.num_train)], [1.0]) if to_come else open_mix(config.data.model_dump()["train"], store=store)
     if config.data.epoch_samples is None and len(datasets) > 1:
         raise ConfigError(
             "data.train mixes several data sets: say how many samples count as an epoch, such as data.epoch_samples=1281167."

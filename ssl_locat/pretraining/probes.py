@@ -63,15 +63,15 @@ class Probes:
             log.info("step %d  %s: %s", step, name, "  ".join(f"{key} {value:.2f}" for key, value in scores.items()))
 
     def knn(self) -> dict[str, float]:
-        """k-NN top-1 in percent of raw pixels (where there are test images), of the random initialisation and of the trained backbone; {} without a k-NN probe."""
+        """k-NN top-1 in percent, to two digits behind the point, of raw pixels (where there are test images), of the random initialisation and of the trained backbone; {} without a k-NN probe."""
         if not self.results.get("knn"):
             return {}
         first, last = self.results["knn"][0], self.results["knn"][-1]
         key = next(name for name in first if name.startswith("top1"))
         own = (self.config.probes.options["knn"] or {}).get("data") or {}  # the probe's splits, over the run's
-        data, scores = {**self.data, **own}, {"init": first[key], "trained": last[key]}
+        data, scores = {**self.data, **own}, {"init": round(first[key], 2), "trained": round(last[key], 2)}
         if not data["test"]:  # judged by cross-validation (folds)
             return scores
         k = int(key.removeprefix("top1_k").partition("_t")[0])
         raw = raw_pixel_knn(data=data, k=k, channels=len(self.config.crops.mean))
-        return {"raw_pixels": raw[f"top1_k{k}"], **scores}
+        return {"raw_pixels": round(raw[f"top1_k{k}"], 2), **scores}

@@ -24,7 +24,7 @@ from ssl_locat.pretraining.probes import Probes
 from ssl_locat.pretraining.step_times import decide_crops, with_crop_mode
 from ssl_locat.runs import distributed
 from ssl_locat.runs.checkpoint import Checkpointer
-from ssl_locat.runs.diagnosis import Diagnosis
+from ssl_locat.runs.diagnosis import Diagnosis, traits
 from ssl_locat.runs.distributed import is_main, rank, world_size
 from ssl_locat.runs.folder import RunFolder, differences, read_config, saved_config
 from ssl_locat.runs.log import EventLog, MetricsLog
@@ -100,7 +100,7 @@ class Run:
         """Counters, plan and state of the checkpoint, or those of a fresh start."""
         config = self.config
         self.step, self.samples_seen, self.restarts = 0, 0, 0
-        self.diagnosis = Diagnosis(diagnosed_prototypes(self.losses), fatal=config.stop_on)
+        self.diagnosis = Diagnosis(diagnosed_prototypes(self.losses), fatal=config.stop_on, has=traits(config))
         if self.start_from:
             may_differ = may_be_missing(self.origin.changes)
             saved = self.checkpointer.load(self.start_from, self.modules, self.optimizer, may_differ)

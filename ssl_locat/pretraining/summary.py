@@ -29,7 +29,7 @@ def stop_early(run: Run, reason: str) -> NoReturn:
     # typed again, `never` and a checkpoint of this very folder would not lead to what was saved now
     same = run.resume == "auto" or (run.origin.parent and run.origin.parent["checkpoint"] == str(Path(run.resume).resolve()))
     again = "The same command" if same else "The same command with --resume auto"
-    raise Preempted(f"Stopped by {reason} at step {run.step} of {run.length.total_steps}; saved. {again} goes on from there.")
+    raise Preempted(f"Stopped by {reason} at step {run.step} of {run.length.total_steps}; saved. {again} resumes from there.")
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def finished_before(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def dry_run(config: Config) -> None:
-    """Check everything and say what would run, without running it."""
-    datasets, _, length = check(config, world_size())
+    """Check everything and say what would run, without running it or writing anything."""
+    datasets, _, length = check(config, world_size(), may_write=False)
     model, _ = build_model(config, torch.device("cpu"))
     say(describe(config, model, length, datasets, torch.device(config.device if config.device != "auto" else "cpu")))
     say(dump_yaml(redacted(config.model_dump(mode="json"))).rstrip())
@@ -85,7 +85,7 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
     if knn:
         lines += ["k-NN top-1 on the test images:"]
         names = {"raw_pixels": "raw pixels", "init": "random initialisation", "trained": "trained backbone"}
-        lines += [f"  {names[name]:<24}{value:5.1f} %" for name, value in knn.items()]
+        lines += [f"  {names[name]:<24}{value:6.2f} %" for name, value in knn.items()]
     lines += [f"Run folder: {run}" + (f"   exported backbone: {run}/export" if config.export else "")]
     say("\n".join(lines), sys.stderr)
     train, test = (split if isinstance(split, str) else "DATA" for split in (config.data.train, config.data.test))

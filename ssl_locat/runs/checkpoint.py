@@ -473,7 +473,7 @@ def _compare(path: Path, saved: dict[str, Any], targets: dict[str, Tensor]) -> N
             listed = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise CheckpointError(
                 f"{path} belongs to another model: it {what} {listed}. Resume with the config.yaml in its run folder, "
-                "or start afresh in another run_dir."
+                "or start anew in another run_dir."
             )
 
 

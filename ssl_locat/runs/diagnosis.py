@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_locat.config.schema import Config
 from ssl_locat.errors import ConfigError, Diverged, UserError, did_you_mean
 
 # --- signals --------------------------------------------------------------------------------------------------------------
@@ -58,20 +59,57 @@ class Warning(NamedTuple):
         return f"{self.message} What people change: {self.advice}"
 
 
+# {name}: words that depend on the recipe, see WORDS; an empty one is left out with its comma
 ADVICE = {
     "loss_at_ln_k": "a lower teacher temperature (0.04 at first) or a longer warm-up of it, a higher lr if the gradient norm is tiny, "
     "teacher momentum further from 1 for short runs (0.99), normalised prototypes, and more steps: small data needs hundreds of epochs.",
-    "uniform": "a lower teacher temperature, a slower centre (center_momentum 0.9 to 0.99), fewer prototypes for small data.",
-    "collapse": "centring on (center_momentum 0.9) or Sinkhorn targets, a higher teacher temperature, the last layer frozen longer, "
-    "a lower lr, a larger global batch.",
+    "uniform": "a lower teacher temperature, {centre}, fewer prototypes for small data.",
+    "collapse": "{targets}, a higher teacher temperature, {last_layer}, a lower lr, a larger global batch.",
     "features_collapsing": "a higher teacher momentum (0.996), a lower lr or a longer warm-up, a larger global batch, gradient clipping, "
-    "the KoLeo objective beside DINO (or more of it), a head in fp32.",
-    "rank_falling": "the KoLeo objective beside DINO (or more of it), less weight decay at the end, a larger global batch, more varied data, a lower lr.",
-    "patches_collapsing": "LocAt on (gaug and prr), register tokens, the iBOT objective or Gram anchoring, an earlier checkpoint "
-    "for dense tasks; k-NN may go on rising meanwhile.",
+    "{koleo}, a head in fp32.",
+    "rank_falling": "{koleo}, less weight decay at the end, a larger global batch, more varied data, a lower lr.",
+    "patches_collapsing": "{locat}, {registers}, {ibot}, Gram anchoring, an earlier checkpoint for dense tasks; k-NN may go on rising meanwhile.",
     "center_drifting": "a lower lr or a longer warm-up, a higher teacher momentum, a quicker centre (center_momentum 0.9), "
     "a larger global batch.",
 }
+# trait of a recipe -> (word, what is said without it, what is said where the recipe has it)
+WORDS = {
+    "koleo": ("koleo", "the KoLeo objective beside DINO", "more weight on KoLeo"),
+    "sinkhorn": ("targets", "centring on (center_momentum 0.9) or Sinkhorn targets", ""),
+    "no_centre": ("centre", "a slower centre (center_momentum 0.9 to 0.99)", ""),
+    "frozen_prototypes": ("last_layer", "the last layer frozen longer", ""),
+    "locat": ("locat", "LocAt on (gaug and prr)", ""),
+    "registers": ("registers", "register tokens", ""),
+    "ibot": ("ibot", "the iBOT objective", "more weight on iBOT"),
+}
+
+
+def traits(config: Config) -> set[str]:
+    """What a recipe has already, of what advice might name: keys of WORDS."""
+    objectives = {objective.name: objective.options for objective in config.objectives}
+    options = config.backbone.options
+    sinkhorn = any(given.get("targets") == "sinkhorn" for given in objectives.values())
+    frozen = max((given.get("frozen_last_layer_epochs", 0) for given in objectives.values()), default=0)
+    found = {
+        "koleo": "koleo" in objectives,
+        "ibot": "ibot" in objectives,
+        "sinkhorn": sinkhorn,
+        "no_centre": sinkhorn,
+        "frozen_prototypes": frozen >= (config.optim.epochs or float("inf")),
+        "locat": config.backbone.name.startswith("locat")
+        and options.get("gaug") is not False
+        and options.get("prr") is not False,
+        "registers": "reg" in config.backbone.name or bool(options.get("reg_tokens")),
+    }
+    return {name for name, there in found.items() if there}
+
+
+def advice(kind: str, has: Collection[str] = ()) -> str:
+    """What people change against a kind of problem, in the words of a recipe that has these traits."""
+    chosen = {word: with_it if trait in has else without for trait, (word, without, with_it) in WORDS.items()}
+    return ", ".join(part for part in ADVICE[kind].format_map(chosen).split(", ") if part)
+
+
 KINDS = tuple(ADVICE)
 
 
@@ -81,17 +119,25 @@ class Diagnosis:
     Args:
         num_prototypes: K of the head, for what 'uniform' means; None for an objective without prototypes.
         fatal: kinds that stop the run (raise Diverged) instead of warning.
+        has: traits of the recipe (`traits`), which advice takes into account.
         warmup_fraction: share of total_steps before which nothing is checked: a loss near ln K is normal early.
         patience: checks in a row that must agree.
     """
 
     def __init__(
-        self, num_prototypes: int | None, *, fatal: Collection[str] = (), warmup_fraction: float = 0.1, patience: int = 3
+        self,
+        num_prototypes: int | None,
+        *,
+        fatal: Collection[str] = (),
+        has: Collection[str] = (),
+        warmup_fraction: float = 0.1,
+        patience: int = 3,
     ):
         for kind in fatal:
             if kind not in KINDS:
                 raise ConfigError(f"{kind!r} is no kind of collapse; known: {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
         self.ln_k = math.log(num_prototypes) if num_prototypes else None
+        self.has = frozenset(has)
         self.fatal, self.warmup_fraction, self.patience = frozenset(fatal), warmup_fraction, patience
         self.best: dict[str, float] = defaultdict(float)
         self.losses: deque[float] = deque()  # of the last tenth of the run
@@ -129,7 +175,7 @@ class Diagnosis:
             steady = len(self.recent[kind]) == self.patience
             if steady and all(self.recent[kind]) and kind not in self.warned:
                 self.warned.add(kind)
-                warnings.append(Warning(kind, f"Step {step}: {sentence}", ADVICE[kind]))
+                warnings.append(Warning(kind, f"Step {step}: {sentence}", advice(kind, self.has)))
             elif steady and not any(self.recent[kind]):
                 self.warned.discard(kind)
         for warning in warnings:
@@ -235,5 +281,5 @@ def not_finite(
     return Diverged(
         f"Not a finite number at step {step} on rank {rank}: {numbers}. Samples: {shown}. {again}"
         "What people change: precision bf16 or fp32 instead of fp16, a lower lr or a longer warm-up, a smaller gradient clip, the head in fp32. "
-        "The last checkpoint is from before; the same command goes on from it, with the change."
+        "The last checkpoint is from before; the same command resumes from it, with the change."
     )

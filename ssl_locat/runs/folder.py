@@ -29,6 +29,7 @@ LOCK_PATIENCE = 300  # seconds; servers of network disks forget a dead node's lo
 
 # what may differ between the run that was stopped and the one that goes on: nothing in it changes what is learned
 MAY_CHANGE: tuple[str, ...] = (
+    "data.train",  # where the images lie; which they are is in the plan's manifest (data/stream/plan.py)
     "data.workers",
     "data.read_memory_gb",
     "data.max_bad",

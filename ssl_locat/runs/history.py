@@ -134,7 +134,7 @@ def explain(run: Run) -> tuple[list[str], list[str]]:
     facts, advice = [], []
     share = f" of {run.total_steps}" if run.total_steps else ""
     at = f"{run.last['step']}{share} steps, {run.last['samples_seen']:,} images, in {duration(run.seconds)}"
-    again = "Start the same command again: it goes on from the newest whole checkpoint."
+    again = "Start the same command again: it resumes from the newest whole checkpoint."
     words = {
         "finished": (f"Finished: {at}.", f"Look at it: ssl-locat report {run.path}"),
         "running": (f"Running, or stopped within the last minutes: {at}.", f"Follow it: ssl-locat report {run.path} --watch"),
@@ -164,8 +164,11 @@ def explain(run: Run) -> tuple[list[str], list[str]]:
         facts.append(f"The model waited for data {100 * sum(waits) / len(waits):.0f} % of the time.")
         advice.append("Against waiting: more data.workers, images stored smaller (`ssl-locat shards pack`), a local data.cache.")
     if run.quarantine:
-        facts.append(f"{len(run.quarantine)} damaged samples were replaced.")
-        advice.append(f"They are listed in {run.path / 'quarantine.jsonl'}; `ssl-locat shards check` finds them all.")
+        facts.append(f"{len(run.quarantine)} corrupt image{'s' * (len(run.quarantine) > 1)} were replaced by others.")
+        shards = any(str(entry.get("shard", "")).endswith(".tar") for entry in run.quarantine)
+        advice.append(
+            f"They are listed in {run.path / 'quarantine.jsonl'}{'; `ssl-locat shards check` finds them all' if shards else ''}."
+        )
     for event in run.events[-50:]:
         if event["kind"] in ("warning", "diverged", "outage", "fault"):
             facts.append(str(event.get("message", "")))

@@ -119,17 +119,28 @@ def duration(seconds: float) -> str:
 
 
 class _Bar:
-    """Counts, and words the count. Its rate is the mean since the start, so that the ETA includes probes and checkpoints."""
+    """Counts, and words the count. The rate is that of the work alone: without the first update, which waits for workers, caches and compilers, and
+    without pauses (probes, checkpoints). The ETA adds the pauses that are still to come."""
 
     def __init__(self, description: str, total: int | None, unit: str, start: int):
         self.description, self.total, self.unit = description, total, unit
         self.start, self.done = start, start
         self.fields: dict[str, float | str] = {}
         self.began = time.monotonic()
+        self.counted_from: int | None = None  # what was done when the rate's clock began
+        self.pauses: dict[int, float] = {}  # period -> seconds of the last pause of that period
+
+    def pause(self, seconds: float, every: int | None = None) -> None:
+        """Time that was no work: kept out of the rate. `every`: it comes again each time so many more are done, and at the end."""
+        self.began += seconds
+        if every:
+            self.pauses[every] = seconds
 
     def update(self, n: int = 1, **fields: float | str) -> None:
         """`n` more done; `fields` (loss=2.31) stay shown until replaced. Floats, no device tensors: showing must not wait."""
         self.done += n
+        if self.counted_from is None and self.done != self.total:
+            self.counted_from, self.began = self.done, time.monotonic()
         self.fields.update(fields)
         self.show()
 
@@ -139,14 +150,17 @@ class _Bar:
 
     def words(self) -> str:
         elapsed = time.monotonic() - self.began
-        rate = (self.done - self.start) / elapsed if elapsed > 0 else 0.0
+        from_here = self.start if self.counted_from is None else self.counted_from
+        rate = (self.done - from_here) / elapsed if elapsed > 0 else 0.0
         parts = [f"{self.done}" + (f"/{self.total}" if self.total else "") + (f" {self.unit}" if self.unit else "")]
         parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.fields.items()]
         if rate > 0:
             unit = self.unit or "it"
             parts.append(f"{rate:.3g} {unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{unit.removesuffix('s')}")
             if self.total and self.done < self.total:
-                parts.append(f"ETA {duration((self.total - self.done) / rate)}")
+                left = self.total - self.done
+                pauses = sum(seconds * -(-left // every) for every, seconds in self.pauses.items())
+                parts.append(f"ETA {duration(left / rate + pauses)}")
         return "  ".join(parts)
 
 

@@ -7,9 +7,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from ssl_locat import cli
 from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
-from ssl_locat.doctor.init import choose_prototypes, choose_sizes, init
+from ssl_locat.doctor.init import choose_prototypes, choose_sizes, init, usable_test
 from ssl_locat.errors import DataError, UserError
 from ssl_locat.measure import step as step_measure
 from ssl_locat.pretraining.loop import pretrain
@@ -62,6 +63,40 @@ def test_train_and_test_folders_and_shards_are_told_apart(tmp_path):
 def test_gray_images_get_their_own_statistics_and_no_colour_changes(tmp_path):
     crops = yaml.safe_load(init(str(save_images(tmp_path / "xrays", 24, (40, 40), "L"))).read_text())["crops"]
     assert crops["gray_prob"] == 0 and crops["jitter"][2:] == [0, 0] and crops["mean"][0] == pytest.approx(0.5, abs=0.03)
+
+
+def test_pretrain_takes_images_and_keeps_the_yaml(tmp_path, monkeypatch):
+    source = save_images(tmp_path / "my photos", 48, (50, 40))
+    tiny = ["optim.epochs=null", "optim.total_steps=1", "backbone.embed_dim=24", "backbone.depth=1", "data.workers=0"]
+    tiny += ["log.tensorboard=false", "optim.warmup_epochs=0", "export=false"]
+    assert cli.run_command(["pretrain", str(source), "optim.lrr=1"]) == 2 and not Path("my_photos.yaml").exists()
+    assert cli.run_command(["pretrain", str(source), *tiny, "--dry-run"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my photos"]
+    assert cli.run_command(["pretrain", str(source), *tiny]) == 0
+    assert Path("my_photos.yaml").is_file() and Path("runs/my_photos/summary.json").is_file()
+    written = Path("my_photos.yaml").read_text()
+    assert cli.run_command(["pretrain", str(source), *tiny]) == 0 and Path("my_photos.yaml").read_text() == written
+    assert cli.run_command(["pretrain", "runs/my_photos"]) == 2
+    config = load("my_photos.yaml")
+    assert 1 <= config.checkpoint.every_steps <= config.optim.epochs * 3 / 5 and not config.probes.options
+    assert "k-NN" not in written
+
+
+def test_few_images_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds 3 images"):
+        init(str(save_images(tmp_path / "three", 3, (40, 40))))
+    assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_test_images_without_labels_or_with_other_classes_are_not_measured_on(tmp_path):
+    for part, labels in (("train", ("cat", "dog")), ("val", ("cat", "fox")), ("flat", (".",))):
+        for label in labels:
+            (tmp_path / part / label).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / part / label / "1.png")
+    usable = lambda train, test: usable_test(str(tmp_path / train), str(tmp_path / test))  # noqa: E731
+    assert usable("train", "train") == (str(tmp_path / "train"), "")
+    assert "the test images have no labels" in usable("train", "flat")[1] and usable("train", "flat")[0] is None
+    assert "dog/ is in one alone" in usable("train", "val")[1]
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path):

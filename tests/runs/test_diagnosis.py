@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_locat.config.schema import load
 from ssl_locat.errors import ConfigError, Diverged, UserError
 from ssl_locat.label_free.rankme import rankme
 from ssl_locat.models.backbone import create_backbone
@@ -164,3 +165,13 @@ def train(steps: int = 40, lr: float = 3e-3, num_images: int = 32, **options) ->
 )
 def test_each_mistake_is_noticed_in_a_real_training(kind, mistake):
     assert kind in train(**mistake)
+
+
+def test_advice_knows_the_recipe():
+    has = diagnosis.traits(load("quickstart"))
+    assert {"koleo", "sinkhorn", "locat", "frozen_prototypes"} <= has
+    for kind in diagnosis.KINDS:
+        plain, told = diagnosis.advice(kind), diagnosis.advice(kind, has)
+        assert "beside DINO" not in told and "LocAt on" not in told and "{" not in plain + told and ", ," not in told
+    assert "more weight on KoLeo" in diagnosis.advice("rank_falling", has)
+    assert "the KoLeo objective beside DINO" in diagnosis.advice("rank_falling")

@@ -132,6 +132,22 @@ def test_plain_progress_is_sparse_and_says_rate_and_time_left(monkeypatch):
     assert len(lines) == 5 and lines[-1].startswith("indexing: 200/600")  # after 5, 15, 35, 75 s, and the end
 
 
+def test_the_eta_leaves_out_a_slow_start_and_counts_probes_to_come(monkeypatch):
+    """100 steps of 1 s after a first one of 30 s; a probe of 20 s before them, every 50 steps and at the end."""
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    bar = log._Bar("pretraining", 100, "steps", 0)
+    now[0] += 20
+    bar.pause(20, every=50)
+    now[0] += 30
+    bar.update()
+    for _ in range(30):  # the first minute is over
+        now[0] += 1
+        bar.update()
+    left = 69 * 1 + 2 * 20
+    assert bar.words().endswith(f"ETA {log.duration(left)}"), bar.words()
+
+
 @pytest.mark.parametrize("setting", ["quiet", "rank"])
 def test_progress_is_silent_when_asked_and_on_other_ranks(setting, monkeypatch, capsys):
     log.setup(quiet=True) if setting == "quiet" else monkeypatch.setenv("RANK", "3")

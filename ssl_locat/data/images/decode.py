@@ -177,6 +177,10 @@ def find_label(members: dict[str, bytes], label_key: str | None = None) -> int:
         text = _member(members, names, label_key.lower().lstrip("."), "label_key")
     else:
         found = next((key for key in LABEL_KEYS if key in names), None)
+        if found is None and len(names) == 1:  # an image and nothing beside it: mostly from a folder
+            raise CorruptSample(
+                "no label. Labels come from class folders, such as cats/ and dogs/; in shards from a .cls file beside each image"
+            )
         if found is None:
             raise CorruptSample(f"no label ({', '.join(LABEL_KEYS)}) among the members {_list(members)}; name it with label_key")
         text = members[names[found]]
@@ -199,6 +203,11 @@ def find_mask(members: dict[str, bytes], mask_key: str | None = None) -> bytes:
     for key in MASK_KEYS:
         if key in names:
             return members[names[key]]
+    if len(names) == 1:
+        raise CorruptSample(
+            "no mask. Masks are looked for in masks/ (or annotations/, labels/) beside images/, under the image's name with .png; in shards "
+            "as .seg.png or .mask.png beside each image"
+        )
     raise CorruptSample(f"no mask ({', '.join(MASK_KEYS)}) among the members {_list(members)}; name it with mask_key")
 
 

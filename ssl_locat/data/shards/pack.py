@@ -4,7 +4,7 @@
 
 Reads a folder of images or of class folders, tars, tars of tars (ImageNet as shipped), compressed tars, shards to be repacked.
 Samples are shuffled once, so that class folders do not become shards of one class. Every shard appears only when it is whole, so an
-interrupted packing started again goes on behind its last shard.
+interrupted packing started again resumes behind its last shard.
 """
 
 import csv

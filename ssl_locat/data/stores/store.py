@@ -152,6 +152,8 @@ class Store:
             except Exception as error:
                 if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno in _PERMANENT):
                     raise Gone(url, None) from None
+                if _is_access_denied(error) and scheme_of(url) == "file":
+                    raise Denied(f"{url}: permission denied. Mend it (chmod u+r; of a folder u+rx), or leave it out.") from None
                 if _is_access_denied(error):
                     raise Denied(
                         f"{shown(url)}: access denied ({shown(error)}). Check the rights, and the credentials: they may be missing or have "

@@ -70,7 +70,7 @@ class Quarantine:
             return
         raise DataBudgetExceeded(
             f"{corrupt} of about {seen} samples are damaged ({100 * corrupt / seen:.2g} %), data.max_bad allows {100 * self.max_bad:.2g} %. They are "
-            f"listed in {self.path or 'no file'}; 'ssl-locat shards check' finds all damage. Mend or leave out those shards, or raise data.max_bad."
+            f"listed in {self.path or 'no file'}, with the reason of each. Replace or remove them, or raise data.max_bad."
         )
 
     def _count(self, new: list[QuarantineEntry]) -> None:

@@ -95,7 +95,7 @@ class Samples:
             damaged.append(QuarantineEntry(position, dataset.name, number, raw.shard, raw.key, raw.reason))
         raise DataBudgetExceeded(
             f"all {len(damaged)} samples tried for position {position} are damaged; the last: {raw.shard} {raw.key}: {raw.reason}. "
-            "'ssl-locat shards check' lists all damage."
+            + ("'ssl-locat shards check' lists all damage." if dataset.by_range else "Replace or remove such files.")
         )
 
     def _candidates(self, slot: Slot) -> Iterator[int]:

@@ -5,6 +5,7 @@ are written where samples have them. Each process writes the files of its own sh
 """
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,40 +16,54 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
+from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.errors import ConfigError, CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.shared.features import check_image_size, default_resize
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
-from ssl_locat.evaluation.shared.options import Count, Flag, Shards, Text, Whole
+from ssl_locat.evaluation.shared.options import Count, Flag, Probability, Shards, Text, Whole
 from ssl_locat.evaluation.shared.samples import NO_LABEL, Members, load_in_order, share
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
-from ssl_locat.runs.distributed import barrier, is_main, rank, world_size
+from ssl_locat.runs.distributed import all_reduce_sum_, barrier, is_main, rank, world_size
 from ssl_locat.runs.folder import save_tensors
 from ssl_locat.runs.log import progress
 from ssl_locat.shown import to_json
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("safetensors", "npy", "parquet")
 
 
 class _Images(Dataset):
-    """(tensor, key, label or -1) of each sample; a damaged image is an error that names it."""
+    """(tensor, key, label or -1, '' or what is wrong) of each sample. A corrupt image is an error that names it, or black where some may be left out."""
 
-    def __init__(self, members: Members, view, image_key: str | None, label_key: str | None, channels: int):
+    def __init__(
+        self, members: Members, view, image_key: str | None, label_key: str | None, channels: int, leave_out: bool = False
+    ):
         self.members, self.view, self.image_key, self.label_key = members, view, image_key, label_key
-        self.channels = channels
+        self.channels, self.leave_out = channels, leave_out
 
-    def fetch(self, indices: list[int]) -> list[tuple[Tensor, str, int]]:
+    def fetch(self, indices: list[int]) -> list[tuple[Tensor, str, int, str]]:
+        if not self.leave_out:
+            return [self._one(sample) for sample in self.members.fetch(indices)]
         found = []
-        for sample in self.members.fetch(indices):
+        for index in indices:
             try:
-                image = self.view(decode_image(find_image(sample.members, self.image_key), channels=self.channels), 0)
-            except CorruptSample as error:
-                raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
-            try:
-                label = find_label(sample.members, self.label_key)
-            except CorruptSample:
-                label = NO_LABEL
-            found.append((image, sample.key, label))
+                found.append(self._one(self.members[index]))
+            except DataError as error:
+                found.append((self.view(np.zeros((64, 64, self.channels), np.uint8), 0), "", NO_LABEL, str(error)))
         return found
+
+    def _one(self, sample: RawSample) -> tuple[Tensor, str, int, str]:
+        try:
+            image = self.view(decode_image(find_image(sample.members, self.image_key), channels=self.channels), 0)
+        except CorruptSample as error:
+            option = "" if self.leave_out else " To leave out up to one image in a hundred: max_bad=0.01."
+            raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.{option}") from None
+        try:
+            label = find_label(sample.members, self.label_key)
+        except CorruptSample:
+            label = NO_LABEL
+        return image, sample.key, label, ""
 
 
 def check_out(out: str) -> Path:
@@ -78,6 +93,7 @@ def dump(
     label_key: Text | None = None,
     batch_size: Count = 64,
     workers: Whole = 4,
+    max_bad: Probability = 0.0,
 ) -> None:
     """Write `class` [n, C], `patches` [n, N, D] (float16), `key` and `label` of every image of a DATA spec into the folder `out`.
 
@@ -85,6 +101,7 @@ def dump(
         format: safetensors and npy keep arrays, with keys and labels in a .json beside; parquet (extra `parquet`) has a row for each image.
         patches: patch tokens too. norm: tokens after final norm and PRR; false: the last block's raw patches.
         rows: images in one file.
+        max_bad: share of corrupt images that may be left out; names and reasons go to left_out-RANK.txt. DataError above it.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; known: {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
@@ -99,6 +116,7 @@ def dump(
     indices, valid = share(len(members), rank(), world_size())
     indices = [index for index, counts in zip(indices, valid, strict=True) if counts]
     table: dict[str, list] = {"class": [], "patches": [], "key": [], "label": []}
+    left_out: list[str] = []
     number, width, grid = 0, 0, (0, 0)
 
     def flush() -> None:
@@ -112,8 +130,20 @@ def dump(
 
     keys = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     with progress("features", total=len(members), unit="images") as bar:
-        for batch in load_in_order(_Images(members, view, image_key, label_key, len(mean)), keys, workers):
-            images, names, labels = batch
+        for batch in load_in_order(_Images(members, view, image_key, label_key, len(mean), max_bad > 0), keys, workers):
+            images, names, labels, wrong = batch
+            left_out += filter(None, wrong)
+            if len(left_out) > max_bad * len(members):
+                raise DataError(
+                    f"{len(left_out)} of {len(members)} images cannot be read, more than max_bad = {max_bad:g} allows. The first: {left_out[0]} "
+                    f"Replace or remove them, or allow more. What was written to {folder} is of no use."
+                )
+            bar.update(len(names) * world_size())
+            if not all(names):
+                kept = [place for place, name in enumerate(names) if name]
+                images, names, labels = images[kept], [names[place] for place in kept], [labels[place] for place in kept]
+            if not names:
+                continue
             raw = forward_tokens(backbone, images.to(device))
             refined = refine(backbone, raw)
             table["class"].append(class_token(backbone, refined).float().cpu())
@@ -121,13 +151,18 @@ def dump(
             table["key"] += names
             table["label"] += labels
             width, grid = raw.patches.shape[2], tuple(raw.grid)
-            bar.update(len(names) * world_size())
             if len(table["key"]) >= rows:
                 flush()
     flush()
+    if left_out:
+        names_file = folder / f"left_out-{rank():03d}.txt"
+        names_file.write_text("".join(f"{line}\n" for line in left_out), encoding="utf-8")
+        log.warning("%d images could not be read and are left out; why: %s", len(left_out), names_file)
+    total = int(all_reduce_sum_(torch.tensor(len(left_out), device=device)))
     if is_main():
         about = {
-            "images": len(members),
+            "images": len(members) - total,
+            "left_out": total,
             "image_size": size,
             "grid": grid,
             "width": width,

@@ -152,6 +152,7 @@ def raw_pixel_knn(*, data: dict, k: int | Sequence[int] = 20, channels: int = 3)
             pixels,
             labelled_images(pixels, split(data, name), data, image_size=32, resize_size=32, batch_size=512, workers=0),
             read=lambda model, images: images.flatten(1),
+            what="pixels",
         )
         for name in ("train", "test")
     ]

@@ -277,7 +277,7 @@ def evaluate(
         lr: at a batch of 256, scaled linearly. batch_size: images over all processes.
         augment: random resized crops and flips; false reads each image once, centre-cropped, and trains on the kept features.
         train_fraction: share of each class's labels that is used (0.01, 0.1).
-        resume_file: progress is kept there after every epoch, and the same command goes on from it.
+        resume_file: progress is kept there after every epoch, and the same command resumes from it.
     """
     arguments = dict(locals())  # a copy: a debugger refreshes the one that locals() gives
     scores, _, _ = train_and_test("linear", arguments, [Setting(blocks, patch_mean, lr)], held_out=0.0, epoch_decay=True)

@@ -107,7 +107,7 @@ def evaluate(
         norm: read patches after final norm and PRR instead of the raw ones. block: counted from the end.
         paper_compat: the reference's GroupNorm, its loss averaged over void pixels, ImageNet's mean and std whatever the backbone's, and
             logits of a padded test image stretched over it.
-        resume_file: progress is kept there, and the same command goes on from it.
+        resume_file: progress is kept there, and the same command resumes from it.
     """
     purpose = purpose_of("segmentation", locals())
     check_image_size(backbone, image_size)

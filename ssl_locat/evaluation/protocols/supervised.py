@@ -4,7 +4,7 @@
     ssl-locat evaluate finetune RUN data.train=... data.test=... data.num_classes=100
 
 timm supplies the parts: RandAugment, Mixup/CutMix, random erasing, drop path, layer decay. Every step is a function of the seed and its
-number, so that a stopped run goes on with the same crops and the same mixing.
+number, so that a stopped run resumes with the same crops and the same mixing.
 """
 
 import math
@@ -188,7 +188,7 @@ def evaluate(
         crop_scale: of the training crop's area. crop_fraction: of a test image's side that the centre crop keeps (timm: size 224 of 248).
         distill: {model: MODEL with a classifier, weight: 1.0, temperature: 1.0}, weight 1: no labels at all; None: labels alone.
         precision: fp32, bf16 or fp16 (with loss scaling) autocast.
-        resume_file: progress is kept there after every epoch, and the same command goes on from it.
+        resume_file: progress is kept there after every epoch, and the same command resumes from it.
         weights_file: a .safetensors for the trained weights; as a MODEL it is judged by the other protocols.
     """
     purpose = purpose_of("supervised", locals())

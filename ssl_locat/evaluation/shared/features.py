@@ -113,16 +113,18 @@ def labelled_images(
 
 
 @torch.no_grad()
-def extract(backbone: nn.Module, images: Pass, read: Callable[[nn.Module, Tensor], Tensor] = class_features) -> Features:
+def extract(
+    backbone: nn.Module, images: Pass, read: Callable[[nn.Module, Tensor], Tensor] = class_features, what: str = "features"
+) -> Features:
     """All features of a labelled set, in its order, the same on every process.
 
     `read(backbone, images [B, 3, H, W]) -> [B, D]`. The backbone is put into eval mode. Rows of damaged images are left out where
-    data.max_bad allows it.
+    data.max_bad allows it. `what` it is called on the progress bar.
     """
     backbone.eval()
     device = next(backbone.parameters()).device
     values, labels = None, torch.full((len(images),), -1)
-    with progress("features", total=len(images), unit="images") as bar:
+    with progress(f"{what} of {images.samples.members.name}", total=len(images), unit="images") as bar:
         for batch in images:
             rows = read(backbone, batch.images.to(device, non_blocking=True)).float()
             # gathered batch by batch: one process never holds more than the table and a batch
@@ -134,13 +136,14 @@ def extract(backbone: nn.Module, images: Pass, read: Callable[[nn.Module, Tensor
             values[index[valid]], labels[index[valid]] = rows[valid], truth[valid]
             bar.update(int(valid.sum()))
     seen = labels >= 0
+    first = images.samples.reason(images.positions[int((~seen).nonzero()[0])]) if not seen.all() else ""
     if values is None or not seen.any():
-        raise DataError("no image of the set could be read. Check it with `ssl-locat shards check`.")
+        raise DataError(f"none of the {len(images)} images can be used. The first: {first}")
     left_out = int((~seen).sum())
     if left_out > images.samples.max_bad * len(images):
         raise DataError(
-            f"{left_out} of {len(images)} images could not be read, more than data.max_bad = {images.samples.max_bad:g} allows. "
-            "Their names are in the log; check the set with `ssl-locat shards check`, or remove them."
+            f"{left_out} of {len(images)} images could not be read, more than data.max_bad = {images.samples.max_bad:g} allows. The first: {first} "
+            "All their names are in the log. Replace or remove them, or allow more."
         )
     return Features(values[seen], labels[seen])
 

@@ -57,7 +57,7 @@ def save_progress(
 
 
 def load_progress(path: str | Path | None, module: nn.Module, optimizer: torch.optim.Optimizer, purpose: dict[str, Any]) -> int:
-    """The step to go on from: 0 without a file. Raises CheckpointError for a file of other settings, data or weights."""
+    """The step to resume from: 0 without a file. Raises CheckpointError for a file of other settings, data or weights."""
     if path is None or not Path(path).exists():
         return 0
     try:

@@ -144,6 +144,12 @@ class Members(Sequence):
             self.datasets = open_mix(spec)[0]
         self.ends = list(itertools.accumulate(len(dataset) for dataset in self.datasets))
 
+    @property
+    def name(self) -> str:
+        """Which set it is, in a few words for a progress bar: the last two parts of its path."""
+        first = self.datasets[0].name.rstrip("/").split("/")
+        return "/".join(first[-2:]) + (f" and {len(self.datasets) - 1} more" if len(self.datasets) > 1 else "")
+
     def __len__(self) -> int:
         return self.ends[-1]
 
@@ -154,6 +160,11 @@ class Members(Sequence):
     def classes(self) -> list[str]:
         """Names of the class folders, [] where labels are written in the samples."""
         return next((dataset.classes for dataset in self.datasets if getattr(dataset, "classes", [])), [])
+
+    def how_to_check(self) -> str:
+        """' Check the set with ...' where it is shards; a folder's files are named one by one."""
+        shards = any(getattr(dataset, "by_range", True) for dataset in self.datasets)
+        return " Check the set with `ssl-locat shards check`." if shards else ""
 
     def fetch(self, indices: Sequence[int]) -> list[RawSample]:
         """Several samples in the order asked for; neighbours that follow each other share one read of the store."""
@@ -167,9 +178,7 @@ class Members(Sequence):
                 stop += 1
             for sample in self.datasets[number].read(first - before, stop - before):
                 if isinstance(sample, Damage):
-                    raise DataError(
-                        f"{sample.shard}: {sample.key}: {sample.reason}. Check the set with `ssl-locat shards check`."
-                    )
+                    raise DataError(f"{sample.shard}: {sample.key}: {sample.reason}.{self.how_to_check()}")
                 found.append(sample)
         return found
 
@@ -182,6 +191,10 @@ def same_classes(train: Members, test: Members) -> None:
             f"the class folder {name!r} is in {has}, not in {lacks} ({len(train.classes)} and {len(test.classes)} folders). "
             "Class folders are numbered in sorted order, so both must have the same; an empty one does not count."
         )
+
+
+class CorruptImage(DataError):
+    """An image that cannot be read, where the set may have others; a missing label concerns the whole set."""
 
 
 class LabelledSamples(Dataset):
@@ -205,16 +218,30 @@ class LabelledSamples(Dataset):
     def fetch(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
         if self.max_bad:
             return [self._prepared_or_blank(index, seed) for index, seed in keys]
-        samples = self.members.fetch([index for index, _ in keys])
-        return [self._prepared(sample, seed) for sample, (_, seed) in zip(samples, keys, strict=True)]
+        try:
+            samples = self.members.fetch([index for index, _ in keys])
+            return [self._prepared(sample, seed) for sample, (_, seed) in zip(samples, keys, strict=True)]
+        except CorruptImage as error:
+            raise DataError(f"{error} To leave out up to one image in a hundred: data.max_bad=0.01.") from None
+
+    def reason(self, index: int) -> str:
+        """Why a sample was left out."""
+        try:
+            self._prepared(self.members[index], 0)
+        except DataError as error:
+            return str(error)
+        return "it could not be read then, but can be now"
 
     def _prepared(self, sample: RawSample, seed: int) -> tuple[Tensor, int]:
         try:
             label = find_label(sample.members, self.label_key)
+        except CorruptSample as error:
+            raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
+        try:
             image = decode_image(find_image(sample.members, self.image_key), channels=self.channels)
             return self.prepare(image, seed), label
         except CorruptSample as error:
-            raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
+            raise CorruptImage(f"{sample.shard}: {sample.key}: {error.reason}.") from None
 
     def _prepared_or_blank(self, index: int, seed: int) -> tuple[Tensor, int]:
         """Black, and no label, where the sample is damaged."""
@@ -249,7 +276,7 @@ def read_labels(members: Members, label_key: str | None, workers: int) -> Tensor
     indices, valid = share(len(members), rank(), world_size())
     keys = [indices[start : start + 1024] for start in range(0, len(indices), 1024)]
     labels: list[int] = []
-    with progress("labels", total=len(members), unit="images") as bar:
+    with progress(f"labels of {members.name}", total=len(members), unit="images") as bar:
         for batch in load_in_order(_Labels(members, label_key), keys, workers):
             labels += batch
             bar.update(len(batch) * world_size())
