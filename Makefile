@@ -1,6 +1,8 @@
 # Everything a fresh checkout needs: `make quickstart` runs the main job, `make test` the tests. Both build .venv first.
 PYTHON ?= python3.11
 VENV   ?= .venv
+# Another package index for torch and torchvision, such as PyTorch's for machines without a GPU: make quickstart TORCH_INDEX=URL
+TORCH_INDEX ?=
 BIN     = $(VENV)/bin
 PYTEST  = $(BIN)/python -m pytest
 
@@ -53,9 +55,11 @@ docs: $(VENV)/ready
 	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
 	$(BIN)/mkdocs build --strict
 
-# pyproject or constraints changed -> install again. torch comes as the ordinary wheel, which runs on CPU and GPU.
+# pyproject or constraints changed -> install again. torch comes as the ordinary wheel, which runs on CPU and GPU, unless TORCH_INDEX names
+# where to take those two from; what they need comes with the second line, to which 2.15.0+cpu is a 2.15.0.
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	test -z "$(TORCH_INDEX)" || $(BIN)/pip install -q --no-deps --index-url "$(TORCH_INDEX)" $(shell grep -E '^(torch|torchvision)==' constraints.txt)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 

@@ -100,10 +100,11 @@ def init(
     out: Annotated[str | None, typer.Option(help="the YAML to write; default: NAME.yaml here")] = None,
 ) -> None:
     """Look at your images and this machine, and write a commented YAML that `pretrain` runs."""
-    from ssl_locat.doctor.early import check_data, yaml_to_write
+    from ssl_locat.doctor.early import check_data, check_enough, yaml_to_write
 
     yaml_to_write(source, out)
     check_data(source)
+    check_enough(source)
     from ssl_locat.doctor.init import init
 
     init(source, out)
@@ -217,7 +218,7 @@ def evaluate(
     _print_json(result) if as_json else show(result)
 
 
-@app.command(epilog=_examples("ssl-locat table quickstart", "ssl-locat table dino runs/mine --dry-run"))
+@app.command(epilog=_examples("ssl-locat table quick", "ssl-locat table dino runs/mine --dry-run"))
 def table(
     name: Annotated[
         str,

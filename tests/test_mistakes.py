@@ -109,7 +109,7 @@ def test_a_run_without_a_checkpoint_cannot_be_evaluated_yet(tmp_path, photos):
 def test_an_override_written_as_an_option_is_corrected():
     command = [sys.executable, "-m", "ssl_locat.cli", "pretrain", "quickstart", "--optim.epochs=1"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert answer.returncode == 2 and "overridden without dashes: optim.epochs=VALUE" in answer.stderr
+    assert answer.returncode == 2 and "overridden without dashes: optim.epochs=1" in answer.stderr
 
 
 def test_a_mistake_leaves_no_run_behind_and_a_run_is_not_mixed_with_another(tmp_path, photos):

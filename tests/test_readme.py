@@ -27,7 +27,7 @@ QUICK = ["data.make={folder: runs/textures, num_train: 60, num_test: 20}", "prob
 RUNS = {
     "make quickstart": None,  # tests/pretraining/test_quickstart.py
     "make test": None,
-    "ssl-locat init path/to/images": [],
+    "ssl-locat pretrain path/to/images": [*TINY, *SHORT],
     "ssl-locat pretrain images.yaml": [*TINY, *SHORT],
     "ssl-locat pretrain dino_locatvit_s16 data.train='s3://bucket/train-{0000..1281}.tar' run_dir=runs/mine": [
         *TINY,

@@ -17,6 +17,8 @@ from ssl_locat.shown import redact
 
 log = logging.getLogger(__name__)
 
+FEWEST = 8  # images to pretrain on: below it a batch has nothing to compare
+
 
 def yaml_to_write(source: str, out: str | None = None) -> Path:
     """Where `init` writes the YAML for the images at `source`. UserError if it exists, or its folder cannot hold it."""
@@ -116,6 +118,31 @@ def _check_source(source: str) -> None:
     urls = list(Store().expand(source))  # DataError for a pattern that meets nothing
     if not all(os.path.exists(url) for url in (urls[0], urls[-1])):
         open_dataset(source)  # says what is missing, and what has nearly its name
+
+
+def check_enough(source: str) -> None:
+    """UserError for a local folder that holds fewer images than can be compared with each other. Stops counting as soon as there are enough."""
+    if not os.path.isdir(source):
+        return
+    from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS
+
+    count = 0
+    for _, _, files in os.walk(source, followlinks=False):
+        endings = [name.rpartition(".")[2].lower() for name in files if not name.startswith("._")]
+        if "tar" in endings:
+            return
+        count += sum(ending in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION) for ending in endings)
+        if count >= FEWEST:
+            return
+    for path, folders, _ in os.walk(source):
+        if any(os.path.islink(os.path.join(path, name)) for name in folders):
+            return  # links are followed where all is read
+    if not count:
+        raise DataError(f"{source} holds neither images ({', '.join(IMAGE_EXTENSIONS)}) nor .tar shards.")
+    raise UserError(
+        f"{source} holds {count} image{'s' * (count > 1)}. Pretraining compares images with each other: at least {FEWEST}, better "
+        "thousands. With so few, take released weights as they are: ssl-locat features timm:NAME?pretrained ..."
+    )
 
 
 def check_runs(runs: list[str]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ssl_locat.config.habits import in_our_words
-from ssl_locat.config.schema import Config, load
-from ssl_locat.doctor.early import check_data, name_of, yaml_to_write
+from ssl_locat.config.schema import Config, Options, Section, load
+from ssl_locat.doctor.early import check_data, check_enough, name_of, yaml_to_write
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -21,10 +21,7 @@ def config_for(given: str, overrides: Sequence[str], dry_run: bool) -> Iterator[
         yield given
         return
     for override in overrides:  # a misspelt key is answered before the machine is measured
-        name, _, value = override.partition("=")
-        if (first := name.partition(".")[0]) not in Config.model_fields:
-            words = in_our_words(first, value) or did_you_mean(first, Config.model_fields)
-            raise ConfigError(f"{override!r}: unknown key {name!r}.{words} Known here: {', '.join(Config.model_fields)}.")
+        _check_key(override)
     target = Path(f"{name_of(given)}.yaml")
     if target.exists():
         if (train := load(str(target)).data.train) not in (given, *(f"{given.rstrip('/')}{end}" for end in ("", "/train"))):
@@ -36,6 +33,7 @@ def config_for(given: str, overrides: Sequence[str], dry_run: bool) -> Iterator[
         yield str(target)
         return
     check_data(given)
+    check_enough(given)
     if not dry_run:
         yaml_to_write(given)
     from ssl_locat.doctor.init import init
@@ -52,3 +50,16 @@ def is_images(given: str) -> bool:
     if path.suffix in (".yaml", ".yml"):
         return False
     return path.is_dir() or "://" in given or ".tar" in path.name or any(letter in given for letter in "{*")
+
+
+def _check_key(override: str) -> None:
+    """ConfigError for a key=value whose key no section has; options of a part are checked with the rest."""
+    name, _, value = override.partition("=")
+    first, *more = name.split(".")
+    section = Config.model_fields[first].annotation if first in Config.model_fields else None
+    known, part = Config.model_fields, first
+    if more and isinstance(section, type) and issubclass(section, Section) and not issubclass(section, Options):
+        known, part = section.model_fields, more[0]
+    if part not in known:
+        words = in_our_words(part, value) or did_you_mean(part, known)
+        raise ConfigError(f"{override!r}: unknown key {name!r}.{words} Known here: {', '.join(known)}.")

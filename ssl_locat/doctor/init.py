@@ -16,7 +16,7 @@ from ssl_locat.config.schema import Config, load
 from ssl_locat.data.images.decode import LABEL_KEYS, decode_image, find_image
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.tar import Damage
-from ssl_locat.doctor.early import name_of, yaml_to_write
+from ssl_locat.doctor.early import check_enough, name_of, yaml_to_write
 from ssl_locat.errors import CorruptSample, UserError
 from ssl_locat.measure.images import kind_of, sample_data
 from ssl_locat.measure.machine import Load, band
@@ -29,7 +29,7 @@ from ssl_locat.shown import carries_credentials
 NUM_SAMPLED = 64
 TEST_NAMES = ("val", "valid", "validation", "test")
 CPU_HOURS = 1.0  # what a first run on a CPU may take
-FEWEST, FEW = 8, 500  # images: below the first there is nothing to compare, below the second little to learn
+FEW = 500  # images, below which there is little to learn
 SAVE_SECONDS = 300  # from one checkpoint to the next: what a kill may cost
 
 
@@ -65,16 +65,12 @@ def init(source: str, out: str | None = None, then_pretrain: bool = False) -> Pa
     Raises UserError if the file exists or its folder cannot hold it, or for too few images; DataError if there are none.
     """
     target = yaml_to_write(source, out)
+    check_enough(source)
     load_before = Load.now()
     train, test = split(source)
     with progress("looking at the images"):
         seen = inspect_data(train)
         test, unlabelled = usable_test(train, test)
-    if seen.count < FEWEST:
-        raise UserError(
-            f"{source} holds {seen.count} image{'s' * (seen.count > 1)}. Pretraining compares images with each other: at least {FEWEST}, better "
-            "thousands. With so few, take released weights as they are: ssl-locat features timm:NAME?pretrained ..."
-        )
     try:
         write_atomically(target, compose(target, train, test, seen), private=carries_credentials([train, test]))
         config = load(str(target))

@@ -9,7 +9,7 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_locat import cli
-from ssl_locat.benchmarks import attention, bench, objectives, slow_step, step, timing
+from ssl_locat.benchmarks import attention, bench, objectives, slow_step, start, step, timing
 from ssl_locat.errors import UserError
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.optim.optim import clip_gradients
@@ -50,6 +50,7 @@ def test_a_case_that_fails_loses_no_other(rows, monkeypatch, capsys):
     monkeypatch.setitem(bench.BENCHES, "stream", "ssl_locat.benchmarks.is_not_there")
     monkeypatch.setitem(bench.BENCHES, "crops", "ssl_locat.benchmarks.is_not_there")
     monkeypatch.setitem(bench.BENCHES, "step", "ssl_locat.benchmarks.is_not_there")
+    monkeypatch.setitem(bench.BENCHES, "start", "ssl_locat.benchmarks.is_not_there")
     with pytest.raises(typer.Exit) as stopped:
         cli.bench("all", as_json=True)
     assert stopped.value.exit_code == 1
@@ -170,3 +171,12 @@ def test_locat_needs_little_more_memory_than_vanilla():
         )
         peaks.append(two - one)
     assert peaks[1] <= 1.2 * peaks[0]
+
+
+def test_start_measures_processes_and_names_one_that_ends_otherwise(monkeypatch):
+    monkeypatch.setattr(start, "base_seconds", lambda repeats: 10.0)
+    (row,) = start.measure_command("help", ["--help"], 0, 1)
+    assert set(bench.COLUMNS) <= set(row) and 0 < row["value"] < 10 and row["ratio"] == row["value"] / 10
+    with pytest.raises(RuntimeError, match="ended with 2"):
+        start.measure_command("wrong", ["pretrain", "nowhere"], 0, 1)
+    assert list(dict(start.cases(True))) == [*start.COMMANDS, "load_backbone"]

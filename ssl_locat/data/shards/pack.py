@@ -36,6 +36,7 @@ from ssl_locat.shown import shown
 log = logging.getLogger(__name__)
 
 _INFO = "pack.json"
+_ORIGINS = "files.tsv"
 _JPEG_QUALITY = 95
 _PADDING = 1024  # header and padding of a tar member, at most
 
@@ -91,7 +92,7 @@ def pack(
     max_pixels: int = MAX_PIXELS,
     seed: int = 0,
 ) -> dict:
-    """Write shards `OUT/shard-000000.tar`, ... and `OUT/pack.json` (settings, class names, counts).
+    """Write shards `OUT/shard-000000.tar`, ..., `OUT/pack.json` (settings, class names, counts) and `OUT/files.tsv` (key -> file).
 
     Args:
         source: folder of images or class folders, a tar (of images, of class folders, of tars), or a glob of tars.
@@ -117,6 +118,7 @@ def pack(
         listing = _with_masks(listing, Path(source), Path(masks))
     classes, samples = _labelled(listing.samples, labels)
     samples = _shuffled(samples, seed)
+    folder = source if os.path.isdir(source) else ""
     sizes = array("Q", (sum(place.size + _PADDING for place in sample.places) for sample in samples))
     plan = plan_shards(sizes, int(max_shard_mb * 1e6))
     settings = {
@@ -127,6 +129,7 @@ def pack(
     }
     _check_same_packing(out, settings)
     _write_info(out, {"settings": settings, "classes": classes, "complete": False})
+    _write_origins(out, samples, listing.files, str(folder))
     paths = [out / f"shard-{number:06d}.tar" for number in range(len(plan))]
     jobs = []  # shards that are whole already are left alone
     for path, (start, stop) in zip(paths, plan, strict=True):
@@ -167,6 +170,20 @@ def _make_folder(out: str | Path) -> Path:
             f"OUT is {str(out)!r}, which is no folder and cannot be made one: {error.strerror}. Give another."
         ) from None
     return Path(out)
+
+
+def _write_origins(out: Path, samples: list[Source], files: list[str], folder: str) -> None:
+    """`OUT/files.tsv`: key, tab, the file (or tar) it came from, relative to the folder that was packed. Keys flatten folders and dots; this is
+    the way back."""
+    temporary = out / f".{_ORIGINS}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+            for sample in samples:
+                origin = files[sample.places[0].file].removeprefix(folder.rstrip("/") + "/" if folder else "")
+                file.write(f"{sample.key}\t{origin}\n")
+        temporary.rename(out / _ORIGINS)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_info(out: Path, info: dict) -> None:

@@ -55,6 +55,8 @@ class Local:
                 starts += [link for name in folders if os.path.islink(link := os.path.join(path, name))]
                 relative = os.path.relpath(path, folder)
                 for name in names:
+                    if name.startswith("._"):  # what a Mac leaves beside each file: no image, whatever its ending says
+                        continue
                     found[name if relative == "." else f"{relative}/{name}"] = None
         return found
 

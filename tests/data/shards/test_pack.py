@@ -311,3 +311,16 @@ def test_a_damaged_compressed_tar_is_named(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(data)
     with pytest.raises(DataError, match=r"a\.tar\.gz cannot be unpacked"):
         pack(str(tmp_path / "a.tar.gz"), tmp_path / "out", workers=1)
+
+
+def test_every_key_leads_back_to_its_file(tmp_path):
+    folder = tmp_path / "photos"
+    for name in ("cats/a.b.png", "cats_a/b.png", "é x/c.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(folder / name)
+    pack(str(folder), str(tmp_path / "out"), workers=1)
+    origins = dict(line.split("\t") for line in (tmp_path / "out/files.tsv").read_text(encoding="utf-8").splitlines())
+    dataset = open_dataset(str(tmp_path / "out"))
+    for sample in dataset.read(0, 3):
+        assert sample.members["png"] == (folder / origins[sample.key]).read_bytes()
+    assert len(origins) == 3
