@@ -33,12 +33,12 @@ JOURNEY = [
 # what is typed, and a part of what must be said
 MISTAKES = [
     ("init photoz", "does not exist"),
-    ("init empty", "holds neither"),
+    ("init empty", "holds neither images"),
     ("init three", "holds 3 images"),
-    ("init notes.txt", "notes.txt"),
+    ("init notes.txt", "notes.txt is a file"),
     ("init animals --out no/such/folder/x.yaml", "cannot be written"),
     ("init animals --out taken.yaml", "exists"),
-    ("pretrain photoz", "neither a YAML file nor a shipped name"),
+    ("pretrain photoz", "nor a folder of images or shards"),
     ("pretrain photoz.yaml", "there is no such file"),
     ("pretrain quickstat", "Did you mean 'quickstart'"),
     ("pretrain animals lr=0.1", "optim.lr=0.1"),

@@ -16,8 +16,9 @@ from ssl_locat.measure.machine import Load, band
 
 # command lines that are wrong, and a part of what is said; none needs torch to be told
 MISTAKES = {
-    "pretrain nope": "neither a YAML file nor a shipped name",
-    "pretrain no/such/folder": "neither a YAML file nor a shipped name",
+    "pretrain nope": "nor a folder of images or shards",
+    "pretrain quickstrat": "Did you mean 'quickstart'?",
+    "pretrain no/such/folder": "nor a folder of images or shards",
     "pretrain quickstart batch_size=64": "optim.global_batch_size=64",
     "pretrain quickstart --lr 0.1": "optim.lr=0.1",
     "pretrain quickstart --batch-size=32": "optim.global_batch_size=32",

@@ -106,6 +106,8 @@ def _check_source(source: str) -> None:
         if not os.access(path, os.R_OK | os.X_OK):
             raise UserError(f"{source}: this folder may not be read (permission denied). Mend it: chmod -R u+rX {source}")
         return
+    if path.is_file() and ".tar" not in path.name:
+        raise DataError(f"{source} is a file. Expected a folder of images, tar shards, or a quoted pattern of them.")
     if path.exists():
         return
     if not any(letter in source for letter in "{*?["):

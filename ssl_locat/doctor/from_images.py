@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from ssl_locat.config.habits import in_our_words
 from ssl_locat.config.schema import Config, Options, Section, load
+from ssl_locat.config.yaml_files import names
 from ssl_locat.doctor.early import check_data, check_enough, name_of, yaml_to_write
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 def config_for(given: str, overrides: Sequence[str], dry_run: bool) -> Iterator[str]:
     """The YAML that `pretrain GIVEN` means. For images it is written first, as `init` does, and kept; with `dry_run` it goes again."""
     if not is_images(given):
+        _check_recipe(given)
         yield given
         return
     for override in overrides:  # a misspelt key is answered before the machine is measured
@@ -50,6 +52,18 @@ def is_images(given: str) -> bool:
     if path.suffix in (".yaml", ".yml"):
         return False
     return path.is_dir() or "://" in given or ".tar" in path.name or any(letter in given for letter in "{*")
+
+
+def _check_recipe(given: str) -> None:
+    """ConfigError for what is neither a YAML, nor a shipped recipe, nor images."""
+    recipes = names("configs/pretrain")
+    if Path(given).suffix in (".yaml", ".yml") or given in recipes:
+        return
+    here = [path.name for path in Path().iterdir() if path.is_dir() or path.suffix in (".yaml", ".yml")]
+    raise ConfigError(
+        f"{given!r} is neither a YAML file, nor a folder of images or shards, nor a shipped recipe.{did_you_mean(given, [*recipes, *here])} "
+        f"Recipes: {', '.join(recipes)}."
+    )
 
 
 def _check_key(override: str) -> None:
