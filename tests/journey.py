@@ -61,7 +61,7 @@ MISTAKES = [
     ("pretrain quickstart optim.accumulate_steps=3", "nearest that are"),
     ("pretrain quickstart backbone.init=weights.pth", "there is no weights.pth"),
     ("pretrain quickstart backbone.name=locatvit_tny", "Did you mean 'locatvit_tiny'"),
-    ("pretrain broken.yaml", "broken.yaml:2"),
+    ("pretrain broken.yaml", "broken.yaml:3: not valid YAML"),
     ("evaluate kn runs/x", "Did you mean 'knn'"),
     ("evaluate knn runs/x", "data.train"),
     ("evaluate knn runs/x data.train=animals/train data.test=animals/val", "there is no runs/x"),

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 LOCK_PATIENCE = 300  # seconds; servers of network disks forget a dead node's locks after one to two minutes
 
-# what may differ between the run that was stopped and the one that goes on: nothing in it changes what is learned
+# what may differ between the run that was stopped and the one that resumes: nothing in it changes what is learned
 MAY_CHANGE: tuple[str, ...] = (
     "data.train",  # where the images lie; which they are is in the plan's manifest (data/stream/plan.py)
     "data.workers",
@@ -117,7 +117,7 @@ class RunFolder:
         if changed := list(differences(read_config(self.path).model_dump(mode="json"), config.model_dump(mode="json"))):
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(map(str, changed))}. "
-                "Give another run_dir to start afresh, or the same settings to resume."
+                "Give another run_dir to start a new run, or the same settings to resume."
             )
 
     def write(self, config: Config) -> None:

@@ -286,7 +286,7 @@ def _scan_all(store: Store, missing: dict[str, Stat], cached: list[Shard], path:
 def _scan_pool(urls: Iterable[str]) -> Executor:
     """Parsing headers keeps a core busy: processes for many local shards (they only read files, so a fork is safe), else threads."""
     urls = list(urls)
-    if len(urls) >= 32 and all(scheme_of(url) == "file" for url in urls) and hasattr(os, "fork"):
+    if len(urls) >= 32 and all(scheme_of(url) == "file" for url in urls) and hasattr(os, "sched_getaffinity"):
         return ProcessPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0))), mp_context=get_context("fork"))
     return ThreadPoolExecutor(_THREADS)
 
