@@ -67,7 +67,7 @@ MISTAKES = [
     ("evaluate knn runs/x data.train=animals/train data.test=animals/val", "there is no runs/x"),
     ("evaluate knn timm:vit_tiny_patch16_224 data.train=animals/train data.test=photoz", "does not exist"),
     ("evaluate knn timm:vit_tiny_patch16_224 data.train=flat data.test=flat workers=0", "class folders, such as cats/ and dogs/"),
-    ("evaluate knn timm:vit_tiny_patch16_224 data.train=torn data.test=animals/val workers=0", "data.max_bad=0.01"),
+    ("evaluate knn timm:vit_tiny_patch16_224 data.train=torn data.test=torn workers=0", "data.max_bad=0.01"),
     ("features timm:vit_tiny_patch16_224 torn out workers=0", "max_bad=0.01"),
     ("export runs/x backbone", "there is no runs/x"),
     ("report runs/x", "is no folder"),

@@ -9,6 +9,8 @@ from PIL import Image
 
 from ssl_locat import cli
 from ssl_locat.config.schema import load
+from ssl_locat.data.shards.index import open_dataset
+from ssl_locat.data.shards.tar import Damage
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.doctor.init import choose_prototypes, choose_sizes, init, usable_test
 from ssl_locat.errors import DataError, UserError
@@ -124,3 +126,13 @@ def test_choices_follow_the_images():
     assert choose_sizes([32], gpu=False).patch_size == 4 and choose_sizes([500], gpu=True).global_size == 224
     assert choose_sizes([500], gpu=False).global_size == 96
     assert [choose_prototypes(count) for count in (10, 10_000, 1_281_167)] == [64, 1024, 65536]
+
+
+def test_links_to_nowhere_and_what_a_mac_leaves_stop_nothing(tmp_path):
+    folder = save_images(tmp_path / "mac", 10, (40, 40))
+    (folder / "._0.png").write_bytes(b"\0\5\26\7")
+    for number in range(10):
+        (folder / f"a{number}.png").symlink_to(folder / "nowhere.png")
+    dataset = open_dataset(str(folder))
+    assert len(dataset) == 20 and dataset.mean_bytes > 0
+    assert sum(isinstance(sample, Damage) for sample in dataset.read(0, 20)) == 10

@@ -19,6 +19,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -146,8 +147,11 @@ class FolderDataset:
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._paths = b"".join(encoded)
         self.manifest_hash = hashlib.blake2b(b"\0".join(encoded), digest_size=8).hexdigest()
-        sizes = [store.stat(join(folder, path)).size for path in paths[:: max(1, len(paths) // 32)]]
-        self.mean_bytes = sum(sizes) / len(sizes)
+        sizes = []
+        for path in paths[:: max(1, len(paths) // 32)]:
+            with suppress(Gone):  # a link to nowhere counts as corrupt when it is read, and ends nothing
+                sizes.append(store.stat(join(folder, path)).size)
+        self.mean_bytes = sum(sizes) / max(1, len(sizes))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
