@@ -149,7 +149,7 @@ def test_each_malformed_marker_is_one_message(tmp_path, text):
 
 
 @pytest.mark.parametrize("hashed", [True, False])
-def test_fuzzed_files_load_as_written_or_are_refused(tmp_path, hashed):
+def test_fuzzed_files_load_as_written_or_are_refused(tmp_path, hashed, pytestconfig):
     """Fixed seed. Without hashes only names, headers and the marker are damaged: nothing could tell a number that is another."""
     saved(tmp_path, 1)
     (folder,) = (tmp_path / "checkpoints").iterdir()
@@ -161,7 +161,8 @@ def test_fuzzed_files_load_as_written_or_are_refused(tmp_path, hashed):
     Checkpointer(tmp_path).load(folder, {"student": model}, optimizer)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rng, refused = random.Random(0), 0
-    for _ in range(150):
+    cases = 150 * pytestconfig.getoption("--fuzz-factor")
+    for _ in range(cases):
         name = rng.choice(sorted(whole))
         data = bytearray(whole[name])
         end = len(data) if hashed or name == MARKER else header
@@ -178,7 +179,7 @@ def test_fuzzed_files_load_as_written_or_are_refused(tmp_path, hashed):
         if hashed:
             assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
         (folder / name).write_bytes(whole[name])
-    assert refused > 75
+    assert refused > cases / 2
 
 
 def test_weights_that_are_no_numbers_are_warned_of(tmp_path, caplog):
