@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VOID = 255  # in masks: a pixel that is not judged
+VOID = 255  # in masks: a pixel that does not count
 
 
 def top_hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
