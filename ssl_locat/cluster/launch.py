@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pkgutil
+import re
 import shlex
 import shutil
 import signal
@@ -95,6 +96,11 @@ def load_profile(on: str) -> Profile:
         and not {"tasks_per_node", "ntasks_per_node", "slurm_ntasks_per_node"} & set(data)
     ):
         data["tasks_per_node"] = data["gpus_per_node"]  # one process per GPU: their number is said in one place
+    for key in ours["environment"]:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(key)):
+            raise ConfigError(
+                f"{loaded.place(('environment', key))}: environment has {key!r}, which is no name of a variable; expected letters, digits and _."
+            )
     ours["environment"] = {key: str(value) for key, value in ours["environment"].items()}
     return Profile(name, launcher, {key: value for key, value in data.items() if value is not None}, **ours)
 

@@ -10,13 +10,18 @@ Choices, the same for every reader of this package:
 """
 
 import io
+import math
+import re
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from ssl_locat.data.images.headers import check_bytes, check_jpeg, check_memory, check_pixels, jpeg_scans
 from ssl_locat.errors import CorruptSample
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: above the largest photographs, far below a decompression bomb
@@ -27,6 +32,11 @@ ARRAY_EXTENSION = "npy"  # an image where the sample or folder holds no other; b
 LABEL_KEYS = ("cls", "label", "class", "target", "cls.txt", "label.txt")
 MASK_KEYS = ("seg.png", "mask.png", "label.png", "segmentation.png", "seg", "mask")
 _MASK_WORDS = ("seg", "mask", "label", "segmentation", "depth", "annotation")
+
+_WHOLE, _STRIP = 1 << 18, 1 << 16  # pixels up to which an image is converted at once, as most are; and of a strip of a larger one
+_SPARSE = 400  # pixels per byte above which a JPEG 2000 holds one colour, or lacks its data
+# libjpeg's words for what it fills with grey; of other oddities (bytes between markers) an image may be whole
+_MISSING = re.compile("premature end of data segment|bad Huffman code|found marker")
 
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> what makes the stored pixels upright; numpy only, so images and masks take the same path
@@ -46,11 +56,23 @@ def decode_image(data: bytes, *, channels: int | None = 3, max_pixels: int = MAX
 
     channels: 3, RGB; 1, grey; another number, as stored, if the image has so many; None, as stored in an array and RGB otherwise.
     """
-    if data[:6] == b"\x93NUMPY":
-        return _with_channels(_decode_array(data, max_pixels), channels)
-    if channels not in (1, 3, None):
-        return _decode_bands(data, channels, max_pixels)
-    return _with_channels(_decode_rgb(data, max_pixels), channels)
+    with _as_corrupt("image"):
+        if data[:6] == b"\x93NUMPY":
+            return _with_channels(_decode_array(data, max_pixels), channels)
+        if channels not in (1, 3, None):
+            return _decode_bands(data, channels, max_pixels)
+        return _with_channels(_decode_rgb(data, max_pixels), channels)
+
+
+@contextmanager
+def _as_corrupt(what: str) -> Iterator[None]:
+    """Decoders raise whatever they like for a damaged file, and warn of odd EXIF, palettes and sizes: either it decodes or it is corrupt."""
+    try:
+        yield
+    except CorruptSample:
+        raise
+    except Exception as error:
+        raise CorruptSample(f"{what} does not decode: {type(error).__name__}: {error}") from None
 
 
 def _decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
@@ -59,14 +81,20 @@ def _decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
         if pixels is not None:
             orientation = image_orientation(data) if b"Exif\0\0" in data[:65536] else 1
             return _turn(pixels, orientation)
+    pixels, orientation = _decode_by_pillow(data, max_pixels)
+    return _turn(pixels, orientation)
+
+
+def _decode_by_pillow(data: bytes, max_pixels: int) -> tuple[np.ndarray, int]:
+    """RGB as stored, and the orientation: what Pillow holds is freed before it is turned."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF, palettes, sizes: either it decodes or it is a CorruptSample
+        warnings.simplefilter("ignore")
         image = _open(data, max_pixels)
-        try:
-            orientation = _orientation(image)
-            return _turn(_to_rgb(image), orientation)
-        except Exception as error:
-            raise CorruptSample(f"image does not decode: {type(error).__name__}: {error}") from None
+        image.load()  # before EXIF is looked for, which loads a PNG and hides what is wrong with it
+        pixels = _to_rgb(image)
+        if image.format == "JPEG2000" and pixels.size > 3 * _SPARSE * len(data) and (pixels != pixels[0, 0]).any():
+            raise CorruptSample(f"image data is missing: {len(data)} bytes for {image.width} x {image.height} pixels")
+        return pixels, _orientation(image)
 
 
 def _decode_array(data: bytes, max_pixels: int) -> np.ndarray:
@@ -76,15 +104,15 @@ def _decode_array(data: bytes, max_pixels: int) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, columns_first, dtype = read_header(stream)
-    except ValueError as error:
+    except Exception as error:  # of Python's own tokenizer, too
         raise CorruptSample(f"not a .npy file that can be read: {error}") from None
     if dtype != np.uint8 or len(shape) not in (2, 3):
         raise CorruptSample(
             f"the array is {dtype} {list(shape)}; expected uint8 [height, width, channels]: scale other types to 0..255 first"
         )
-    _check_size(shape[1], shape[0], max_pixels)
+    check_pixels(shape[1], shape[0], max_pixels)
     values = np.frombuffer(data, np.uint8, offset=stream.tell())
-    if len(values) != np.prod(shape):
+    if len(values) != math.prod(shape):  # Python's: numpy's would overflow
         raise CorruptSample(f"the array's header says {list(shape)}, but {len(values)} bytes follow")
     return np.array(values.reshape(shape, order="F" if columns_first else "C").reshape(*shape[:2], -1), order="C")
 
@@ -99,10 +127,8 @@ def _decode_bands(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
             raise CorruptSample(
                 f"the image has {bands} channels (mode {image.mode}), the backbone takes {channels}: see the guide to channels"
             )
-        try:
-            return _turn(np.array(image), _orientation(image))
-        except Exception as error:
-            raise CorruptSample(f"image does not decode: {type(error).__name__}: {error}") from None
+        image.load()
+        return _turn(np.array(image), _orientation(image))
 
 
 def _with_channels(pixels: np.ndarray, channels: int | None) -> np.ndarray:
@@ -133,13 +159,11 @@ def decode_mask(data: bytes, *, orientation: int = 1, max_pixels: int = MAX_PIXE
         orientation: of the *image* (`image_orientation`), for masks drawn on the stored pixels, as annotation tools and the usual
             data sets have them; it is the image's choice that counts, a mask's own EXIF is not read.
     """
-    with warnings.catch_warnings():
+    with _as_corrupt("mask"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = _open(data, max_pixels)
-        try:
-            mask = np.array(image)
-        except Exception as error:
-            raise CorruptSample(f"mask does not decode: {type(error).__name__}: {error}") from None
+        image.load()
+        mask = np.array(image)
     if mask.ndim == 3:
         if (mask[..., :3] != mask[..., :1]).any():
             raise CorruptSample(f"mask is in colours (mode {image.mode}); a palette or greyscale image of class ids is needed")
@@ -222,38 +246,37 @@ def _list(members: dict[str, bytes]) -> str:
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """RGB by libjpeg-turbo; None where it refuses (CMYK, odd or damaged files): Pillow then decides."""
+    """RGB by libjpeg-turbo; None where it refuses (CMYK, odd files): Pillow then decides. CorruptSample where image data is missing."""
+    scans = jpeg_scans(data)
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colorspace, sampling = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    _check_size(width, height, max_pixels)
-    if colorspace not in ("YCbCr", "Gray", "RGB"):
-        return None
+    check_jpeg(width, height, sampling, scans, max_pixels)
+    colours = colorspace in ("YCbCr", "Gray", "RGB")
     try:
-        return simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
+        pixels = simplejpeg.decode_jpeg(data, "RGB" if colours else "CMYK")
+    except ValueError as error:
+        if _MISSING.search(str(error)):
+            raise CorruptSample(f"image data is missing: {error}") from None
         return None
+    return pixels if colours else None
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise CorruptSample("0 bytes")
+    check_bytes(data)
+    if data[:2] == b"\xff\xd8":
+        jpeg_scans(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise CorruptSample(f"refused from its header: {error}") from None
     except Exception as error:
         raise CorruptSample(f"not an image of a known format ({', '.join(FORMATS)}): {type(error).__name__}") from None
-    _check_size(*image.size, max_pixels)
+    check_memory(image, max_pixels)
     return image
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if min(width, height) <= 0:
-        raise CorruptSample(f"no pixels ({width} x {height})")
-    if width * height > max_pixels:
-        raise CorruptSample(f"refused from its header: {width} x {height} pixels, more than max_pixels = {max_pixels}")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -269,11 +292,33 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3], strip by strip: whole, the copies in between take several times the result."""
+    width, height = image.size
+    rows = max(1, _STRIP // width)
+    if width * height <= _WHOLE:
+        return _strip_to_rgb(image, lambda: _range(image))
+    found = _range(image) if image.mode in ("I", "F") else None
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        pixels[top:bottom] = _strip_to_rgb(image.crop((0, top, width, bottom)), lambda: found)
+    return pixels
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """Least and greatest value of a grey image of 32 bits."""
+    rows = max(1, _STRIP // image.width)
+    strips = (image.crop((0, top, image.width, min(image.height, top + rows))) for top in range(0, image.height, rows))
+    values = [(strip.min(), strip.max()) for strip in (np.nan_to_num(np.array(one, dtype=np.float64)) for one in strips)]
+    return min(low for low, _ in values), max(high for _, high in values)
+
+
+def _strip_to_rgb(image: Image.Image, whole_range: Callable[[], tuple[float, float]]) -> np.ndarray:
     if image.mode.startswith("I;16"):
         return _gray_to_rgb((np.array(image).astype(np.uint32) + 128) // 257)
     if image.mode in ("I", "F"):
         values = np.nan_to_num(np.array(image, dtype=np.float64))
-        low, high = values.min(), values.max()
+        low, high = whole_range()
         if image.mode == "I" and low >= 0 and high <= 65535:  # how older Pillow opens 16-bit PNG
             return _gray_to_rgb((values + 128) // 257)
         return _gray_to_rgb((values - low) * (255 / max(high - low, 1e-12)) + 0.5)
