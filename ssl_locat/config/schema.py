@@ -101,7 +101,11 @@ class Data(Section):
         description="raw samples that a rank holds in memory at most, GiB; a new run's shuffling is as wide as it allows",
     )
     max_bad: float = Field(default=0.001, ge=0, le=1, description="share of damaged samples above which the run stops")
-    max_pixels: int = Field(default=100_000_000, gt=0, description="an image with more pixels, or that takes more than 6 bytes for each of so many to decode, is refused")
+    max_pixels: int = Field(
+        default=100_000_000,
+        gt=0,
+        description="an image with more pixels, or that takes more than 6 bytes for each of so many to decode, is refused",
+    )
     epoch_samples: int | None = Field(
         default=None, gt=0, description="samples that count as one epoch; default: all; a mix must give it"
     )

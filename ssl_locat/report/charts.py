@@ -13,6 +13,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from ssl_locat.shown import shown
+
 MAX_POINTS = 400  # a curve of more is shown as means over equal stretches, between their extremes
 
 _INK = "#010203"
@@ -64,22 +66,33 @@ def chart(
         if level:
             axes.axhline(level[0], color=_INK, alpha=0.5, linewidth=1, linestyle=":")
             axes.annotate(
-                level[1], (1, level[0]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, alpha=0.8
+                _plain(level[1]),
+                (1, level[0]),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=9,
+                alpha=0.8,
             )
         for number, kind in enumerate(dict.fromkeys(mark.kind for mark in marks)):
             at = [mark.x for mark in marks if mark.kind == kind]
             color, height = _SERIES[7 - number % 4], 1 - 0.09 * (number % 4)
             axes.vlines(at, 0, 1, transform=axes.get_xaxis_transform(), color=color, linewidth=1, alpha=0.7)
-            axes.annotate(kind, (at[0], height), xycoords=("data", "axes fraction"), fontsize=8, color=color, va="top")
+            axes.annotate(_plain(kind), (at[0], height), xycoords=("data", "axes fraction"), fontsize=8, color=color, va="top")
         if log:
             axes.set_yscale("log")
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+        axes.set_xlabel(_plain(xlabel))
+        axes.set_ylabel(_plain(ylabel))
         axes.grid(True)
         axes.margins(x=0.01)
         if len(lines) > 1:
             axes.legend(fontsize=9, frameon=False, loc="best")
         return _svg(figure, name)
+
+
+def _plain(label: str) -> str:
+    """A label as it stands: between two "$" matplotlib would read a formula, and some characters no SVG may hold."""
+    return shown(label).replace("$", r"\$")
 
 
 def _curve(axes, line: Line) -> None:
@@ -91,7 +104,14 @@ def _curve(axes, line: Line) -> None:
         x, y = (np.array([np.nanmean(values[part]) for part in parts]) for values in (x, y))
         axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axes.plot(
-        x, y, color=color, linestyle=style, linewidth=1.6, marker="o" if line.dots else None, markersize=4, label=line.label
+        x,
+        y,
+        color=color,
+        linestyle=style,
+        linewidth=1.6,
+        marker="o" if line.dots else None,
+        markersize=4,
+        label=_plain(line.label),
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import sys
 import threading
 import webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,6 +41,7 @@ CHARTS = [
     ("Waiting for data", "Share of the time in which the model had nothing to do.", ["data_wait"], "share", False),
     ("Memory", "Largest so far, on rank 0.", ["memory_gb"], "GB", False),
 ]  # fmt: skip
+CONNECTIONS, SILENCE = 16, 10  # of the served page: browsers at once; seconds after which one that says nothing is left
 NOT_CURVES = {"step", "samples_seen", "time", "epoch", "quarantined"}
 MARKED = ("branch", "change", "resume", "preempt", "requeue", "warning", "diverged", "outage", "fault", "quarantine")
 
@@ -264,6 +266,30 @@ def serve(paths: list[Path], target: Path, port: int) -> None:
         write(paths, target)
 
 
+class _Server(ThreadingHTTPServer):
+    """Serves so many at once and hangs up on more; a client that leaves or says nothing is no fault."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.free = threading.BoundedSemaphore(CONNECTIONS)
+
+    def process_request(self, request, client_address) -> None:
+        if not self.free.acquire(blocking=False):
+            return self.shutdown_request(request)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free.release()
+
+    def handle_error(self, request, client_address) -> None:
+        error = sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            log.error("the page could not be drawn: %s: %s", type(error).__name__, error)
+
+
 def make_server(paths: list[Path], port: int = 0) -> ThreadingHTTPServer:
     """The server, bound but not yet serving. Two addresses: `/` the page, `/version` a number that changes with the run's files."""
     lock, drawn = threading.Lock(), {"version": "", "page": ""}
@@ -279,6 +305,8 @@ def make_server(paths: list[Path], port: int = 0) -> ThreadingHTTPServer:
             return drawn["page"]
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = SILENCE
+
         def do_GET(self) -> None:
             # a page of another site must not read ours through a name that it points at loopback
             if self.headers.get("Host", "").rsplit(":", 1)[0] not in ("127.0.0.1", "localhost"):
@@ -299,7 +327,7 @@ def make_server(paths: list[Path], port: int = 0) -> ThreadingHTTPServer:
             log.debug(*args)
 
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        return _Server(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"port {port} cannot be used ({getattr(error, 'strerror', error)}); leave --port out and the system chooses a free one."

@@ -29,7 +29,7 @@ import numpy as np
 from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS
 from ssl_locat.data.images.names import has_extension, warn_of_unread
 from ssl_locat.data.shards.shard_index import Shard, load_block, load_key_crcs, open_shards, scan_shard, write_sidecars
-from ssl_locat.data.shards.tar import COMPRESSED, Damage, RawSample, parse
+from ssl_locat.data.shards.tar import COMPRESSED, DAMAGED, Damage, RawSample, parse
 from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, scheme_of
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import ConfigError, CorruptSample, DataError, Outage
@@ -95,7 +95,17 @@ class ShardDataset:
         return np.array(load_key_crcs(self.store, self.shards), dtype=np.uint32)
 
     def parse(self, entry: tuple | Damage) -> RawSample | Damage:
-        return entry if isinstance(entry, Damage) else parse(*entry)
+        if isinstance(entry, Damage):
+            return entry
+        number, at, *slot = entry
+        found = parse(*slot)
+        if isinstance(found, Damage) and self.remote and slot[3] != DAMAGED:
+            # bytes that the store sent once may be wrong (a proxy's error page): a sample is given up if they come twice
+            shard, size = self.shards[number], slot[2] - slot[1]
+            with suppress(Gone):
+                again = self.store.read_again(shard.url, at, at + size, shard.stat)
+                found = parse(again, 0, size, *slot[3:])
+        return found
 
     def fetch(self, start: int, stop: int) -> list[tuple | Damage]:
         found: list[tuple | Damage] = []
@@ -118,7 +128,7 @@ class ShardDataset:
             whole = first if error.size is None else max(first, bisect_right(starts, error.size) - 1)
             before = self._fetch_shard(number, first, whole) if whole > first else []
             return before + [Damage("", name, str(error))] * (last - whole)
-        return [(data, starts[i] - base, starts[i + 1] - base, crcs[i], name) for i in range(first, last)]
+        return [(number, starts[i], data, starts[i] - base, starts[i + 1] - base, crcs[i], name) for i in range(first, last)]
 
     def _block(self, number: int) -> tuple[array, array]:
         with self._lock:

@@ -70,9 +70,18 @@ class CachedStore(Store):
             pieces.append(page[max(0, start - first) : end - first])
         return b"".join(pieces)
 
-    def _page(self, url: str, number: int, stat: Stat) -> bytes:
+    def read_again(self, url: str, start: int, end: int, stat: Stat | None = None) -> bytes:
+        if stat is not None and self._usable:
+            for number in range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1):
+                self._path(url, number, stat).unlink(missing_ok=True)
+        return super().read(url, start, end, stat)
+
+    def _path(self, url: str, number: int, stat: Stat) -> Path:
         name = hashlib.blake2b(f"{redact(url)}\0{stat.size}\0{stat.version}\0{number}".encode(), digest_size=16).hexdigest()
-        path = self.folder / name[:2] / name
+        return self.folder / name[:2] / name
+
+    def _page(self, url: str, number: int, stat: Stat) -> bytes:
+        path = self._path(url, number, stat)
         with suppress(OSError):
             stored = private.read(path)
             page, crc = stored[:-4], stored[-4:]

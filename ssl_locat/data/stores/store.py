@@ -94,7 +94,19 @@ class Store:
                 raise ConnectionError(f"{len(data)} bytes instead of {end - start}")
             return data
 
-        return b"" if start == end else self._retry(attempt, url)
+        if start == end:
+            return b""
+        try:
+            return self._retry(attempt, url)
+        except Gone:  # samples are given up only if it is said twice: a proxy or a busy store may say it once
+            if scheme_of(url) == "file":
+                raise
+            time.sleep(random.uniform(0.2, 0.6))
+            return self._retry(attempt, url)
+
+    def read_again(self, url: str, start: int, end: int, stat: Stat | None = None) -> bytes:
+        """As `read`, from the store itself, where what was read makes no sense."""
+        return self.read(url, start, end, stat)
 
     def stat(self, url: str) -> Stat:
         return self._retry(lambda: self._backend(url).stat(url), url)

@@ -34,12 +34,18 @@ class Response:
         self.whole = self.size == 0  # nothing is left to read
         self._response, self._deadline = response, deadline
 
-    def read(self) -> bytes:
-        """The whole body; less than `size` bytes if the server cut it. Raises TimeoutError past the deadline, however slowly bytes drip."""
+    def read(self, limit: int) -> bytes:
+        """The whole body; less than `size` bytes if the server cut it. Raises ConnectionError, before they are kept, for more than `limit`
+        bytes, and TimeoutError past the deadline, however slowly bytes drip."""
+        if (self.size or 0) > limit:
+            raise ConnectionError(f"{self.size} bytes instead of {limit}")
         if self.size is None:  # in chunks, or up to the end of the connection
-            pieces = []
+            pieces, got = [], 0
             while piece := self._response.read1(1 << 16):
                 pieces.append(piece)
+                got += len(piece)
+                if got > limit:
+                    raise ConnectionError(f"more than the {limit} bytes that were asked for")
                 self._in_time()
             self.whole = True
             return b"".join(pieces)
@@ -50,6 +56,15 @@ class Response:
                 self._in_time()
             self.whole = got == self.size
             return bytes(buffer[:got])
+
+    def read_part(self, start: int, end: int) -> bytes:
+        """Bytes start..end of the body; what comes before is dropped as it comes, what comes after is not read."""
+        kept, at = [], 0
+        while at < end and (piece := self._response.read1(min(1 << 16, end - at))):
+            kept.append(piece[max(0, start - at) :])
+            at += len(piece)
+            self._in_time()
+        return b"".join(kept)
 
     def _in_time(self) -> None:
         if time.monotonic() > self._deadline:
@@ -90,7 +105,7 @@ class Web:
                     yield answer
                     return
                 if answer.size is not None and answer.size < 1 << 16:
-                    answer.read()  # keeps the connection
+                    answer.read(1 << 16)  # keeps the connection
                 before, url = urlsplit(url), urljoin(url, answer.headers["Location"])
             if urlsplit(url).scheme not in ("http", "https"):
                 raise ConnectionError("redirected to something that is not http")

@@ -4,13 +4,16 @@ import base64
 import ssl
 import subprocess
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 from servers import program
+from shards import write_shard
 
+from ssl_locat.data.shards.index import open_dataset
+from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.stores import web as web_module
 from ssl_locat.data.stores.remote import Http
 from ssl_locat.data.stores.store import Store
@@ -129,7 +132,7 @@ def test_redirects_are_followed_and_credentials_stay_behind():
             web = Web(5)
             for _ in range(3):
                 with web.get(f"{url}/file", {"Authorization": "Bearer token", "Range": "bytes=7-99"}) as answer:
-                    assert answer.read() == CONTENT[7:100]
+                    assert answer.read(100) == CONTENT[7:100]
             assert len(connections) == 1 and all(headers["Authorization"] == "Bearer token" for _, headers in seen)
         assert [(path, headers["Authorization"]) for path, headers in behind] == [("/signed?key=1", None)] * 3
 
@@ -218,3 +221,62 @@ def test_what_is_no_web_server_is_an_outage():
 
     with server(nonsense) as (url, _, _), pytest.raises(Outage, match="BadStatusLine"):
         Store(0.3, 1).read(f"{url}/a.tar", 0, 9)
+
+
+def test_no_more_is_kept_than_was_asked_for():
+    """An answer in chunks has no length: what is more than asked for is dropped as it comes, and the connection with it."""
+    sent = []
+
+    def endless(handler):
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 0-9/{len(CONTENT)}")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        with suppress(OSError):
+            while len(sent) < 2000:
+                handler.wfile.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+                sent.append(1)
+
+    with (
+        server(endless) as (url, _, _),
+        Web(5).get(url, {}) as answer,
+        pytest.raises(ConnectionError, match="more than the 10 bytes"),
+    ):
+        answer.read(10)
+    assert len(sent) < 200
+
+
+@pytest.mark.parametrize("wrong", ["404", "html as 206", "206 without a range", "wrong bytes"])
+def test_a_single_wrong_answer_costs_no_sample(tmp_path, monkeypatch, wrong):
+    """Asked for again, the store tells the truth."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = write_shard(tmp_path / "a.tar", [f"{i:03d}" for i in range(6)]).read_bytes()
+    lies, lying = [], [False]
+
+    def answer(handler):
+        start, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+        if not handler.path.endswith("a.tar"):
+            return handler.send_error(404)
+        lie = end > start and len(lies) < 1 and lying[0]
+        status, body = 206, content[start : end + 1]
+        if lie:
+            lies.append(wrong)
+            status = 404 if wrong == "404" else 206
+            body = (b"<html>" * 10_000)[: len(body)] if wrong != "404" else b""
+        handler.send_response(status)
+        if not (lie and wrong in ("404", "206 without a range")):
+            handler.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(content)}")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    with server(answer) as (url, _, _):
+        for phase in ("scan", "read"):
+            lies.clear()
+            lying[0] = phase == "scan"
+            dataset = open_dataset(f"{url}/a.tar", store=Store(20, 5), cache_dir=tmp_path / phase)
+            lying[0] = True
+            assert [sample.key for sample in dataset.read(0, 6) if isinstance(sample, RawSample)] == [
+                f"{i:03d}" for i in range(6)
+            ]
+            assert lies == [wrong]
