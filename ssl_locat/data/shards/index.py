@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -65,6 +65,14 @@ class Dataset(Protocol):
         """uint32 [N]: of the samples' keys, from the index: no sample is read."""
 
 
+class Slot(NamedTuple):
+    """Where an entry comes from."""
+
+    shard: str  # its name, for messages
+    number: int  # of the shard in the data set
+    at: int  # byte in the shard
+
+
 class ShardDataset:
     """Tar shards."""
 
@@ -97,14 +105,14 @@ class ShardDataset:
     def parse(self, entry: tuple | Damage) -> RawSample | Damage:
         if isinstance(entry, Damage):
             return entry
-        number, at, *slot = entry
-        found = parse(*slot)
-        if isinstance(found, Damage) and self.remote and slot[3] != DAMAGED:
+        data, start, end, crc, slot = entry
+        found = parse(data, start, end, crc, slot.shard)
+        if isinstance(found, Damage) and self.remote and crc != DAMAGED:
             # bytes that the store sent once may be wrong (a proxy's error page): a sample is given up if they come twice
-            shard, size = self.shards[number], slot[2] - slot[1]
+            shard, size = self.shards[slot.number], end - start
             with suppress(Gone):
-                again = self.store.read_again(shard.url, at, at + size, shard.stat)
-                found = parse(again, 0, size, *slot[3:])
+                again = self.store.read_again(shard.url, slot.at, slot.at + size, shard.stat)
+                found = parse(again, 0, size, crc, slot.shard)
         return found
 
     def fetch(self, start: int, stop: int) -> list[tuple | Damage]:
@@ -128,7 +136,9 @@ class ShardDataset:
             whole = first if error.size is None else max(first, bisect_right(starts, error.size) - 1)
             before = self._fetch_shard(number, first, whole) if whole > first else []
             return before + [Damage("", name, str(error))] * (last - whole)
-        return [(number, starts[i], data, starts[i] - base, starts[i + 1] - base, crcs[i], name) for i in range(first, last)]
+        return [
+            (data, starts[i] - base, starts[i + 1] - base, crcs[i], Slot(name, number, starts[i])) for i in range(first, last)
+        ]
 
     def _block(self, number: int) -> tuple[array, array]:
         with self._lock:

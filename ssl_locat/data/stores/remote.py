@@ -82,7 +82,11 @@ class S3(_Listing):
             async with answer["Body"] as body:
                 if "ContentRange" not in answer:
                     raise ConnectionError("the store ignored the range")
-                return answer, await body.read(end - start + 1)  # one more than asked for would show
+                pieces, left = [], end - start + 1  # one byte more than asked for would show
+                while left and (piece := await body.read(left)):
+                    pieces.append(piece)
+                    left -= len(piece)
+                return answer, b"".join(pieces)
 
         try:
             answer, data = sync(self.fs.loop, get)
