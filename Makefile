@@ -7,12 +7,17 @@ BIN     = $(VENV)/bin
 PYTEST  = $(BIN)/python -m pytest
 
 .PHONY: quickstart test test-slow test-lowest test-slurm test-slurm-full bench rehearsal lint format hooks docs clean
+.PHONY: quickstart test fuzz test-slow test-lowest test-slurm test-slurm-full bench lint format hooks docs clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/ssl-locat pretrain quickstart
 
 test: $(VENV)/ready
 	$(PYTEST) -n 2 --dist worksteal -m "not slow and not slurm" $(ARGS)
+
+# The fuzz campaigns of `make test` with fifty times as many cases: about an hour.
+fuzz: $(VENV)/ready
+	$(PYTEST) -n 2 --dist worksteal -k fuzzed --fuzz-factor 50 $(ARGS)
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m "slow and not slurm" $(ARGS)

@@ -129,3 +129,13 @@ def test_a_planted_secret_is_found_nowhere(tmp_path, images):
         server.shutdown()
         server.server_close()
     assert [name for name in found_in(tmp_path) if name not in ("run/config.yaml", "failed/config.yaml")] == []
+
+
+def test_a_redacted_url_asks_for_its_credentials():
+    from ssl_locat.data.shards.index import open_dataset
+    from ssl_locat.errors import DataError
+    from ssl_locat.shown import redacted
+
+    for url in (f"https://me:{SECRET}@host/a.tar", f"https://host/a.tar?sig={SECRET}"):
+        with pytest.raises(DataError, match="keep no credentials. Give the URL with them again"):
+            open_dataset(redacted(url))

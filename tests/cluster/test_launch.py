@@ -194,3 +194,11 @@ def test_failure_of_a_local_process_is_the_exit_code_and_the_message(here):
     # what can be checked before is refused before; a GPU is sought by the processes
     done = start(here, "two.yaml", "failing", "device=cuda")
     assert done.returncode == 2 and "PyTorch finds no GPU here" in done.stderr and "rank 0 on " in done.stderr
+
+
+@pytest.mark.parametrize("name", ["A B", "X;rm", "1X", "A=B", "", "A-B", "A\nB"])
+def test_names_of_environment_variables_are_checked(tmp_path, name):
+    """They become `export NAME=value` in a job's script."""
+    (tmp_path / "p.yaml").write_text(json.dumps({"launcher": "slurm", "environment": {name: "x"}}))
+    with pytest.raises(ConfigError, match="no name of a variable"):
+        load_profile(str(tmp_path / "p.yaml"))
