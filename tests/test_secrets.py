@@ -101,12 +101,7 @@ def test_a_planted_secret_is_found_nowhere(tmp_path, images):
         assert (tmp_path / "run" / "config.yaml").stat().st_mode & 0o777 == 0o600
         for words in (
             ("report", "run"),
-            ("export", "run", "exported"),
-            ("doctor", "run"),
-            ("evaluate", "knn", "exported", f"data.train={url}", f"data.test={url}", "k=[2]", "image_size=32", "--json"),
-            ("evaluate", "knn", "run", f"data.train={url}", f"data.test={url}", "--dry-run"),
-            ("pretrain", "quickstart", "data.make=null", *given, "--dry-run"),
-            ("shards", "show", url),
+            ("evaluate", "knn", "run/export", f"data.train={url}", f"data.test={url}", "k=[2]", "image_size=32", "--json"),
             ("shards", "check", url, "--json"),
         ):
             done = command(tmp_path, *words)
@@ -116,11 +111,8 @@ def test_a_planted_secret_is_found_nowhere(tmp_path, images):
         assert "other settings" not in command(tmp_path, "pretrain", "quickstart", "data.make=null", *rotated).stderr
         for wrong in (
             f"http://me:{SECRET}@127.0.0.1:{server.server_port}/{{a,b.tar?sig={SECRET}",
-            f"http://me:{SECRET}x@127.0.0.1:{server.server_port}/x.tar",
             f"http://me:{SECRET}@127.0.0.1:{server.server_port}/none.tar",
-            f"s3:/key:{SECRET}@bucket/x.tar",
             f"pipe:curl -u me:{SECRET} http://127.0.0.1/x.tar",
-            f"ftp://me:{SECRET}@127.0.0.1/x.tar",
         ):
             failed = [f"data.train={wrong}", f"data.test={wrong}", "data.num_classes=2", "run_dir=failed", *SMALL]
             done = command(tmp_path, "pretrain", "quickstart", "data.make=null", "data.retry_minutes=0.01", *failed)
@@ -137,5 +129,5 @@ def test_a_redacted_url_asks_for_its_credentials():
     from ssl_locat.shown import redacted
 
     for url in (f"https://me:{SECRET}@host/a.tar", f"https://host/a.tar?sig={SECRET}"):
-        with pytest.raises(DataError, match="keep no credentials. Give the URL with them again"):
+        with pytest.raises(DataError, match="which keep no credentials"):
             open_dataset(redacted(url))

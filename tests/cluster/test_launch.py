@@ -201,4 +201,4 @@ def test_names_of_environment_variables_are_checked(tmp_path, name):
     """They become `export NAME=value` in a job's script."""
     (tmp_path / "p.yaml").write_text(json.dumps({"launcher": "slurm", "environment": {name: "x"}}))
     with pytest.raises(ConfigError, match="no name of a variable"):
-        load_profile(str(tmp_path / "p.yaml"))
+        launch.load_profile(str(tmp_path / "p.yaml"))
