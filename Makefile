@@ -6,8 +6,7 @@ TORCH_INDEX ?=
 BIN     = $(VENV)/bin
 PYTEST  = $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-slow test-lowest test-slurm test-slurm-full bench rehearsal lint format hooks docs clean
-.PHONY: quickstart test fuzz test-slow test-lowest test-slurm test-slurm-full bench lint format hooks docs clean
+.PHONY: quickstart test fuzz test-slow test-lowest test-slurm test-slurm-full bench rehearsal lint format hooks docs clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/ssl-locat pretrain quickstart

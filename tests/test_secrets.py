@@ -90,6 +90,7 @@ def found_in(folder: Path) -> list[str]:
     )
 
 
+@pytest.mark.slow  # eight commands, each of which starts torch
 def test_a_planted_secret_is_found_nowhere(tmp_path, images):
     server = serve(images)
     try:
