@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -76,15 +77,12 @@ def measure_rates(datasets: list[Dataset], config: Config, device: torch.device)
     torch.set_num_threads(1)  # as in a worker
     try:
         decode = _rate(lambda: [decode_image(data, **limits) for data in encoded], len(images))
-        worker = {
-            mode: _rate(lambda mode=mode: [crops[mode].cut(image, 7) for image in images], len(images))
-            for mode in ("cpu", "device-photometric")
-        }
+        worker = {mode: _rate(partial(_cut_all, crops[mode], images), len(images)) for mode in ("cpu", "device-photometric")}
         payloads = {
             mode: made.collate([made.cut(image, place) for place, image in enumerate(some)]) for mode, made in crops.items()
         }
         # a CPU as the device: by the core, too, as all of it is done by the same cores
-        on_device = {mode: _rate(lambda mode=mode: _finish(crops[mode], payloads[mode], device), len(some)) for mode in MODES}
+        on_device = {mode: _rate(partial(_finish, crops[mode], payloads[mode], device), len(some)) for mode in MODES}
     finally:
         torch.set_num_threads(threads)
     cut = worker["device-photometric"]
@@ -135,6 +133,11 @@ def _some_images(datasets: list[Dataset], config: Config) -> list[bytes]:
                 decode_image(data, channels=len(config.crops.mean), max_pixels=config.data.max_pixels)
                 found.append(data)
     return found
+
+
+def _cut_all(crops: MultiCrop, images: list) -> None:
+    for image in images:
+        crops.cut(image, 7)
 
 
 def _finish(crops: MultiCrop, payload: dict, device: torch.device) -> None:

@@ -31,7 +31,8 @@ class DataSample(NamedTuple):
 def sample_data(datasets: list[Dataset], config: Config, device: torch.device, count: int = 64) -> DataSample:
     """Read, decode and crop `count` samples, spread over the data, as training on `device` would, in this process, timing each part."""
     crops = MultiCrop(**config.crops.model_dump(), device=device.type)
-    damaged, formats, sizes, cut = [], Counter(), [], []
+    damaged, sizes, cut = [], [], []
+    formats: Counter[str] = Counter()
     spent = {"read": 0.0, "decode": 0.0, "crop": 0.0}
     looked_at = 0
     for dataset in datasets:

@@ -75,7 +75,7 @@ def measure_step(
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Median seconds of a call, over about SECONDS."""
     run()
-    times = []
+    times: list[float] = []
     while sum(times) < SECONDS and len(times) < 10:
         wait(device)
         began = time.perf_counter()
@@ -90,7 +90,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def bytes_kept(student: nn.Module, run: Callable[[], None]) -> int:
+def bytes_kept(student: nn.Module, run: Callable[[], object]) -> int:
     """Bytes that autograd keeps for the backward pass of `run`, weights aside, each tensor once."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
     seen: dict[int, int] = {}
@@ -106,7 +106,7 @@ def bytes_kept(student: nn.Module, run: Callable[[], None]) -> int:
     return sum(seen.values())
 
 
-def attention_share(run: Callable[[], None], device: torch.device) -> float:
+def attention_share(run: Callable[[], object], device: torch.device) -> float:
     """Share of a step that attention takes, by the profiler: of its operators' own time, on a GPU that of the kernels they launch."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it speaks to stderr otherwise
     on_gpu, kinds = device.type == "cuda", torch.profiler.ProfilerActivity

@@ -6,7 +6,7 @@ Colours are placeholders while drawing, and CSS variables afterwards. Text stays
 import io
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -19,7 +19,7 @@ MAX_POINTS = 400  # a curve of more is shown as means over equal stretches, betw
 
 _INK = "#010203"
 _SERIES = [f"#0000{index:02x}" for index in range(0x10, 0x18)]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 10,

@@ -138,7 +138,7 @@ def _facts(number: int, run: Run) -> dict:
 def _charts(runs: list[Run]) -> list[dict]:
     batches = {run.metrics[0]["samples_seen"] / max(run.metrics[0]["step"], 1) for run in runs if run.metrics}
     axis, xlabel = ("step", "step") if len(batches) <= 1 else ("samples_seen", "images seen")
-    drawn = []
+    drawn: list[dict] = []
     known = {name for _, _, names, _, _ in CHARTS for name in names} | NOT_CURVES
     others = sorted({name for run in runs for record in run.metrics for name in record} - known)
     wanted = [*CHARTS, *((name, "Logged by this run.", [name], "", False) for name in others)]
@@ -177,7 +177,7 @@ def _number(value: float) -> str:
 
 
 def _lines(run: Run, names: list[str], axis: str, number: int | None) -> list[Line]:
-    lines = []
+    lines: list[Line] = []
     for offset, name in enumerate(names):
         points = [(record[axis], record[name]) for record in run.metrics if isinstance(record.get(name), int | float)]
         points = [(x, y) for x, y in points if math.isfinite(y)]

@@ -27,9 +27,9 @@ from ssl_locat.models.backbone import load_backbone
 from ssl_locat.models.gaug import GAug
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
 from ssl_locat.report.charts import Line, chart
-from ssl_locat.runs.checkpoint import problem
 from ssl_locat.runs.history import Run
 from ssl_locat.runs.log import progress
+from ssl_locat.runs.marker import problem
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ def pictures(run: Run) -> dict:
 def _sections(run: Run, steps: list[int]) -> list[dict]:
     chosen = sorted({steps[round(place)] for place in np.linspace(0, len(steps) - 1, NUM_CHECKPOINTS)})
     backbones = ((step, load_backbone(str(run.path), step=step)) for step in chosen)
-    components, backbone, shot = [], None, None
-    images = None
+    components: list[tuple[int, Tensor]] = []
+    images: Tensor | None = None
     with progress("pictures", total=len(chosen) + 1, unit="checkpoints") as bar:
         for step, backbone in backbones:
             if images is None:
@@ -79,6 +79,7 @@ def _sections(run: Run, steps: list[int]) -> list[dict]:
             shot = _capture(backbone, images[:NUM_IMAGES])
             components.append((step, _components(shot.patches, components[-1][1] if components else None)))
             bar.update()
+        assert images is not None, "there is at least one checkpoint"
         everything = torch.cat([_capture(backbone, part).features for part in images.split(16)])
         bar.update()
     thumbnails = _thumbnails(images, backbone)
