@@ -20,7 +20,8 @@ from ssl_locat.data.stores.store import stop_waiting_when
 from ssl_locat.data.stream.plan import Plan
 
 _THREADS = 32  # concurrent reads of a rank from a remote store: enough for full chunks at 50 ms to the first byte
-_LOCAL_THREADS = 8  # from files, which may lie on a network file system
+_LOCAL_THREADS = 4  # more would compete for the interpreter
+_TOGETHER = 256 << 10  # bytes of samples that are handed on at once
 _AHEAD = 2048  # samples: at 3,000 images/s two thirds of a second, which covers a store's slow answers
 _RAMP = 4  # a stream that took k batches reads k / 4 ahead: a short one, or a first batch after resuming, reads little in vain
 
@@ -118,25 +119,34 @@ class ReadAhead:
             self._newest = max(self._newest, number)
         while missing:
             with self._changed:
-                self._advance()
                 while not self._runs.get(number):
-                    self._changed.wait()
                     self._advance()
-                window, offsets = self._runs[number].popleft()
+                    if not self._runs.get(number):
+                        self._changed.wait()
+                dataset, taken = self._take(self._runs[number])
             # waits for the store, outside the lock
-            reads = [(window.reads[read].result(), entry) for read, entry in (window.places[offset] for offset in offsets)]
-            entries = [entries[entry] for entries, entry in reads]
-            missing -= len(entries)
+            reads = [(window, window.reads[read].result(), entry) for window, read, entry in taken]
+            run = [entries[entry] for _, entries, entry in reads]
+            missing -= len(run)
             with self._changed:
-                for read, entry in reads:
-                    read[entry] = None
-                self._release(window, entries)
+                for window, entries, entry in reads:
+                    self._release(window, entries, entry)
                 if not missing:
                     self._finish(number)
                 self._advance()
-            yield window.name[0], entries
+            yield dataset, run
 
     # below, the lock is held ------------------------------------------------------------------------------------------------
+
+    def _take(self, runs: deque) -> tuple[int, list[tuple[_Window, int, int]]]:
+        """(dataset, (window, read, entry) of each sample) of the next runs, together while they are small: the lock costs as much as a few
+        small samples."""
+        dataset, taken, size = runs[0][0].name[0], [], 0.0
+        while runs and runs[0][0].name[0] == dataset and (not taken or size < _TOGETHER):
+            window, offsets = runs.popleft()
+            taken += [(window, *window.places[offset]) for offset in offsets]
+            size += len(offsets) * self.datasets[dataset].mean_bytes
+        return dataset, taken
 
     def _planned_runs(self) -> Iterator[tuple[int, tuple, list[int]]]:
         """(micro-batch, window, offsets in it) of neighbours in a window, without end."""
@@ -175,13 +185,15 @@ class ReadAhead:
         dataset = self.datasets[window.name[0]]
         window.reads = [self.pool.submit(self._fetch, window, dataset, *limits) for limits in window.ranges]
 
-    def _release(self, window: _Window, entries: list) -> None:
-        freed = sum(map(entry_bytes, entries))
+    def _release(self, window: _Window, entries: list, entry: int) -> None:
+        freed = entry_bytes(entries[entry])
+        entries[entry] = None
         window.held -= freed
-        self._hold(-freed)
-        window.taken += len(entries)
-        self.counts[1] += len(entries)
-        self._drop(window)
+        self._held -= freed
+        window.taken += 1
+        self.counts[1] += 1
+        if window.left:
+            self._drop(window)
 
     def _drop(self, window: _Window) -> None:
         """Forget a window of which nothing more is needed; other ranks' samples, or those before a resumed position, remain in it."""

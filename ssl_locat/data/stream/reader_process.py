@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.stream.plan import Plan
@@ -23,6 +24,7 @@ from ssl_locat.errors import EXPECTED, Outage
 
 # A reading thread that has bytes must not wait 5 ms (Python's default) for a busy main thread to let go of the interpreter, once per call.
 SWITCH_SECONDS = 0.0005
+_LARGE = 32 << 10  # bytes of a sample that are worth a message of their own
 _PIPE_BYTES = (
     1 << 20
 )  # Linux' limit for one pipe: a run of eight photographs, so that a worker seldom waits for the reader's next turn
@@ -73,6 +75,13 @@ class ReaderProcess:
             self.process.join()
 
 
+class _Apart(NamedTuple):
+    """A shard's entry whose bytes follow as they are: pickled with the rest, they would be copied twice more."""
+
+    crc: int
+    shard: str
+
+
 class Received:
     """A worker's end: what `ReadAhead.batch` gives, out of the pipe."""
 
@@ -84,7 +93,7 @@ class Received:
         missing = self.share.micro_batch
         while missing:
             try:
-                run = self.connection.recv()
+                run = self._receive()
             except EOFError:
                 raise Outage(
                     "the process that reads for the data workers was lost. If the machine ran out of memory (see 'dmesg'), lower "
@@ -94,6 +103,17 @@ class Received:
                 raise run
             missing -= len(run[1])
             yield run
+
+    def _receive(self) -> tuple[int, list] | Exception:
+        run = self.connection.recv()
+        if isinstance(run, Exception):
+            return run
+        dataset, entries = run
+        return dataset, [self._with_bytes(entry) if isinstance(entry, _Apart) else entry for entry in entries]
+
+    def _with_bytes(self, entry: _Apart) -> tuple:
+        data = self.connection.recv_bytes()
+        return data, 0, len(data), entry.crc, entry.shard
 
     def close(self) -> None:
         self.connection.close()
@@ -124,4 +144,12 @@ def _send(ahead: ReadAhead, connection: Connection, worker: int, workers: int) -
                     return
                 if run is None:
                     break
-                connection.send(run)
+                _send_run(connection, *run)
+
+
+def _send_run(connection: Connection, dataset: int, entries: list) -> None:
+    large = [type(entry) is tuple and entry[2] >= _LARGE for entry in entries]
+    connection.send((dataset, [_Apart(*entry[3:]) if apart else entry for entry, apart in zip(entries, large, strict=True)]))
+    for entry, apart in zip(entries, large, strict=True):
+        if apart:
+            connection.send_bytes(entry[0])

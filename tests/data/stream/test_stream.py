@@ -409,6 +409,13 @@ def test_memory_stays_within_the_budget(many):
     assert counts.peak <= 1.2 * max(windows, small)
 
 
+def test_large_samples_reach_the_workers_whole(tmp_path):
+    """Their bytes go through the pipe by themselves; small ones with their descriptions."""
+    datasets, weights = open_mix(write_shards(tmp_path / "data", [30, 20], size=40_000))
+    plan = choose_plan(datasets, weights, 0, SIZES["global_batch_size"])
+    assert read(datasets, plan, 48, workers=2) == read(datasets, plan, 48)
+
+
 def test_a_first_batch_reads_its_own_windows_and_the_next_batchs(many):
     plan = choose_plan(many, [1.0], 0, 64, memory_bytes=8 << 20)
     counts, _ = counted(many, plan, 1, global_batch_size=64, start_samples=6400)
