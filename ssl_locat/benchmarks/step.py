@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from ssl_locat.benchmarks import crops, objectives, scaling, slow_step
+from ssl_locat.benchmarks import crops, label_free, objectives, scaling, slow_step
 from ssl_locat.benchmarks.networks import PAIRS, PROGRESS, forward_backward, make_model, our_stepper, tiny_pair
 from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
 from ssl_locat.data.images.crops import MultiCrop
@@ -33,6 +33,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     if not on_gpu:
         yield "whole job", partial(job_rows, repeats)
     yield "objectives", partial(objectives.rows, 2 if quick else repeats)
+    yield "label-free measures", partial(label_free.rows, 2 if quick else 5)
     if quick:
         return
     for precision in precisions():
