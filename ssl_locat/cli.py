@@ -24,7 +24,7 @@ from ssl_locat.config.habits import HABITS, in_our_words, plain
 from ssl_locat.config.yaml_files import names
 from ssl_locat.errors import EXPECTED, Outage, UserError, disk_error_message
 from ssl_locat.runs import log
-from ssl_locat.shown import redact, to_json
+from ssl_locat.text.shown import redact, to_json
 
 app = typer.Typer(
     name="ssl-locat",

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from ssl_locat.shown import printable, redact, shown
+from ssl_locat.text.shown import printable, redact, shown
 
 
 class Told(Exception):

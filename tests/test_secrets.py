@@ -127,7 +127,7 @@ def test_a_planted_secret_is_found_nowhere(tmp_path, images):
 def test_a_redacted_url_asks_for_its_credentials():
     from ssl_locat.data.shards.index import open_dataset
     from ssl_locat.errors import DataError
-    from ssl_locat.shown import redacted
+    from ssl_locat.text.shown import redacted
 
     for url in (f"https://me:{SECRET}@host/a.tar", f"https://host/a.tar?sig={SECRET}"):
         with pytest.raises(DataError, match="which keep no credentials"):

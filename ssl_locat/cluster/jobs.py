@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from ssl_locat.errors import UserError
-from ssl_locat.shown import to_json
+from ssl_locat.text.shown import to_json
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from ssl_locat.config.schema import Config, load
 from ssl_locat.config.yaml_files import dump_yaml, load_yaml, shipped
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 from ssl_locat.runs.durable import write_atomically
-from ssl_locat.shown import carries_credentials
+from ssl_locat.text.shown import carries_credentials
 
 log = logging.getLogger(__name__)
 

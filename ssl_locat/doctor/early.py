@@ -13,7 +13,7 @@ from ssl_locat.config.models import check_exists, doubt
 from ssl_locat.config.schema import Config
 from ssl_locat.errors import DataError, UserError, did_you_mean
 from ssl_locat.evaluation.probe_options import check_probes
-from ssl_locat.shown import redact
+from ssl_locat.text.shown import redact
 
 log = logging.getLogger(__name__)
 

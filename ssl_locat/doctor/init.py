@@ -24,7 +24,7 @@ from ssl_locat.measure.step import step_device
 from ssl_locat.pretraining.step_times import seconds_per_image, step_times
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import console, next_steps, progress
-from ssl_locat.shown import carries_credentials
+from ssl_locat.text.shown import carries_credentials
 
 NUM_SAMPLED = 64
 TEST_NAMES = ("val", "valid", "validation", "test")

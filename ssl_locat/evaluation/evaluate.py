@@ -20,7 +20,7 @@ from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.shared.options import annotations, check_arguments, describe
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import console, say
-from ssl_locat.shown import redacted, to_json
+from ssl_locat.text.shown import redacted, to_json
 
 DUMP = "ssl_locat.evaluation.protocols.dump:dump"  # `ssl-locat features`
 CARD_START, CARD_END = "<!-- scores -->", "<!-- end of scores -->"

@@ -25,7 +25,7 @@ from ssl_locat.evaluation.shared.options import check_arguments
 from ssl_locat.evaluation.table_text import Cell, write_table
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import console, progress, say
-from ssl_locat.shown import to_json
+from ssl_locat.text.shown import to_json
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from ssl_locat.export.timm_folder import obey_umask, write_timm
 from ssl_locat.models.backbone import find_checkpoint, is_run_or_checkpoint, load_backbone
 from ssl_locat.runs.checkpoint import read_weights
 from ssl_locat.runs.history import Run, is_run, open_run
-from ssl_locat.shown import redacted, shown, to_json
+from ssl_locat.text.shown import redacted, shown, to_json
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ssl_locat.evaluation.protocols.knn import raw_pixel_knn
 from ssl_locat.runs.distributed import is_main
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import EventLog, read_jsonl
-from ssl_locat.shown import to_json
+from ssl_locat.text.shown import to_json
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from ssl_locat.runs import distributed
 from ssl_locat.runs.distributed import is_main, world_size
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import next_steps, say
-from ssl_locat.shown import redacted, to_json
+from ssl_locat.text.shown import redacted, to_json
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from ssl_locat.shown import shown
+from ssl_locat.text.shown import shown
 
 MAX_POINTS = 400  # a curve of more is shown as means over equal stretches, between their extremes
 

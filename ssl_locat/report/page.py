@@ -22,7 +22,7 @@ from ssl_locat.errors import UserError
 from ssl_locat.report.charts import Line, Mark, chart
 from ssl_locat.runs.history import Run, explain, flatten, is_run, open_run
 from ssl_locat.runs.log import duration
-from ssl_locat.shown import printable, redact, redacted
+from ssl_locat.text.shown import printable, redact, redacted
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ssl_locat.errors import EXPECTED, ConfigError, RankLost
-from ssl_locat.shown import printable, redact, to_json
+from ssl_locat.text.shown import printable, redact, to_json
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from ssl_locat.config.yaml_files import LoadedYaml, load_yaml
 from ssl_locat.errors import CheckpointError, ConfigError, UserError
 from ssl_locat.runs.durable import make_folder, write_atomically
 from ssl_locat.runs.marker import problem, read_marker, step_folders
-from ssl_locat.shown import carries_credentials, redacted, to_json
+from ssl_locat.text.shown import carries_credentials, redacted, to_json
 
 log = logging.getLogger(__name__)
 

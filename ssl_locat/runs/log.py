@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, UserError, did_you_mean
 from ssl_locat.runs.durable import flush, flush_folder
-from ssl_locat.shown import printable, redact, redacted, shown, to_json
+from ssl_locat.text.shown import printable, redact, redacted, shown, to_json
 
 if TYPE_CHECKING:  # rich is a third of the time that `--help` takes: it is imported by what shows something
     from rich.console import Console

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_locat.errors import CheckpointError
-from ssl_locat.shown import redacted
+from ssl_locat.text.shown import redacted
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ssl_locat.data.stores.objects import Gone
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import CorruptSample, DataError
 from ssl_locat.runs.log import progress, say
-from ssl_locat.shown import redact, shown, to_json
+from ssl_locat.text.shown import redact, shown, to_json
 
 _THREADS = 4
 _SHOWN = 3  # samples, as an example of what is there

@@ -33,7 +33,7 @@ from ssl_locat.data.shards.tar import COMPRESSED, DAMAGED, Damage, RawSample, pa
 from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, scheme_of
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import ConfigError, CorruptSample, DataError, Outage
-from ssl_locat.shown import redact, shown
+from ssl_locat.text.shown import redact, shown
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from ssl_locat.data.shards.pack_sources import Listing, Place, Source, has_label
 from ssl_locat.errors import CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.runs.log import next_steps, progress
 from ssl_locat.seeds import mix64
-from ssl_locat.shown import shown
+from ssl_locat.text.shown import shown
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from ssl_locat.data.stores.objects import Denied, Gone, Stat, folder_and_name, j
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import CorruptSample, DataError, did_you_mean
 from ssl_locat.runs.log import progress
-from ssl_locat.shown import redact, shown
+from ssl_locat.text.shown import redact, shown
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from ssl_locat.data.stores import private
 from ssl_locat.data.stores.objects import Stat, scheme_of
 from ssl_locat.data.stores.store import Store
-from ssl_locat.shown import redact
+from ssl_locat.text.shown import redact
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from ssl_locat.errors import DataError, Outage, did_you_mean
-from ssl_locat.shown import MARK, shown
+from ssl_locat.text.shown import MARK, shown
 
 SCHEMES = ("file", "memory", "s3", "gs", "http", "https", "hf")
 EXTRAS = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http", "hf": "http"}  # of the package, where a scheme needs one

@@ -14,7 +14,7 @@ from fsspec.asyn import sync
 from ssl_locat.data.stores.objects import Gone, Stat
 from ssl_locat.data.stores.web import Response, Web
 from ssl_locat.errors import DataError
-from ssl_locat.shown import shown
+from ssl_locat.text.shown import shown
 
 _MAX_WHOLE = 64 << 20  # bytes taken at most from a server that ignores Range and sends the whole object
 _CONNECTIONS = 64

@@ -25,7 +25,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from ssl_locat.data.stores.local import Local
 from ssl_locat.data.stores.objects import EXTRAS, Denied, Gone, Stat, join, normalise, scheme_of
 from ssl_locat.errors import DataError, Outage
-from ssl_locat.shown import shown
+from ssl_locat.text.shown import shown
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssl_locat.errors import DataBudgetExceeded
-from ssl_locat.shown import to_json
+from ssl_locat.text.shown import to_json
 
 TOLERATED = 10  # corrupt samples that stop no run: the share of a handful says nothing yet
 

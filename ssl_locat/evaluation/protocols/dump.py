@@ -26,7 +26,7 @@ from ssl_locat.models.tokens import class_token, forward_tokens, refine
 from ssl_locat.runs.distributed import all_reduce_sum_, barrier, is_main, rank, world_size
 from ssl_locat.runs.folder import save_tensors
 from ssl_locat.runs.log import progress
-from ssl_locat.shown import to_json
+from ssl_locat.text.shown import to_json
 
 log = logging.getLogger(__name__)
 

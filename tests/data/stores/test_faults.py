@@ -21,7 +21,7 @@ from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import choose_plan
 from ssl_locat.data.stream.stream import TrainStream
 from ssl_locat.errors import DataError, Outage
-from ssl_locat.shown import redact
+from ssl_locat.text.shown import redact
 
 pytestmark = pytest.mark.store
 SIZES = {"global_batch_size": 16, "world_size": 1, "accumulate_steps": 1, "workers": 0}

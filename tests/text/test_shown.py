@@ -6,7 +6,7 @@ import time
 import pytest
 
 from ssl_locat.runs.folder import differences, write_atomically
-from ssl_locat.shown import carries_credentials, printable, redact, redacted, shown, to_json
+from ssl_locat.text.shown import carries_credentials, printable, redact, redacted, shown, to_json
 
 SECRET = "hunter2secret"
 
