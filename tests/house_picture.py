@@ -30,6 +30,7 @@ ABOUT = {
     "optim": "AdamW, schedules",
     "label_free": "RankMe, DSE, ...",
     "errors": "with exit codes",
+    "text": "what may be shown",
 }
 BLUE, YELLOW, RED, GREEN, GREY = "#d7ebf7", "#fde7c7", "#f9d5cf", "#dcefd8", "#ececec"
 COLOURS = {
