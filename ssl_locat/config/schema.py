@@ -183,8 +183,9 @@ class Optim(Section):
     global_batch_size: int = Field(gt=0, description="images per optimiser step, over all ranks and accumulation steps")
     accumulate_steps: int = Field(default=1, gt=0, description="micro-batches per optimiser step")
     lr: float = Field(default=5e-4, gt=0, description="at a global batch of 256; scaled linearly")
-    min_lr: float = Field(default=1e-6, ge=0, description="at the end of the cosine; not scaled")
+    min_lr: float = Field(default=1e-6, ge=0, description="at the end of the schedule; not scaled")
     warmup_epochs: float = Field(default=10, ge=0)
+    warmup_start_lr: float = Field(default=0, ge=0, description="at the first step of the warm-up; not scaled")
     weight_decay: tuple[AtLeast0, AtLeast0] = Field(
         default=(0.04, 0.4), description="start and end of a cosine; none on biases and norms"
     )
@@ -195,7 +196,7 @@ class Optim(Section):
         description="factor on the lr from each block to the one before it; below 1 early blocks move less",
     )
     patch_embed_lr: float = Field(default=1.0, ge=0, description="factor on the lr of the patch embedding, besides")
-    schedule: Literal["cosine", "restart", "decay"] = Field(
+    schedule: Literal["cosine", "constant_cooldown", "restart", "decay"] = Field(
         default="cosine",
         description="of lr, weight decay and teacher momentum: a cosine over the whole run; for a run that branches off a checkpoint, restart: "
         "a cosine with warm-up over what is left; decay: the lr straight to 0 over what is left, the others as they were",

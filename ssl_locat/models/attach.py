@@ -33,8 +33,8 @@ def attach_locat(model: nn.Module, gaug: bool | dict = True, prr: bool | dict = 
     Args:
         gaug: False, True, or options of `GAug` (`isotropic`, `alpha`, `kernel`, `small_start`, ...) and `initial_grid`: (rows, cols) that
             the weights are trained at, by default the model's own (Swin: its window).
-        prr: False, True, or {"num_heads": h}; by default as many heads as the last block's attention. {"kind": "class_attention"} puts
-            class-attention pooling, which has parameters, in its place.
+        prr: False, True, or {"num_heads": h}; by default as many heads as the last block's attention. "pre_norm" and "post_norm" add the
+            release's LayerNorms around it. {"kind": "class_attention"} puts class-attention pooling, which has parameters, in its place.
         pos_resize: how learned positional embeddings follow the input size: "timm" (bicubic, antialias, exact size), "dino"
             (bicubic, no antialias, scale factor with 0.1 added, as facebookresearch/dino does) or "transformers" (bicubic, no antialias).
 
@@ -104,12 +104,16 @@ def attach_gaug(model: nn.Module, options: dict) -> None:
 def attach_prr(model: nn.Module, options: dict) -> None:
     if model.prr is not None:
         raise UserError("PRR is attached to this model already")
-    unknown = sorted(set(options) - {"num_heads", "kind"})
+    known = ("num_heads", "kind", "pre_norm", "post_norm")
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        raise UserError(f"prr has no option {unknown[0]!r}; known: num_heads, kind")
+        raise UserError(f"prr has no option {unknown[0]!r}; known: {', '.join(known)}.{did_you_mean(unknown[0], known)}")
     kind = options.get("kind", "prr")
     if kind not in POOLINGS:
         raise UserError(f"prr.kind is {kind!r}; known: {', '.join(POOLINGS)}.{did_you_mean(kind, POOLINGS)}")
+    norms = {name: True for name in ("pre_norm", "post_norm") if options.get(name)}
+    if norms and kind != "prr":
+        raise UserError(f"prr.{next(iter(norms))} belongs to prr.kind=prr, not to {kind!r}; leave one of the two out")
     if kind == "class_attention" and (model.global_pool != "token" or hasattr(model, "jumbo_mlp")):
         raise UserError(
             f"prr.kind=class_attention pools into one class token of the patches' width, which this {type(model).__name__} "
@@ -117,13 +121,11 @@ def attach_prr(model: nn.Module, options: dict) -> None:
         )
     last = [m for m in model.modules() if hasattr(m, "num_heads") and hasattr(m, "proj")][-1]
     num_heads = options.get("num_heads", last.num_heads)
-    if last.proj.out_features % num_heads:
-        raise UserError(f"prr.num_heads is {num_heads}, which does not divide the tokens' width {last.proj.out_features}")
-    if kind == "prr":
-        model.prr = PRR(num_heads)
-    else:
-        weight = last.proj.weight
-        model.prr = ClassAttention(last.proj.out_features, num_heads).to(weight.device, weight.dtype)
+    weight, dim = last.proj.weight, last.proj.out_features
+    if dim % num_heads:
+        raise UserError(f"prr.num_heads is {num_heads}, which does not divide the tokens' width {dim}")
+    pooling = PRR(num_heads, dim, **norms) if kind == "prr" else ClassAttention(dim, num_heads)
+    model.prr = pooling.to(weight.device, weight.dtype)
 
 
 def find_attentions(model: nn.Module) -> list[nn.Module]:
@@ -310,6 +312,9 @@ def locat_args(model: nn.Module) -> dict:
         args["prr"] = {"num_heads": model.prr.num_heads}
         if isinstance(model.prr, ClassAttention):
             args["prr"]["kind"] = "class_attention"
+        else:
+            norms = {name: getattr(model.prr, name) for name in ("pre_norm", "post_norm")}
+            args["prr"] |= {name: True for name, norm in norms.items() if isinstance(norm, nn.LayerNorm)}
     if getattr(model, "pos_resize", "timm") != "timm":
         args["pos_resize"] = model.pos_resize
     return args

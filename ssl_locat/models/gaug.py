@@ -61,6 +61,7 @@ class GAug(nn.Module):
         alpha: "learned" (eq. 9); "one": no scaling; "auto": from the norms of queries and keys (eq. 13-19).
         kernel: "gaussian"; "laplace" exp(-r / lambda) (eq. 20); "inverse" 1 / (1 + r / lambda) (eq. 21), with r the Euclidean distance
             in patches and lambda predicted like a variance, but bounded by the grid's side, as it is a length.
+        disable_clamp: distances beyond the training grid count as they are.
         fast: "reference" pools queries 2 x 2 in training from 32 rows on, as the release does (training and evaluation then differ).
         small_start: start with alpha near 0, so that a pretrained vanilla model is not disturbed at first.
     """
@@ -78,6 +79,7 @@ class GAug(nn.Module):
         alpha: str = "learned",
         kernel: str = "gaussian",
         fast: str = "off",
+        disable_clamp: bool = False,
         small_start: bool = False,
     ):
         super().__init__()
@@ -91,7 +93,7 @@ class GAug(nn.Module):
             raise UserError(f"gaug.small_start needs a learned alpha, but gaug.alpha is {alpha!r}; leave one of the two out")
         self.num_heads = num_heads
         self.source, self.sigma, self.alpha, self.kernel, self.fast = source, sigma, alpha, kernel, fast
-        self.small_start = small_start
+        self.small_start, self.disable_clamp = small_start, disable_clamp
         self.set_initial_grid(initial_grid)
         self.num_widths = 1 if isotropic or kernel != "gaussian" else 2  # columns and rows; a single radius has no axes
         self.log_var = self.log_alpha = None  # the release's names; neither is a logarithm
@@ -108,6 +110,8 @@ class GAug(nn.Module):
         """Tell which grid (rows, cols) the weights were trained at."""
         self.initial_grid = (int(grid[0]), int(grid[1]))
         self.constants = constants(self.initial_grid)
+        if self.disable_clamp:
+            self.constants = self.constants._replace(clamp=math.inf)
 
     def init_weights(self) -> None:
         for layer in (self.log_var, self.log_alpha):

@@ -55,6 +55,7 @@ class Jumbo(VisionTransformer):
     Args:
         num_class_tokens: J, how many times wider than a patch token.
         norm_patches: a final norm for patches too; the release has it with LocAt only.
+        jumbo_mlp_ratio: hidden size of the shared wide MLP, in widths of the class token; by default the patches' mlp_ratio.
         options: as of VisionTransformer; positions are added to patches only, pooling is by the class token.
     """
 
@@ -65,6 +66,7 @@ class Jumbo(VisionTransformer):
         num_classes: int = 1000,
         init_values: float | None = 1e-4,
         global_pool: str = "token",
+        jumbo_mlp_ratio: float | None = None,
         **options,
     ):
         if global_pool != "token":
@@ -79,7 +81,8 @@ class Jumbo(VisionTransformer):
         self.num_features = self.head_hidden_size = num_class_tokens * dim
         self.cls_token = nn.Parameter(torch.empty(1, num_class_tokens, dim))
         nn.init.normal_(self.cls_token, std=1e-6)
-        self.jumbo_mlp = Mlp(num_class_tokens * dim, int(num_class_tokens * dim * options.get("mlp_ratio", 4.0)))
+        wide, ratio = num_class_tokens * dim, options.get("mlp_ratio", 4.0) if jumbo_mlp_ratio is None else jumbo_mlp_ratio
+        self.jumbo_mlp = Mlp(wide, int(wide * ratio))
         for layer in (self.jumbo_mlp.fc1, self.jumbo_mlp.fc2):
             trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

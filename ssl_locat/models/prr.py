@@ -22,18 +22,23 @@ def prr(x: Tensor, num_heads: int) -> Tensor:
 
 
 class PRR(nn.Module):
-    """`prr` as a module, so that a model shows it; nothing to learn, nothing in the state dict.
+    """`prr` as a module, so that a model shows it; without norms nothing to learn, nothing in the state dict.
 
     Args:
         num_heads: as in the attention of the last block.
+        dim: width of the tokens; needed by the norms alone.
+        pre_norm, post_norm: a LayerNorm of the tokens before and after (the release has them, but no published model uses them).
     """
 
-    def __init__(self, num_heads: int):
+    def __init__(self, num_heads: int, dim: int | None = None, *, pre_norm: bool = False, post_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
+        self.pre_norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
+        self.post_norm = nn.LayerNorm(dim) if post_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return prr(x, self.num_heads)
+        """x [B, N, D] or [B, H, W, D] -> the same shape."""
+        return self.post_norm(prr(self.pre_norm(x), self.num_heads))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

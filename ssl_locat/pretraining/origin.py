@@ -57,7 +57,7 @@ def find_origin(
     check_allow(config, allow)
     path = _find_checkpoint(config, checkpointer, resume)
     if path is None:
-        if config.optim.schedule != "cosine":
+        if config.optim.schedule in ("restart", "decay"):
             raise ConfigError(
                 f"optim.schedule={config.optim.schedule} begins at a checkpoint: give one with --resume PATH --allow optim.schedule; a run "
                 "from nothing takes cosine."
@@ -70,7 +70,7 @@ def find_origin(
         check_backbone(config)
     since = Since(**marker["since"]) if marker.get("since") else None
     before = rates(saved, run_length(saved, datasets), marker["samples_seen"], since)
-    if config.optim.schedule == "cosine":
+    if config.optim.schedule not in ("restart", "decay"):
         since = None
     elif since is None or any(change.key.startswith(SCHEDULED) for change in changes):
         since = Since(marker["samples_seen"], *before)

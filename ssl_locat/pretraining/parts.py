@@ -23,7 +23,7 @@ from ssl_locat.evaluation.probe_options import check_probes
 from ssl_locat.models.attach import LocAtModel
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
 from ssl_locat.objectives import Progress
-from ssl_locat.optim.schedules import cosine
+from ssl_locat.optim.schedules import LEARNING_RATES, cosine
 from ssl_locat.pretraining.probes import check_probe_data
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 from ssl_locat.runs import distributed
@@ -117,17 +117,19 @@ def run_length(config: Config, datasets: list[Dataset]) -> Length:
 def rates(config: Config, length: Length, samples_seen: int, since: Since | None = None) -> Rates:
     """Learning rate, weight decay and teacher momentum at this point, functions of the samples seen.
 
-    `cosine`: DINO's schedules over the whole run. `restart`: the same ones, warm-up included, from `since` to the end. `decay`: the lr goes from
+    `cosine`: DINO's schedules over the whole run; `constant_cooldown`: so, but for the lr (optim/schedules.py). `restart`: the same ones, warm-up included, from `since` to the end. `decay`: the lr goes from
     what it was at `since` straight to 0, which the step after the last would have (arXiv:2502.15938); the others stay as they were.
     """
     optim, batch = config.optim, config.optim.global_batch_size
-    begin = since.samples_seen if since and optim.schedule != "cosine" else 0
+    begin = since.samples_seen if since and optim.schedule not in LEARNING_RATES else 0
     iteration, total = (samples_seen - begin) / batch, (length.total_samples - begin) / batch
     if optim.schedule == "decay":
         return Rates(since.lr * max(0.0, 1 - iteration / max(total, 1e-12)), since.weight_decay, since.momentum)
     warmup = optim.warmup_epochs * length.steps_per_epoch
     return Rates(
-        cosine(iteration, total, optim.lr * batch / 256, optim.min_lr, warmup),
+        LEARNING_RATES.get(optim.schedule, cosine)(
+            iteration, total, optim.lr * batch / 256, optim.min_lr, warmup, optim.warmup_start_lr
+        ),
         cosine(iteration, total, *optim.weight_decay),
         cosine(iteration, total, *config.teacher.momentum),
     )

@@ -20,6 +20,8 @@ CASES = [
     "gaug_e_fast_eval_init32_native_rows",
     "gaug_e_fast_train_init32_cur8x12",
     "gaug_e_fast_train_init32_native_rows",
+    "gaug_disable_clamp",
+    "gaug_with_clamp",
 ]
 
 
@@ -32,7 +34,8 @@ def test_reference_values_and_gradients(golden, name):
     file = golden(name)
     config, grid, prefix = file.config, tuple(file.config["current"]), file.config["prefix"]
     q = file["in.q"].requires_grad_()
-    gaug = GAug(q.shape[-1], config["dim"], config["heads"], config["initial"], fast="reference")
+    options = {"disable_clamp": True} if config.get("disable_clamp") else {}
+    gaug = GAug(q.shape[-1], config["dim"], config["heads"], config["initial"], fast="reference", **options)
     gaug.load_state_dict(file.state())
     gaug.train(config.get("train", False))
     coefficients = gaug(q[:, :, prefix:], grid)

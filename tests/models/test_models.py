@@ -80,6 +80,8 @@ CLASSIFIERS = [
     "locatswin_dynamic",
     "jumbo",
     "locatjumbo",
+    "jumbo_mlp2",
+    "locatjumbo_mlp1",
 ]
 
 

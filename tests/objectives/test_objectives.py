@@ -1,9 +1,12 @@
 """DINO's loss, head, schedules, clipping and parameter groups against the reference's numbers, and what holds for any input."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from ssl_locat.benchmarks.timing import peak_bytes
@@ -15,7 +18,7 @@ from ssl_locat.objectives.heads import DINOHead, Prototypes
 from ssl_locat.objectives.ibot import IBOT
 from ssl_locat.objectives.targets import pair_loss
 from ssl_locat.optim.optim import build_optimizer, clip_gradients, lr_scales, parameter_groups, set_hyperparameters
-from ssl_locat.optim.schedules import cosine, stepwise
+from ssl_locat.optim.schedules import LEARNING_RATES, constant_cooldown, cosine, stepwise
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 
 
@@ -143,16 +146,36 @@ def test_head_accepts_views():
     assert head(Views(torch.randn(4, 2, 6))).shape == (4, 2, 7)
 
 
-def test_schedules_equal_the_reference(golden):
-    g = golden("schedules")
+@pytest.mark.parametrize("name", ["schedules", "schedules_start_cooldown"])
+def test_schedules_equal_the_reference(golden, name):
+    g = golden(name)
     for name, case in g.config["cosine"].items():
         per_epoch = case["niter_per_ep"]
         expected = g[f"out.cosine.{name}"]
         total, warmup = case["epochs"] * per_epoch, case.get("warmup_epochs", 0) * per_epoch
-        if case.get("start_warmup_value", 0):
-            continue  # DINO never sets it, and neither do we
-        ours = [cosine(i, total, case["base_value"], case["final_value"], warmup) for i in range(total)]
+        ends = case["base_value"], case["final_value"]
+        ours = [cosine(i, total, *ends, warmup, case.get("start_warmup_value", 0)) for i in range(total)]
         torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), expected, rtol=1e-12, atol=1e-18)
+    for name, case in g.config["constcooldown"].items():
+        expected, epochs = g[f"out.constcooldown.{name}"], case["num_epochs"]
+        first = (
+            len(expected) - epochs - 2
+        )  # row 0: as constructed; then a row for each epoch, from 1 in the first set, from 0 in the second
+        for group, lr in enumerate(case.get("lrs", [case.get("lr")])):
+            column = expected[:, group] if expected.ndim == 2 else expected
+            ours = [constant_cooldown(min(max(row - first, 0), epochs - 1), epochs, lr, 0.0) for row in range(len(column))]
+            torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), column, rtol=1e-12, atol=1e-18)
+
+
+@given(total=st.integers(1, 200), warmup=st.integers(0, 50), start=st.floats(0, 1), at=st.floats(0, 1))
+def test_learning_rates_stay_between_their_ends(total, warmup, start, at):
+    """At any fractional iteration; after the warm-up they never rise."""
+    warmup = min(warmup, total)
+    for schedule in LEARNING_RATES.values():
+        values = [schedule(at * i + (1 - at) * warmup, total, 0.5, 0.01, warmup, start) for i in range(total)]
+        assert all(min(start, 0.01) - 1e-12 <= value <= max(start, 0.5) + 1e-12 for value in values)
+        after = [schedule(i, total, 0.5, 0.01, warmup, start) for i in range(warmup, total)]
+        assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))
 
 
 def test_teacher_temperature_is_constant_within_an_epoch():

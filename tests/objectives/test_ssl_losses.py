@@ -112,6 +112,22 @@ def test_koleo_equals_dinov2_and_dinov3(g):
         close(gradient, g[f"grad.{theirs}.x"])
 
 
+def test_koleo_of_several_neighbours_equals_dinov3(golden):
+    g = golden("koleo_topk2")
+    x = g["in.x"].requires_grad_()
+    for topk in g.config["topk"]:
+        loss, _ = KoLeo(topk=topk)(x[None], x[None].detach(), AT)
+        close(loss, g[f"out.v3_topk{topk}.loss"])
+        close(torch.autograd.grad(loss, x)[0], g[f"grad.v3_topk{topk}.x"])
+
+
+def test_koleo_says_how_many_neighbours_there_are():
+    with pytest.raises(UserError, match=r"topk is 0.*at least 1"):
+        KoLeo(topk=0)
+    with pytest.raises(UserError, match=r"topk is 4, but.*has 4 images: each has 3 neighbours"):
+        KoLeo(topk=4)(torch.randn(1, 4, 3), torch.zeros(1, 4, 3), AT)
+
+
 GRAM = {
     "default": {"negatives": "zero"},
     "no_norm": {"negatives": "zero", "normalize": False},

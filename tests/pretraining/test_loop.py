@@ -378,6 +378,17 @@ def test_schedules_follow_the_samples_seen(tiny):
         assert rates(config, length, samples).momentum == pytest.approx(rates(larger, shorter, samples).momentum, rel=1e-6)
 
 
+def test_learning_rate_may_start_above_zero_and_stay_until_the_last_fifth(tiny):
+    config = tiny("optim.schedule=constant_cooldown", "optim.warmup_start_lr=1.0e-5", "optim.warmup_epochs=1", "optim.epochs=20")
+    _, _, length = check(config)
+    batch = config.optim.global_batch_size
+    peak = config.optim.lr * batch / 256
+    lr = [rates(config, length, step * batch).lr for step in range(length.total_steps)]
+    constant = lr[length.steps_per_epoch : length.total_steps * 4 // 5]
+    assert lr[0] == pytest.approx(1e-5) and constant == pytest.approx([peak] * len(constant)) and len(constant) > 1
+    assert lr[length.total_steps * 9 // 10] == pytest.approx(config.optim.min_lr + (peak - config.optim.min_lr) / 2)
+
+
 def test_model_is_a_function_of_the_seed(tiny):
     device = torch.device("cpu")
     (a, _), (b, _), (c, _) = (build_model(tiny(f"seed={seed}"), device) for seed in (0, 0, 1))
