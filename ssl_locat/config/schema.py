@@ -198,7 +198,8 @@ class Optim(Section):
     patch_embed_lr: float = Field(default=1.0, ge=0, description="factor on the lr of the patch embedding, besides")
     schedule: Literal["cosine", "constant_cooldown", "restart", "decay"] = Field(
         default="cosine",
-        description="of lr, weight decay and teacher momentum: a cosine over the whole run; for a run that branches off a checkpoint, restart: "
+        description="of lr, weight decay and teacher momentum: a cosine over the whole run; constant_cooldown: so, but the lr is constant, then linear to "
+        "min_lr over the last fifth; for a run that branches off a checkpoint, restart: "
         "a cosine with warm-up over what is left; decay: the lr straight to 0 over what is left, the others as they were",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
