@@ -72,7 +72,7 @@ def test_signatures_that_rotate_are_no_other_settings():
     ):
         assert not list(differences(old, {"backbone": {"init": given}}))
     (change,) = map(str, differences(old, {"backbone": {"init": "https://me:old@host/other.pth?sig=1"}}))
-    assert "{0..8}" in change and "old" not in change and "sig=" not in change
+    assert "other.pth" in change and "old" not in change and "sig=" not in change
 
 
 def test_what_acts_on_a_terminal_is_shown_by_its_number():
