@@ -208,7 +208,7 @@ def evaluate(
         submit_evaluate(protocol, model, overrides or [], on, as_json=as_json, dry_run=dry_run)
         return
     from ssl_locat.evaluation.evaluate import dry_run as show_plan
-    from ssl_locat.evaluation.evaluate import run, show
+    from ssl_locat.evaluation.evaluate import refuse_not_finite, run, show
 
     if dry_run:
         show_plan(protocol, model, overrides or [])
@@ -216,6 +216,7 @@ def evaluate(
 
     result = run(protocol, model, overrides or [])
     _print_json(result) if as_json else show(result)
+    refuse_not_finite(result)
 
 
 @app.command(epilog=_examples("ssl-locat table quick", "ssl-locat table dino runs/mine --dry-run"))
@@ -241,7 +242,12 @@ def table(
     from ssl_locat.evaluation.table import dry_run as show_plan
     from ssl_locat.evaluation.table import run
 
-    show_plan(name, models or []) if dry_run else run(name, models or [])
+    if dry_run:
+        show_plan(name, models or [])
+        return
+    _, error = run(name, models or [])
+    if error:  # the table is written, with what could be measured
+        raise error
 
 
 @app.command(

@@ -15,7 +15,7 @@ from ssl_locat.config.schema import load
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.doctor.doctor import doctor
-from ssl_locat.errors import CheckpointError, DataError, Outage, UserError, disk_error_message
+from ssl_locat.errors import CheckpointError, DataBudgetExceeded, DataError, Outage, UserError, disk_error_message
 from ssl_locat.evaluation.evaluate import evaluate
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.pretraining.parts import check
@@ -60,7 +60,7 @@ def test_a_damaged_image_costs_neither_the_run_nor_its_probe(tmp_path, photos):
 def test_too_many_damaged_images_end_the_run_and_the_doctor_says_so(tmp_path, photos, capsys):
     for number in range(8):
         (photos / f"train/dog/{number}.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"9 of 41 images could not be read, more than data.max_bad = 0\.1"):
+    with pytest.raises(DataBudgetExceeded, match=r"9 of 41 images could not be read, more than data.max_bad = 0\.1"):
         pretrain(over_photos(tmp_path, photos))
     assert open_run(tmp_path / "run").status == "failed"
     console.cache_clear()

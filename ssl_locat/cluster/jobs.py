@@ -171,7 +171,7 @@ def stop(names: list[str]) -> None:
     """Save, then end; not requeued. A job that waits, or has nothing to save, is cancelled."""
     for record in _named(names, "stop"):
         job, now = record["job"], _queued(record["job"])
-        if now == "RUNNING" and "pretrain" in record["command"]:
+        if now == "RUNNING" and _saves(record):
             Path(record["folder"], f"{job}.stop").touch()
             _run_or_fail("scancel", "--signal=USR2", job)
             print(f"{job}: asked to save and stop")
@@ -190,7 +190,7 @@ def requeue(names: list[str]) -> None:
     for record in _named(names, "requeue"):
         job, now = record["job"], _queued(record["job"])
         Path(record["folder"], f"{job}.stop").unlink(missing_ok=True)
-        if now == "RUNNING" and "pretrain" in record["command"]:
+        if now == "RUNNING" and _saves(record):
             _run_or_fail("scancel", "--signal=USR2", job)  # it asks Slurm for the requeue itself, once it is saved
             print(f"{job}: asked to save and requeue")
         elif now == "PENDING":
@@ -201,6 +201,11 @@ def requeue(names: list[str]) -> None:
         else:
             command = shlex.join(record["command"])
             raise UserError(f"Slurm has forgotten job {job}. Queue it anew with --on; it resumes where it stopped: {command}")
+
+
+def _saves(record: dict[str, Any]) -> bool:
+    """Whether the job's command saves at a signal and resumes (worker/task.py)."""
+    return any(word in record["command"] for word in ("pretrain", "evaluate", "table"))
 
 
 def _queued(job: str) -> str:

@@ -166,8 +166,9 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
     with progress("measuring a few steps"):
         times = step_times(config, sample.payload, micro_batch)
     lines, more = _run_section(config, length, ranks, micro_batch, sample, times, load_before)
-    _section("Run", lines, crops)
-    advice = sorted([*advice, *more], key=lambda item: -item.worth)
+    told, costly = _probe_lines(config, length, datasets)
+    _section("Run", lines, told, crops)
+    advice = sorted([*advice, *more, *costly], key=lambda item: -item.worth)
     _section("Advice", [f"{number}. {item.text}" for number, item in enumerate(advice, 1)] or ["Nothing: start it."])
     return 2 if any(item.worth >= STOPPER for item in advice) else 0
 
@@ -251,6 +252,28 @@ def _data_advice(config: Config, sample, datasets) -> list[Advice]:
             )
         )
     return advice
+
+
+def _probe_lines(config: Config, length, datasets) -> tuple[list[str], list[Advice]]:
+    """What the probes will read, and whether that is more than they are worth."""
+    from ssl_locat.evaluation.probe_options import own_data
+    from ssl_locat.evaluation.shared.samples import open_split
+    from ssl_locat.pretraining.probe_costs import SHARE, costs, shares
+
+    if not config.probes.options:
+        return [], []
+    data = own_data(config)
+    sizes = {"train": sum(map(len, datasets)), "test": len(open_split(data, "test")) if data["test"] else 0}
+    found = costs(config, length.steps_per_epoch, length.total_steps, sizes)
+    decoded, forwards = shares(config, found, length.total_steps)
+    each = "; ".join(f"{cost.name} {cost.times} times {_count(cost.images, 'image')}" for cost in found)
+    lines = [
+        f"Probes: {each}. That is {100 * decoded:.1f} % of the images that training decodes, {100 * forwards:.1f} % of its forward passes"
+    ]
+    if max(decoded, forwards) <= SHARE:
+        return lines, []
+    text = "Probes cost more than 5 % of the training: raise probes.every_epochs, or lower data.train_images and data.test_images of a probe."
+    return lines, [Advice(5, text)]
 
 
 def _run_section(

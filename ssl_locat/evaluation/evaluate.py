@@ -4,7 +4,9 @@ PROTOCOL is the name of a YAML in eval/, or the path of one; its `protocol:` key
 arguments the other keys are. Several processes (torchrun, Slurm) share the work and print one result.
 """
 
+import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -98,7 +100,7 @@ def check_inputs(model: str, protocol: str, options: dict[str, Any], model_may_c
 
     import timm
 
-    from ssl_locat.evaluation.shared.samples import Members
+    from ssl_locat.evaluation.shared.samples import open_spec, open_store
     from ssl_locat.evaluation.shared.seg_datasets import open_scenes
     from ssl_locat.models.backbone import split_options
 
@@ -110,7 +112,7 @@ def check_inputs(model: str, protocol: str, options: dict[str, Any], model_may_c
     for name in ("train", "test"):
         if data.get(name):
             given = {key: value for key, value in data.items() if value is not None}
-            open_scenes(given, name) if protocol in ("segmentation", "hummingbird") else Members(data[name])
+            open_scenes(given, name) if protocol in ("segmentation", "hummingbird") else open_spec(data[name], open_store(given))
 
 
 def dry_run(protocol: str, model: str, overrides: Sequence[str] = ()) -> None:
@@ -155,19 +157,54 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
 
     import torch
 
+    from ssl_locat.evaluation.shared.stopping import stoppable
     from ssl_locat.models.backbone import load_backbone
     from ssl_locat.runs.distributed import is_main, setup, shutdown
 
     device = setup()
     torch.manual_seed(options.get("seed", 0))  # `timm:NAME` without weights is the same network each time, on every process
+    kept = options | progress_option(name, options, progress_file(model, chosen, name, options))
     try:
-        backbone = load_backbone(model, **chosen).to(device)
-        result = run_protocol(backbone, name, options, model)
+        with stoppable():
+            backbone = load_backbone(model, **chosen).to(device)
+            result = run_protocol(backbone, name, kept, model)
+        if is_main() and not options.get("resume_file"):
+            forget_progress(kept.get("resume_file"))
     finally:
         shutdown()
     if is_main() and Path(model, "config.json").is_file():
         add_to_card(Path(model), {**result, "name": Path(protocol).stem, "tokens": tokens_read(name, options)})
     return result
+
+
+def fingerprint(model: str) -> str:
+    """MODEL and what it holds now: a run that went on, or a replaced export, is evaluated anew."""
+    path = Path(model.partition("?")[0])
+    if not path.exists():
+        return model
+    newest = [*sorted(path.glob("checkpoints/step_*"))[-1:], *path.glob("model.safetensors"), *([path] if path.is_file() else [])]
+    marks = [f"{item.name} {int(item.stat().st_mtime)}" for item in newest]
+    return " ".join([str(path.resolve()), model.partition("?")[2], *marks])
+
+
+def progress_file(model: str, chosen: dict[str, Any], protocol: str, options: dict[str, Any]) -> Path:
+    """Where the progress of this very command is kept until it has finished: in the user's state, which the nodes of a cluster share."""
+    about = json.dumps([fingerprint(model), chosen, protocol, options, os.getcwd()], sort_keys=True, default=str)
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    name = f"{protocol}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
+    return state / "ssl_locat" / "progress" / name
+
+
+def progress_option(protocol: str, options: dict[str, Any], file: Path) -> dict[str, Any]:
+    """`resume_file` for the protocols that train, unless the user gave one: a training of days must not begin again."""
+    takes = "resume_file" in (keyword_names(PROTOCOLS[protocol]) or [])
+    return {"resume_file": str(file)} if takes and not options.get("resume_file") else {}
+
+
+def forget_progress(file: str | None) -> None:
+    """The training has finished: what it would resume from is of no more use."""
+    if file:
+        Path(file).unlink(missing_ok=True)
 
 
 def run_protocol(backbone, protocol: str, options: dict[str, Any], model: str) -> dict[str, Any]:
@@ -179,7 +216,7 @@ def run_protocol(backbone, protocol: str, options: dict[str, Any], model: str) -
         "protocol": protocol,
         "model": model,
         "data": data,
-        "metrics": {name: round(float(value), 6) for name, value in metrics.items()},
+        "metrics": {name: round(float(value), 6) if math.isfinite(value) else None for name, value in metrics.items()},
         "seconds": round(time.monotonic() - began, 2),
     }
 
@@ -204,6 +241,16 @@ def evaluate(model, protocol: str = "knn", **options) -> dict[str, float]:
     return function_of(name)(backbone, **given.data)
 
 
+def refuse_not_finite(result: dict[str, Any]) -> None:
+    """UserError for a result that holds no number somewhere: it is shown, with null in JSON, and ends with code 2."""
+    lost = [name for name, value in result["metrics"].items() if value is None]
+    if lost:
+        raise UserError(
+            f"{result['protocol']} of {result['model']}: {', '.join(lost)} not finite. Are the weights whole (a run that diverged has NaN in "
+            "them), and does the data hold what the protocol counts?"
+        )
+
+
 def tokens_read(protocol: str, options: dict[str, Any]) -> str:
     """In words, which tokens a protocol's score was measured on."""
     if protocol in ("segmentation", "hummingbird"):
@@ -221,6 +268,9 @@ def show(result: dict[str, Any]) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in result["metrics"].items():
+        if value is None:
+            table.add_row(name, "not finite")
+            continue
         table.add_row(name, f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.2f}")
     console().print(f"{result['protocol']} of {result['model']}  ({result['seconds']:.1f} s)", markup=False, soft_wrap=True)
     console().print(table)
@@ -236,7 +286,8 @@ def add_to_card(folder: Path, result: dict[str, Any]) -> None:
     rows = ["| protocol | read from | data | scores |", "|---|---|---|---|"]
     for item in known:
         data = "; ".join(f"{name}: {value}" for name, value in item["data"].items() if name in ("train", "test"))
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in list(item["metrics"].items())[:8])
+        finite = [(name, value) for name, value in item["metrics"].items() if value is not None]
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in finite[:8])
         rows.append(f"| {item['name']} | {item['tokens']} | {data} | {shown} |")
     block = "\n".join([CARD_START, *rows, CARD_END])
     text = card.read_text(encoding="utf-8") if card.exists() else ""

@@ -12,7 +12,7 @@ from torch import nn
 
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.probe_options import DENSE, resolve
-from ssl_locat.evaluation.shared.samples import Members, first_label
+from ssl_locat.evaluation.shared.samples import Members, first_label, open_store
 from ssl_locat.evaluation.shared.seg_datasets import open_scenes
 
 LABELLED = ("knn", "linear")  # one label an image
@@ -35,7 +35,7 @@ def open_splits(protocol: str, data: dict[str, Any]) -> None:
         if protocol in DENSE:
             open_scenes(given, split)
             continue
-        members = Members(given[split])
+        members = Members(given[split], open_store(given))
         if protocol in LABELLED:
             first_label(members, given.get("label_key"))
 

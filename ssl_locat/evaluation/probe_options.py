@@ -24,7 +24,10 @@ def check_probes(config: Config) -> None:
 def own_data(config: Config) -> dict:
     """The run's own sets, which probes read unless they name others."""
     data = config.data.model_dump(mode="json")
-    return {name: data[name] for name in ("train", "test", "num_classes", "image_key", "label_key", "max_bad")}
+    return {
+        name: data[name]
+        for name in ("train", "test", "num_classes", "image_key", "label_key", "max_bad", "retry_minutes", "cache")
+    }
 
 
 def resolve(name: str, options: dict[str, Any], data_defaults: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -41,7 +44,7 @@ def resolve(name: str, options: dict[str, Any], data_defaults: dict[str, Any]) -
         raise ConfigError(f"probes.{name}: {protocol!r} is no probe; known: {', '.join(ONLINE)}.{did_you_mean(protocol, ONLINE)}")
     inherited = data_defaults
     if protocol in DENSE:  # classes of masks are not those of images
-        inherited = {key: value for key, value in data_defaults.items() if key in ("train", "test", "image_key")}
+        inherited = {key: value for key, value in data_defaults.items() if key not in ("num_classes", "label_key")}
     data = {**inherited, **(options.pop("data", None) or {})}
     arguments = {**options, "data": {key: value for key, value in data.items() if value is not None}}
     check_arguments(PROTOCOLS[protocol], arguments, LoadedYaml("the config", {}), ("probes", name))

@@ -5,22 +5,33 @@ published). Each finished cell is a file below `results`, so that the same comma
 table.md, table.csv and table.tex. A row's list of models, and a column's list of seeds, give mean and standard deviation.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from ssl_locat.config.schema import DataSpec, Section, parse
+from ssl_locat.config.schema import Cache, DataSpec, Section, parse
 from ssl_locat.config.signatures import keyword_names
 from ssl_locat.config.yaml_files import LoadedYaml, load_yaml
-from ssl_locat.errors import ConfigError, UserError, did_you_mean
+from ssl_locat.errors import ConfigError, DataBudgetExceeded, Diverged, Outage, UserError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
-from ssl_locat.evaluation.evaluate import check_inputs, pop_protocol, run_protocol
+from ssl_locat.evaluation.evaluate import (
+    check_inputs,
+    fingerprint,
+    forget_progress,
+    pop_protocol,
+    progress_option,
+    refuse_not_finite,
+    run_protocol,
+)
 from ssl_locat.evaluation.shared.options import check_arguments
 from ssl_locat.evaluation.table_text import Cell, write_table
 from ssl_locat.runs.folder import write_atomically
@@ -28,6 +39,9 @@ from ssl_locat.runs.log import console, progress, say
 from ssl_locat.text.shown import to_json
 
 log = logging.getLogger(__name__)
+
+CELL_ERRORS = (UserError, DataBudgetExceeded, Outage, Diverged)  # end a cell, not the table
+SECONDS_BETWEEN_LOOKS = 5.0  # at cells that another job measures
 
 
 class TableData(Section):
@@ -41,6 +55,11 @@ class TableData(Section):
     num_classes: int | None = None
     ignore_index: int | None = None
     reduce_zero_label: bool | None = None
+    train_images: int | None = Field(default=None, gt=0, description="how many of train, chosen by their keys; null: all")
+    test_images: int | None = Field(default=None, gt=0, description="likewise of test")
+    max_bad: float | None = Field(default=None, ge=0, le=1)
+    retry_minutes: float | None = Field(default=None, gt=0)
+    cache: Cache | None = None
     image_key: str | None = None
     label_key: str | None = None
     mask_key: str | None = None
@@ -196,16 +215,6 @@ def dry_run(name: str, arguments: Sequence[str] = ()) -> None:
         say(f"{state:<6} {row}, {column}: {protocol} of {model}")
 
 
-def fingerprint(model: str) -> str:
-    """MODEL and what it holds now: a run that went on, or a replaced export, is evaluated anew."""
-    path = Path(model.partition("?")[0])
-    if not path.exists():
-        return model
-    newest = [*sorted(path.glob("checkpoints/step_*"))[-1:], *path.glob("model.safetensors"), *([path] if path.is_file() else [])]
-    marks = [f"{item.name} {int(item.stat().st_mtime)}" for item in newest]
-    return " ".join([str(path.resolve()), model.partition("?")[2], *marks])
-
-
 def cell_file(table: TableConfig, model: str, protocol: str, options: dict[str, Any]) -> Path:
     """Where a cell's result is kept: named by all that it depends on."""
     about = json.dumps([fingerprint(model), protocol, options], sort_keys=True, default=str)
@@ -226,53 +235,126 @@ def finished(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], list[str]]:
-    """(row, column) -> our numbers, and the messages of the cells that failed. Runs what is not finished; a failing cell does not stop the rest."""
-    import torch
+class Claim:
+    """A cell that this job measures, and no other that works on the same table: the kernel frees the claim when the process ends."""
 
-    from ssl_locat.models.backbone import load_backbone
-    from ssl_locat.runs.distributed import barrier, is_main, setup, shutdown
+    def __init__(self, cell: Path):
+        self.cell, self.lock = cell, None
 
-    wanted = list(cells(table))
+    def take(self) -> bool:
+        """False while another job measures the cell."""
+        self.cell.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.cell.with_suffix(".lock"), "a")  # noqa: SIM115  held until `release`
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            return False
+        return True
+
+    def release(self) -> None:
+        # whoever waits looks for the result once more before measuring, so that the file may go
+        self.cell.with_suffix(".lock").unlink(missing_ok=True)
+        self.lock.close()
+
+
+def claim(path: Path) -> tuple[str, dict[str, Any] | None, Claim | None]:
+    """("done", result), ("busy", None) or ("mine", None) on every process alike; rank 0 holds the claim."""
+    from ssl_locat.runs.distributed import broadcast_object, is_main
+
+    state, result, held = "busy", None, None
+    if is_main():
+        result = finished(path)
+        if result is None and (held := Claim(path)).take():
+            result, state = finished(path), "mine"  # another job may have finished it a moment ago
+            if result is not None:
+                held.release()
+        if result is not None:
+            state = "done"
+    state, result = broadcast_object([state, result])
+    return state, result, held if state == "mine" else None
+
+
+def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], list[tuple[str, Exception]]]:
+    """(row, column) -> our numbers, and (where, error) of the cells that failed. Runs what is not finished; a failing cell does not stop
+    the rest. Cells that another job on the same table measures are left to it, and waited for at the end.
+
+    Raises Preempted where a signal asks it to stop; finished cells are kept, and what trains resumes.
+    """
+    from ssl_locat.evaluation.shared.stopping import stop_if_asked, stoppable
+    from ssl_locat.runs.distributed import setup, shutdown
+
+    todo = deque(cells(table))
     found: dict[tuple[str, str], list[float]] = {}
-    failed: list[str] = []
-    device = setup()
+    failed: list[tuple[str, Exception]] = []
+    device, busy = setup(), 0
     try:
-        with progress("table", total=len(wanted), unit="cells") as bar:
-            for row, column, model, protocol, options in wanted:
+        with stoppable(), progress("table", total=len(todo), unit="cells") as bar:
+            while todo:
+                row, column, model, protocol, options = cell = todo.popleft()
                 path = cell_file(table, model, protocol, options)
-                barrier()
-                result = finished(path)
-                if result is None:
-                    try:
-                        torch.manual_seed(options.get("seed", 0))
-                        result = run_protocol(load_backbone(model).to(device), protocol, options, model)
-                    except UserError as error:
-                        failed.append(f"{row}, {column}: {error}")
-                        log.warning("%s, %s: %s", row, column, error)
-                        continue
-                    barrier()
-                    if is_main():
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        write_atomically(path, to_json(result, indent=1) + "\n")
-                metric = table.columns[column].metric
-                if metric not in result["metrics"]:
-                    known = result["metrics"]
-                    raise ConfigError(
-                        f"columns.{column}.metric is {metric!r}; {protocol} gave {', '.join(known)}.{did_you_mean(metric, known)}"
-                    )
-                found.setdefault((row, column), []).append(result["metrics"][metric] * table.columns[column].factor)
+                stop_if_asked("the table")
+                state, result, held = claim(path)
+                if state == "busy":
+                    todo.append(cell)
+                    busy += 1
+                    if busy >= len(todo):  # nothing else is left to do
+                        time.sleep(SECONDS_BETWEEN_LOOKS)
+                    continue
+                busy = 0
                 bar.update()
+                try:
+                    if state == "mine":
+                        result = _measure_cell(path, model, protocol, options, device, table.columns[column])
+                    found.setdefault((row, column), []).append(_number(result, column, protocol, table.columns[column]))
+                except CELL_ERRORS as error:
+                    failed.append((f"{row}, {column}", error))
+                    log.warning("%s, %s: %s", row, column, error)
+                finally:
+                    if held:
+                        held.release()
     finally:
         shutdown()
     return found, failed
 
 
-def run(name: str, arguments: Sequence[str] = ()) -> Path:
-    """Measure what is missing, write table.md, table.csv and table.tex, show the first; the folder they are in.
+def _measure_cell(path: Path, model: str, protocol: str, options: dict[str, Any], device, column: Column) -> dict[str, Any]:
+    """The result of one cell, kept in its file; its training resumes from the file beside."""
+    import torch
 
-    Raises UserError before anything is measured where a model or data set is not there, and at the end if every cell failed.
+    from ssl_locat.models.backbone import load_backbone
+    from ssl_locat.runs.distributed import barrier, is_main
+
+    progress_kept = progress_option(protocol, options, path.with_suffix(".progress.safetensors"))
+    torch.manual_seed(options.get("seed", 0))
+    result = run_protocol(load_backbone(model).to(device), protocol, options | progress_kept, model)
+    barrier()
+    if is_main():
+        if result["metrics"].get(column.metric, 0) is not None:  # a number that is none is no result: it is measured again
+            write_atomically(path, to_json(result, indent=1) + "\n")
+        forget_progress(progress_kept.get("resume_file"))
+    return result
+
+
+def _number(result: dict[str, Any], name: str, protocol: str, column: Column) -> float:
+    known = result["metrics"]
+    if column.metric not in known:
+        raise ConfigError(
+            f"columns.{name}.metric is {column.metric!r}; {protocol} gave {', '.join(known)}.{did_you_mean(column.metric, known)}"
+        )
+    if known[column.metric] is None:
+        refuse_not_finite(result)
+    return known[column.metric] * column.factor
+
+
+def run(name: str, arguments: Sequence[str] = ()) -> tuple[Path, Exception | None]:
+    """Measure what is missing, write table.md, table.csv and table.tex, show the first; (their folder, the error to end with).
+
+    Raises UserError before anything is measured where a model or data set is not there. The error that is returned has the highest exit
+    code of the cells that failed; None if none did.
     """
+    from ssl_locat.runs.distributed import is_main
+
     table = load_table(name, arguments)
     check_cells(table)
     found, failed = measure(table)
@@ -281,14 +363,16 @@ def run(name: str, arguments: Sequence[str] = ()) -> Path:
         for row in table.rows
     }
     folder = Path(table.results)
-    from ssl_locat.runs.distributed import is_main
-
     if is_main():
-        markdown = write_table(folder, table.title, table.source, grid, failed)
+        markdown = write_table(folder, table.title, table.source, grid, [f"{where}: {error}" for where, error in failed])
         console().print(markdown, markup=False, soft_wrap=True)
         console().print(f"{folder / 'table.md'}, table.csv, table.tex", markup=False)
-    if failed and not found:
-        raise UserError(
-            f"no cell of the table could be measured; the first: {failed[0]} All are listed in {folder / 'table.md'}."
-        )
-    return folder
+    return folder, _worst(failed, len(list(cells(table))), folder) if failed else None
+
+
+def _worst(failed: list[tuple[str, Exception]], total: int, folder: Path) -> Exception:
+    """One error for all cells that failed, of the kind with the highest exit code."""
+    where, error = max(failed, key=lambda one: one[1].exit_code)
+    return type(error)(
+        f"{len(failed)} of {total} cells of the table could not be measured; one of them: {where}: {error} All are listed in {folder / 'table.md'}."
+    )

@@ -99,7 +99,7 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
                     run.save(block=stopped or done or stop.wish == SAVE_OR_END)
             if stopped:
                 break
-            if run.probes.due(run.step):
+            if run.probes.due(run.step) and not done:  # the last one waits for export and summary
                 with monitor.paused(run.probes.period):
                     run.probe()
 

@@ -1,5 +1,6 @@
 """Protocols that watch a run: at a period, on the teacher's backbone, without touching its random state or its data."""
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -11,7 +12,8 @@ from ssl_locat.errors import UserError
 from ssl_locat.evaluation.online import open_splits, probe
 from ssl_locat.evaluation.probe_options import own_data, resolve
 from ssl_locat.evaluation.protocols.knn import raw_pixel_knn
-from ssl_locat.runs.distributed import is_main
+from ssl_locat.pretraining.probe_costs import MOST, limits, period
+from ssl_locat.runs.distributed import barrier, broadcast_object, is_main
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import EventLog, read_jsonl
 from ssl_locat.text.shown import to_json
@@ -30,30 +32,36 @@ def check_probe_data(config: Config) -> None:
 
 
 class Probes:
-    """Protocols at a period, on the teacher's backbone; results in RUN/probes/NAME.jsonl, one line per step."""
+    """Protocols at a period, on the teacher's backbone; results in RUN/probes/NAME.jsonl, one line per step.
+
+    They read subsets fixed by key (probe_costs.py), and with them the baseline of raw pixels, once: RUN/probes/raw_pixels.json.
+    """
 
     def __init__(self, config: Config, backbone: nn.Module, steps_per_epoch: int, total_steps: int, events: EventLog):
         self.config, self.backbone, self.events = config, backbone, events
-        options = config.probes
-        period = options.every_steps or (options.every_epochs and max(1, round(options.every_epochs * steps_per_epoch)))
-        self.period, self.total_steps = period or total_steps, total_steps
+        self.period, self.total_steps = period(config, steps_per_epoch, total_steps), total_steps
         self.folder = Path(config.run_dir) / "probes"
-        self.data = own_data(config)
-        self.results: dict[str, list[dict]] = {}
+        automatic = limits(config, steps_per_epoch, total_steps)
+        self.data = {name: own_data(config) | automatic[name] for name in config.probes.options}
+        self.results: dict[str, list[dict]] = {name: [] for name in self.data}
 
     def due(self, step: int) -> bool:
         return step % self.period == 0 or step == self.total_steps
 
+    def missing(self, step: int) -> bool:
+        """Whether a probe has no result at this step."""
+        return any(step not in [record["step"] for record in records] for records in self.results.values())
+
     def forget_after(self, step: int) -> None:
         """After a resume: what lies ahead of the checkpoint will be measured again."""
-        for name in self.config.probes.options:
+        for name in self.results:
             kept = [record for record in read_jsonl(self.folder / f"{name}.jsonl") if record["step"] <= step]
             self.results[name] = kept
 
     def run(self, step: int) -> None:
         for name, options in self.config.probes.options.items():
             began = time.monotonic()
-            scores = probe(self.backbone, name, options or {}, self.data)
+            scores = probe(self.backbone, name, options or {}, self.data[name])
             self.results[name].append({"step": step, **scores})
             if is_main():
                 self.folder.mkdir(exist_ok=True)
@@ -61,17 +69,49 @@ class Probes:
                 write_atomically(self.folder / f"{name}.jsonl", lines)
             self.events.add("probe", step=step, name=name, seconds=round(time.monotonic() - began, 2), **scores)
             log.info("step %d  %s: %s", step, name, "  ".join(f"{key} {value:.2f}" for key, value in scores.items()))
+        self._raw_pixels()
+
+    def _raw_pixels(self) -> None:
+        """What learned features must beat, on the same images as the k-NN probe: measured with the first of them, and kept."""
+        path, section = self.folder / "raw_pixels.json", self._knn_data()
+        if not section or not section["test"] or broadcast_object(path.exists()):
+            return
+        first = self.results["knn"][0]
+        key = _top1(first)
+        k = int(key.removeprefix("top1_k").partition("_t")[0])
+        raw = raw_pixel_knn(data=section, k=k, channels=len(self.config.crops.mean), most_images=MOST)
+        if is_main():
+            write_atomically(path, to_json({**raw, "top1": raw[f"top1_k{k}"]}))
+        barrier()
+
+    def _knn_data(self) -> dict | None:
+        """The data section of the k-NN probe; None without one."""
+        if not self.results.get("knn"):
+            return None
+        own = (self.config.probes.options["knn"] or {}).get("data") or {}  # the probe's splits, over the run's
+        return {**self.data["knn"], **own}
 
     def knn(self) -> dict[str, float]:
         """k-NN top-1 in percent, to two digits behind the point, of raw pixels (where there are test images), of the random initialisation and of the trained backbone; {} without a k-NN probe."""
         if not self.results.get("knn"):
             return {}
         first, last = self.results["knn"][0], self.results["knn"][-1]
-        key = next(name for name in first if name.startswith("top1"))
-        own = (self.config.probes.options["knn"] or {}).get("data") or {}  # the probe's splits, over the run's
-        data, scores = {**self.data, **own}, {"init": round(first[key], 2), "trained": round(last[key], 2)}
-        if not data["test"]:  # judged by cross-validation (folds)
-            return scores
-        k = int(key.removeprefix("top1_k").partition("_t")[0])
-        raw = raw_pixel_knn(data=data, k=k, channels=len(self.config.crops.mean))
-        return {"raw_pixels": round(raw[f"top1_k{k}"], 2), **scores}
+        scores, path = (
+            {"init": round(first[_top1(first)], 2), "trained": round(last[_top1(last)], 2)},
+            self.folder / "raw_pixels.json",
+        )
+        raw = broadcast_object(json.loads(path.read_text())["top1"] if is_main() and path.exists() else None)
+        return (
+            scores if raw is None else {"raw_pixels": round(raw, 2), **scores}
+        )  # none where k-NN is evaluated by cross-validation (folds)
+
+
+def _top1(record: dict) -> str:
+    return next(name for name in record if name.startswith("top1"))
+
+
+def counted(run: str | Path) -> tuple[int, int] | None:
+    """(training images in the bank, test images) of a run's k-NN probe; None where nothing tells."""
+    records = read_jsonl(Path(run) / "probes" / "knn.jsonl")
+    names = ("train_images", "test_images")
+    return tuple(int(records[-1][name]) for name in names) if records and all(name in records[-1] for name in names) else None

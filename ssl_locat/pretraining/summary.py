@@ -11,8 +11,10 @@ import torch
 from ssl_locat.config.schema import Config
 from ssl_locat.config.yaml_files import dump_yaml
 from ssl_locat.errors import Preempted
+from ssl_locat.evaluation.shared.metrics import wilson
 from ssl_locat.export.export import export
 from ssl_locat.pretraining.parts import build_model, check, describe
+from ssl_locat.pretraining.probes import counted
 from ssl_locat.pretraining.setup import Run
 from ssl_locat.runs import distributed
 from ssl_locat.runs.distributed import is_main, world_size
@@ -33,9 +35,27 @@ def stop_early(run: Run, reason: str) -> NoReturn:
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Write summary.json and, if the config says so, the export; returns the summary."""
+    """Write the export, if the config says so, then summary.json, then probe once more; returns the summary.
+
+    In this order: a finished run always has its export, and neither waits for anything optional.
+    """
     run.events.add("finish", step=run.step)
-    seconds = time.monotonic() - run.began
+    if run.config.export and is_main():
+        export(str(run.folder), str(run.folder / "export"))
+    distributed.barrier()
+    summary = write_summary(run)
+    if run.probes.missing(run.step):
+        run.probe()
+        summary = write_summary(run, summary)
+    distributed.barrier()
+    if run.claim:
+        run.claim.close()
+    return summary
+
+
+def write_summary(run: Run, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """summary.json. before: one that was written a moment ago, whose times count: what came after it is no training."""
+    seconds = before["seconds"] if before else time.monotonic() - run.began
     summary = {
         "steps": run.step,
         "samples_seen": run.samples_seen,
@@ -46,12 +66,7 @@ def finish(run: Run) -> dict[str, Any]:
         "restarts": run.restarts,
     }
     if is_main():
-        if run.config.export:  # before the summary, which says that all is done
-            export(str(run.folder), str(run.folder / "export"))
         write_atomically(run.folder / "summary.json", to_json(summary, indent=1))
-    distributed.barrier()
-    if run.claim:
-        run.claim.close()
     return summary
 
 
@@ -83,9 +98,13 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
     run, knn = config.run_dir, summary["knn"]
     lines = [f"Finished {summary['steps']:,} steps, {summary['samples_seen']:,} images, in {summary['seconds']:.0f} s."]
     if knn:
-        lines += ["k-NN top-1 on the test images:"]
+        count = counted(run)
+        sets = f" ({count[1]:,} of them, by their neighbours among {count[0]:,} training images; 95 % intervals)" if count else ""
+        lines += [f"k-NN top-1 on the test images{sets}:"]
         names = {"raw_pixels": "raw pixels", "init": "random initialisation", "trained": "trained backbone"}
-        lines += [f"  {names[name]:<24}{value:6.2f} %" for name, value in knn.items()]
+        for name, value in knn.items():
+            low, high = wilson(value, count[1]) if count else (value, value)
+            lines += [f"  {names[name]:<24}{value:6.2f} %" + (f"   {low:.1f} to {high:.1f}" if count else "")]
     lines += [f"Run folder: {run}" + (f"   exported backbone: {run}/export" if config.export else "")]
     say("\n".join(lines), sys.stderr)
     train, test = (split if isinstance(split, str) else "DATA" for split in (config.data.train, config.data.test))

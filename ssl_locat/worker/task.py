@@ -29,6 +29,7 @@ from ssl_locat.runs import distributed, log
 
 logger = logging.getLogger(__name__)
 
+SAVING = ("pretrain", "evaluate", "table")  # commands that save at a stop signal, and resume
 SECONDS_TO_BE_ENDED = 120  # after a requeue Slurm sends TERM at once and KILL after KillWait (30 s by default)
 
 
@@ -48,7 +49,7 @@ def run(arguments: list[str], folder: str, cwd: str, max_requeues: int) -> None:
     )
     os.chdir(cwd)
     log.setup()
-    if arguments[0] == "pretrain":
+    if arguments[0] in SAVING:
         distributed.remember_signals()
     else:  # begins again when requeued: nothing to save, and Slurm requeues only what did not exit by itself
         for number in (signal.SIGTERM, signal.SIGUSR2):

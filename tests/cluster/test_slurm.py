@@ -245,6 +245,49 @@ def test_without_scontrol_in_the_container_the_jobs_script_asks_for_the_requeue(
     assert "there is no scontrol here" in said and "Traceback" not in said
 
 
+MODEL = "timm:locatvit_tiny?img_size=32&patch_size=8&embed_dim=48&num_heads=3&depth=2"
+SETS = {"train": "textures/textures-train-*.tar", "test": "textures/textures-test-*.tar"}
+TABLE = {
+    "title": "Preempted",
+    "results": "preempted-table",
+    "data": {"textures": SETS},
+    "columns": {
+        "k-NN": {"protocol": "knn", "data": "textures", "metric": "top1_k5", "options": {"k": [5]}},
+        "linear": {
+            **{"protocol": "linear", "data": "textures", "metric": "top1"},
+            "options": {"epochs": 150, "batch_size": 32, "lr": 0.1, "workers": 1},
+        },
+    },
+    "rows": {"ours": {"model": MODEL}},
+}
+
+
+@pytest.mark.parametrize("what", ["evaluate", "table"])
+def test_a_preempted_evaluation_saves_requeues_and_resumes(cluster, what):
+    """What trains for days as a protocol, by itself or as a cell of a table, never begins again."""
+    (cluster.folder / "scavenge-on.yaml").write_text(yaml.safe_dump({**PROFILE, "nodes": 1, "slurm_partition": "scavenge"}))
+    if what == "table":
+        (cluster.folder / "preempted-table.yaml").write_text(yaml.safe_dump(TABLE))
+        words, saved = ["table", "preempted-table.yaml"], cluster.folder / "preempted-table" / "cells"
+    else:
+        options = [f"{key}={value}" for key, value in TABLE["columns"]["linear"]["options"].items()]
+        data = [f"data.{name}={shards}" for name, shards in SETS.items()]
+        words, saved = ["evaluate", "linear", MODEL, *options, *data, "--json"], cluster.folder / "state/ssl_locat/progress"
+    run = Run(cluster, cluster.folder, cluster.queue(*words, "--on", "scavenge-on.yaml"))
+    run.wait(lambda: list(saved.glob("linear-*.safetensors")), "the first epoch")
+    cluster.batch("-p", "prio", "-N4", "-c8", "--ntasks-per-node=1", "--wrap", "srun sleep 3")
+    run.wait_for_end()
+    (log,) = cluster.folder.rglob(f"{run.job}_0_log.err")
+    resumed = re.findall(r"resumes at step (\d+)", log.read_text())
+    assert len(resumed) == 1 and 8 <= int(resumed[0]) < 8 * 150
+    assert (
+        "Stopped by SIGUSR2 in linear, step" in log.read_text()
+    )  # saved at the warning, not killed at the end of the grace time
+    assert not list(saved.glob("linear-*.safetensors"))
+    if what == "table":
+        assert len(list(saved.glob("*.json"))) == 2
+
+
 CRASHING = """
 import os
 from ssl_locat.objectives.dino import DINO

@@ -151,7 +151,7 @@ def test_run_gives_the_documented_shape_and_the_module_is_the_function(tmp_path)
         "knn", model, [f"data.train={data['train']}", f"data.test={data['test']}", "k=[3]", "workers=0", "image_size=160"]
     )
     assert set(result) == {"protocol", "model", "data", "metrics", "seconds"}
-    assert set(result["metrics"]) == {"top1_k3", "top5_k3"}
+    assert set(result["metrics"]) == {"top1_k3", "top5_k3", "train_images", "test_images"}
     json.dumps(result)
 
     import ssl_locat

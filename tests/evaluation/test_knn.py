@@ -6,9 +6,7 @@ from scenes import png, scene, write_shard, write_split
 
 from ssl_locat.errors import ConfigError, DataError, UserError
 from ssl_locat.evaluation.protocols import knn
-from ssl_locat.evaluation.shared import samples
 from ssl_locat.evaluation.shared.features import Features, check_classes, label_subset
-from ssl_locat.evaluation.shared.samples import Members
 from ssl_locat.models.backbone import create_backbone
 
 
@@ -152,27 +150,3 @@ def test_wrong_input_is_said_before_work_starts(tmp_path, backbone):
     (unlabelled / "a.png").write_bytes(png(scene(0, 32, np.random.default_rng(0))[0]))
     with pytest.raises(DataError, match="no label"):
         knn.evaluate(backbone, data={"train": str(unlabelled), "test": data["test"]}, workers=0)
-
-
-@pytest.mark.parametrize(("first", "steps"), [(0, 12), (5, 12), (4, 8), (0, 3), (7, 10)])
-def test_steps_read_epoch_after_epoch_wherever_they_begin(first, steps):
-    whole = [batch for epoch in range(3) for batch in samples.epoch_keys(19, 4, epoch, 7, 0, 1)]  # four batches an epoch
-    assert list(samples.training_keys(19, 4, first, steps, 7)) == whole[first:steps]
-
-
-def test_the_order_of_many_epochs_takes_no_room():
-    order = samples.training_keys(1000, 10, 0, 10**12, 0)
-    assert len({index for _ in range(100) for index, _ in next(order)}) == 1000
-
-
-def test_members_come_in_any_order_with_neighbours_in_one_read(tmp_path):
-    shards = [write_shard(tmp_path / f"{i}.tar", [i] * 5, i) for i in range(3)]
-    members = Members([*shards])
-    reads = []
-    for dataset in members.datasets:
-        original = dataset.read
-        dataset.read = lambda start, stop, original=original: reads.append(stop - start) or original(start, stop)
-    wanted = [3, 4, 5, 6, 14, 0, 1, 1]
-    found = members.fetch(wanted)
-    assert [(int(s.members["cls"]), s.key) for s in found] == [(i // 5, f"{i % 5:04d}") for i in wanted]
-    assert reads == [4, 1, 2, 1] and len(members) == 15

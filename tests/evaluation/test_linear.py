@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -6,7 +8,6 @@ from scenes import write_split
 from ssl_locat.errors import CheckpointError, ConfigError
 from ssl_locat.evaluation.online import preserve_state, probe
 from ssl_locat.evaluation.protocols import linear
-from ssl_locat.evaluation.shared import samples
 from ssl_locat.models.backbone import create_backbone
 
 
@@ -46,10 +47,8 @@ def test_kept_features_train_alike(backbone, data, monkeypatch):
 
 @pytest.mark.parametrize("protocol", [linear.evaluate, linear.sweep])
 def test_few_labels_are_a_share_of_every_class(backbone, data, monkeypatch, protocol):
-    used, original = [], linear.label_subset
-    monkeypatch.setattr(linear, "label_subset", lambda *args: used.append(original(*args)) or used[-1])
-    totals, keys = [], linear.training_keys
-    monkeypatch.setattr(linear, "training_keys", lambda total, *rest: totals.append(total) or keys(total, *rest))
+    totals, rows = [], linear.batches_of_rows
+    monkeypatch.setattr(linear, "batches_of_rows", lambda total, *rest: totals.append(total) or rows(total, *rest))
     settings = {"data": data, "epochs": 1, "batch_size": 32, "augment": False, "workers": 0}
     if protocol is linear.sweep:
         with pytest.raises(ConfigError, match="blocks is 4, but LocAtVisionTransformer has 3 blocks"):
@@ -58,8 +57,7 @@ def test_few_labels_are_a_share_of_every_class(backbone, data, monkeypatch, prot
     protocol(backbone, **settings)
     protocol(backbone, **settings, train_fraction=0.25)
     held_out = 0 if protocol is linear.evaluate else 0.1
-    assert [len(part) for part in used] == [64, 16]  # 4 classes of 16
-    assert totals == [64 - round(held_out * 64), 16 - round(held_out * 16)]
+    assert totals == [64 - round(held_out * 64), 16 - round(held_out * 16)]  # 4 classes of 16
 
 
 def test_stopped_and_continued_equals_unbroken(backbone, data, tmp_path, monkeypatch):
@@ -88,13 +86,12 @@ def test_stopped_and_continued_equals_unbroken(backbone, data, tmp_path, monkeyp
         linear.evaluate(backbone, **settings, resume_file=str(tmp_path / "b.safetensors"))
 
 
-def test_an_epochs_order_is_made_when_it_begins(backbone, data, monkeypatch):
-    asked, at_first_save = [], []
-    original = samples.epoch_keys
-    monkeypatch.setattr(samples, "epoch_keys", lambda *args: asked.append(args[2]) or original(*args))
-    monkeypatch.setattr(linear, "save_progress", lambda *_: at_first_save.append(len(asked)))
-    linear.evaluate(backbone, data=data, epochs=3, batch_size=16, workers=0)
-    assert at_first_save[:2] == [1, 2] and asked == [0, 1, 2]
+@pytest.mark.parametrize("first", [0, 3, 4, 7])
+def test_kept_features_come_epoch_after_epoch_wherever_a_training_begins(first):
+    whole = list(itertools.islice(linear.batches_of_rows(19, 4, 0, 7), 12))  # four batches an epoch, three rows left out
+    found = list(itertools.islice(linear.batches_of_rows(19, 4, first, 7), 12 - first))
+    assert all(torch.equal(one, other) for one, other in zip(found, whole[first:], strict=True))
+    assert all(len({*torch.cat(whole[start : start + 4]).tolist()}) == 16 for start in (0, 4, 8))
 
 
 def test_sweep_chooses_on_held_out_images(backbone, data):

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scenes import write_split
 
 from ssl_locat.evaluation.protocols import segmentation as seg
-from ssl_locat.evaluation.shared import samples
+from ssl_locat.evaluation.shared.seg_datasets import open_scenes
 from ssl_locat.models.backbone import create_backbone
 
 
@@ -76,19 +77,19 @@ def test_learns_coloured_squares(tmp_path, head):
 
 
 @pytest.mark.parametrize("paper_compat", [True, False])
-def test_padding_of_test_images_is_cut_or_stretched(paper_compat):
+def test_padding_of_test_images_is_cut_or_stretched(tmp_path, paper_compat):
     """An image of 24 x 40 in patches of 16: a grid of 2 x 3 = 32 x 48. Class 1 in its last column alone: pixels 32 to 48."""
-    image, mask = np.zeros((24, 40, 3), np.uint8), np.zeros((24, 40), np.int64)
-
-    class Scenes(list):
-        num_classes = 2
+    for name, pixels in (("images", np.zeros((24, 40, 3), np.uint8)), ("masks", np.zeros((24, 40), np.uint8))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "0.png")
+    scenes = open_scenes({"test": str(tmp_path), "num_classes": 2}, "test")
 
     def read(images):
         assert images.shape[2:] == (32, 48)
         return F.one_hot(torch.tensor([[0, 0, 1]] * 2), 2).permute(2, 0, 1)[None].float()
 
     confusion = seg.test_whole(
-        read, torch.nn.Identity(), Scenes([(image, mask)]), (40, 24), (0.0,) * 3, (1.0,) * 3, 16, 0, torch.device("cpu"),
+        read, torch.nn.Identity(), scenes, {}, (40, 24), (0.0,) * 3, (1.0,) * 3, 16, 0, torch.device("cpu"),
         paper_compat=paper_compat,
     )  # fmt: skip
     # bilinear: the classes part in the middle between the last two patches' centres, at 32 of 48 pixels
@@ -115,16 +116,3 @@ def test_stopped_and_continued_equals_unbroken(tmp_path, monkeypatch):
         seg.evaluate(backbone, **settings, resume_file=file)
     monkeypatch.setattr(seg, "save_progress", save)
     assert seg.evaluate(backbone, **settings, resume_file=file) == unbroken
-
-
-def test_an_epochs_order_is_made_when_it_begins(tmp_path, monkeypatch):
-    asked, at_first_save = [], []
-    original = samples.epoch_keys
-    monkeypatch.setattr(samples, "epoch_keys", lambda *args: asked.append(args[2]) or original(*args))
-    monkeypatch.setattr(seg, "save_progress", lambda *_: at_first_save.append(len(asked)))
-    monkeypatch.setattr(seg, "SAVE_EVERY", 2)
-    torch.manual_seed(0)
-    backbone = create_backbone("locatvit_tiny", img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
-    data = write_split(tmp_path, num_train=8, num_test=3) | {"num_classes": 5}
-    seg.evaluate(backbone, data=data, hidden=16, image_size=32, scale=(64, 32), batch_size=4, iterations=6, workers=0)
-    assert at_first_save[:2] == [1, 2] and asked == [0, 1, 2]

@@ -6,7 +6,6 @@ from timm.layers import DropPath
 
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.protocols import supervised
-from ssl_locat.evaluation.shared import samples
 from ssl_locat.models.backbone import create_backbone
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -78,15 +77,6 @@ def test_stopped_and_continued_equals_unbroken(data, tmp_path, monkeypatch):
     supervised.evaluate(make(), **settings, resume_file=str(tmp_path / "b.safetensors"))
     unbroken_state, state = (load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
     assert all(torch.equal(unbroken_state[name], state[name]) for name in unbroken_state)
-
-
-def test_an_epochs_order_is_made_when_it_begins(data, monkeypatch):
-    asked, at_first_save = [], []
-    original = samples.epoch_keys
-    monkeypatch.setattr(samples, "epoch_keys", lambda *args: asked.append(args[2]) or original(*args))
-    monkeypatch.setattr(supervised, "save_progress", lambda *_: at_first_save.append(len(asked)))
-    supervised.evaluate(make(), data=data, epochs=3, batch_size=16, **QUICK)
-    assert at_first_save[:2] == [1, 2] and asked == [0, 1, 2]
 
 
 CLASSIFIER = "timm:locatvit_tiny?num_classes=4&img_size=32&patch_size=8&embed_dim=48&depth=1&num_heads=3"

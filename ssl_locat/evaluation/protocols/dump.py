@@ -13,15 +13,16 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.shards.tar import RawSample
+from ssl_locat.data.stream.ordered import read_in_order
+from ssl_locat.data.stream.workers import choose_workers
 from ssl_locat.errors import ConfigError, CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.shared.features import check_image_size, default_resize
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
 from ssl_locat.evaluation.shared.options import Count, Flag, Probability, Shards, Text, Whole
-from ssl_locat.evaluation.shared.samples import NO_LABEL, Members, load_in_order, share
+from ssl_locat.evaluation.shared.samples import NO_LABEL, StackReadable, open_spec, share
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
 from ssl_locat.runs.distributed import all_reduce_sum_, barrier, is_main, rank, world_size
 from ssl_locat.runs.folder import save_tensors
@@ -33,37 +34,22 @@ log = logging.getLogger(__name__)
 FORMATS = ("safetensors", "npy", "parquet")
 
 
-class _Images(Dataset):
-    """(tensor, key, label or -1, '' or what is wrong) of each sample. A corrupt image is an error that names it, or black where some may be left out."""
+class _Image:
+    """(tensor, key, label or -1) of a sample."""
 
-    def __init__(
-        self, members: Members, view, image_key: str | None, label_key: str | None, channels: int, leave_out: bool = False
-    ):
-        self.members, self.view, self.image_key, self.label_key = members, view, image_key, label_key
-        self.channels, self.leave_out = channels, leave_out
+    def __init__(self, view, image_key: str | None, label_key: str | None, channels: int):
+        self.view, self.image_key, self.label_key, self.channels = view, image_key, label_key, channels
 
-    def fetch(self, indices: list[int]) -> list[tuple[Tensor, str, int, str]]:
-        if not self.leave_out:
-            return [self._one(sample) for sample in self.members.fetch(indices)]
-        found = []
-        for index in indices:
-            try:
-                found.append(self._one(self.members[index]))
-            except DataError as error:
-                found.append((self.view(np.zeros((64, 64, self.channels), np.uint8), 0), "", NO_LABEL, str(error)))
-        return found
-
-    def _one(self, sample: RawSample) -> tuple[Tensor, str, int, str]:
+    def __call__(self, raw: RawSample, index: int) -> tuple[Tensor, str, int]:
+        image = self.view(decode_image(find_image(raw.members, self.image_key), channels=self.channels), 0)
         try:
-            image = self.view(decode_image(find_image(sample.members, self.image_key), channels=self.channels), 0)
-        except CorruptSample as error:
-            option = "" if self.leave_out else " To leave out up to one image in a hundred: max_bad=0.01."
-            raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.{option}") from None
-        try:
-            label = find_label(sample.members, self.label_key)
+            label = find_label(raw.members, self.label_key)
         except CorruptSample:
             label = NO_LABEL
-        return image, sample.key, label, ""
+        return image, raw.key, label
+
+    def blank(self) -> tuple[Tensor, str, int]:
+        return self.view(np.zeros((64, 64, self.channels), np.uint8), 0), "", NO_LABEL
 
 
 def check_out(out: str) -> Path:
@@ -92,7 +78,7 @@ def dump(
     image_key: Text | None = None,
     label_key: Text | None = None,
     batch_size: Count = 64,
-    workers: Whole = 4,
+    workers: Whole | None = None,
     max_bad: Probability = 0.0,
 ) -> None:
     """Write `class` [n, C], `patches` [n, N, D] (float16), `key` and `label` of every image of a DATA spec into the folder `out`.
@@ -109,12 +95,12 @@ def dump(
     size = check_image_size(backbone, image_size)
     mean, std = normalisation(backbone)
     view = partial(centre_view, size=size, resize=resize_size or default_resize(size), mean=mean, std=std)
-    members = Members(data)
+    dataset = open_spec(data)
     barrier()  # every process has looked before one writes
     folder.mkdir(parents=True, exist_ok=True)
     device = next(backbone.eval().parameters()).device
-    indices, valid = share(len(members), rank(), world_size())
-    indices = [index for index, counts in zip(indices, valid, strict=True) if counts]
+    indices, valid = share(len(dataset), rank(), world_size())
+    indices, prepare = indices[valid], _Image(view, image_key, label_key, len(mean))
     table: dict[str, list] = {"class": [], "patches": [], "key": [], "label": []}
     left_out: list[str] = []
     number, width, grid = 0, 0, (0, 0)
@@ -128,20 +114,21 @@ def dump(
             for column in table.values():
                 column.clear()
 
-    keys = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    with progress("features", total=len(members), unit="images") as bar:
-        for batch in load_in_order(_Images(members, view, image_key, label_key, len(mean), max_bad > 0), keys, workers):
-            images, names, labels, wrong = batch
-            left_out += filter(None, wrong)
-            if len(left_out) > max_bad * len(members):
+    options = {"batch_size": batch_size, "workers": choose_workers(workers)}
+    with progress("features", total=len(dataset), unit="images") as bar:
+        for (images, names, labels), damaged in read_in_order(dataset, indices, prepare, StackReadable(prepare), **options):
+            if damaged and not max_bad:
+                raise DataError(f"{damaged[0]} To leave out up to one image in a hundred: max_bad=0.01.")
+            left_out += map(str, damaged)
+            if len(left_out) > max_bad * len(dataset):
                 raise DataError(
-                    f"{len(left_out)} of {len(members)} images cannot be read, more than max_bad = {max_bad:g} allows. The first: {left_out[0]} "
+                    f"{len(left_out)} of {len(dataset)} images cannot be read, more than max_bad = {max_bad:g} allows. The first: {left_out[0]} "
                     f"Replace or remove them, or allow more. What was written to {folder} is of no use."
                 )
             bar.update(len(names) * world_size())
             if not all(names):
                 kept = [place for place, name in enumerate(names) if name]
-                images, names, labels = images[kept], [names[place] for place in kept], [labels[place] for place in kept]
+                images, names, labels = images[kept], [names[place] for place in kept], labels[kept]
             if not names:
                 continue
             raw = forward_tokens(backbone, images.to(device))
@@ -149,7 +136,7 @@ def dump(
             table["class"].append(class_token(backbone, refined).float().cpu())
             table["patches"].append((refined if norm else raw).patches.half().cpu() if patches else torch.empty(0))
             table["key"] += names
-            table["label"] += labels
+            table["label"] += labels.tolist()
             width, grid = raw.patches.shape[2], tuple(raw.grid)
             if len(table["key"]) >= rows:
                 flush()
@@ -161,7 +148,7 @@ def dump(
     total = int(all_reduce_sum_(torch.tensor(len(left_out), device=device)))
     if is_main():
         about = {
-            "images": len(members) - total,
+            "images": len(dataset) - total,
             "left_out": total,
             "image_size": size,
             "grid": grid,

@@ -127,7 +127,7 @@ def evaluate(
     paper_compat: Flag = False,
     augment: Flag = False,
     batch_size: Count = 32,
-    workers: Whole = 4,
+    workers: Whole | None = None,
     seed: Whole = 0,
 ) -> dict[str, float]:
     """miou, mean_accuracy, pixel_accuracy and miou_hungarian (what the reference reports), in percent.

@@ -4,6 +4,7 @@ ssl-locat evaluate knn MODEL data.train=... data.test=...
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from ssl_locat.evaluation.shared.features import (
     check_classes,
     check_image_size,
     extract,
-    label_subset,
     labelled_images,
     split,
 )
@@ -113,53 +113,75 @@ def evaluate(
     resize_size: Count | None = None,
     train_fraction: Share = 1.0,
     folds: Folds | None = None,
+    precision: Literal["bf16", "fp32"] | None = None,
     batch_size: Count = 256,
-    workers: Whole = 4,
+    workers: Whole | None = None,
     seed: Whole = 0,
 ) -> dict[str, float]:
     """top1_kK and top5_kK in percent for each k: the test images classified by their neighbours among the training images.
 
     Args:
-        data: train, test (labelled; DATA specs), optionally num_classes, image_key, label_key. With `folds`, only train.
+        data: train, test (labelled; DATA specs), optionally train_images and test_images (how many of them, chosen by their keys),
+            num_classes, image_key, label_key, max_bad, cache. With `folds`, only train.
         k: neighbours that vote. temperature: of the vote's weights exp(cosine / T); with several, names end in _tT.
         image_size: pixels; None: the backbone's own. resize_size: shorter side before the centre crop; None: DINO's 256 / 224.
-        train_fraction: share of each class that keeps its labels (0.01, 0.1: few-shot).
+        train_fraction: share of each class that keeps its labels (0.01, 0.1: few-shot); the rest is not read.
         folds: cross-validation within data.train instead of a test set; the mean over folds.
+        precision: of the features: bf16, or fp32 (TF32 on a GPU); None: bf16 on a GPU, fp32 on a CPU.
+        workers: loader processes of each rank; None: chosen from the cores.
     """
     ks, temperatures = _listed(k), _listed(temperature)
     image_size = check_image_size(backbone, image_size)
     device = next(backbone.parameters()).device
 
     settings = {"image_size": image_size, "resize_size": resize_size, "batch_size": batch_size, "workers": workers}
-    train = labelled_images(backbone, split(data, "train"), data, **settings)
     if folds:
-        return _cross_validate(extract(backbone, train), folds, ks, temperatures, seed, device)
-    test = labelled_images(backbone, split(data, "test"), data, **settings)
-    same_classes(train.samples.members, test.samples.members)
-    bank, queries = extract(backbone, train), extract(backbone, test)
+        train = labelled_images(backbone, data, "train", **settings)
+        return _cross_validate(extract(backbone, train, precision=precision), folds, ks, temperatures, seed, device)
+    split(data, "test")
+    train = labelled_images(backbone, data, "train", **settings, train_fraction=train_fraction, seed=seed)
+    test = labelled_images(backbone, data, "test", **settings)
+    same_classes(train.dataset, test.dataset)
+    bank, queries = (extract(backbone, images, precision=precision) for images in (train, test))
     num_classes = check_classes(bank.labels, queries.labels, data.get("num_classes"))
-    if train_fraction < 1:
-        kept = label_subset(bank.labels, train_fraction, seed)
-        bank = Features(bank.values[kept], bank.labels[kept])
-    return score(bank, queries, ks, temperatures, num_classes, device)
+    return score(bank, queries, ks, temperatures, num_classes, device) | _counts(bank, queries)
 
 
-def raw_pixel_knn(*, data: dict, k: int | Sequence[int] = 20, channels: int = 3) -> dict[str, float]:
-    """The same vote on pixels: images resized to 32 x 32, standardised per channel, flattened. What learned features must beat."""
+def raw_pixel_knn(
+    *, data: dict, k: int | Sequence[int] = 20, channels: int = 3, workers: int | None = None, most_images: int | None = None
+) -> dict[str, float]:
+    """The same vote on pixels: images resized to 32 x 32, standardised per channel, flattened. What learned features must beat.
+
+    most_images: of each set, chosen by their keys. 10,000 and 10,000 take 0.25 GB as they are read and 0.4 GB at most.
+    """
     pixels = _Pixels(channels)
-    tables = [
+    data = data | {f"{name}_images": _least(data.get(f"{name}_images"), most_images) for name in ("train", "test")}
+    settings = {"image_size": 32, "resize_size": 32, "batch_size": 512, "workers": workers}
+    bank, queries = (
         extract(
             pixels,
-            labelled_images(pixels, split(data, name), data, image_size=32, resize_size=32, batch_size=512, workers=0),
-            read=lambda model, images: images.flatten(1),
+            labelled_images(pixels, data, name, **settings),
+            read=lambda _, images: images.flatten(1),
+            precision="fp32",
             what="pixels",
         )
         for name in ("train", "test")
-    ]
-    colours = tables[0].values.unflatten(1, (channels, -1))
+    )
+    colours = bank.values.unflatten(1, (channels, -1))
     mean, std = colours.mean((0, 2))[:, None], colours.std((0, 2))[:, None]
-    bank, queries = (Features(((t.values.unflatten(1, (channels, -1)) - mean) / std).flatten(1), t.labels) for t in tables)
-    return score(bank, queries, _listed(k), [0.07], check_classes(bank.labels, queries.labels, data.get("num_classes")))
+    for table in (bank, queries):  # in place: these tables are the memory that is needed
+        table.values.unflatten(1, (channels, -1)).sub_(mean).div_(std)
+    num_classes = check_classes(bank.labels, queries.labels, data.get("num_classes"))
+    return score(bank, queries, _listed(k), [0.07], num_classes) | _counts(bank, queries)
+
+
+def _counts(bank: Features, queries: Features) -> dict[str, int]:
+    """What a score was measured on: it is stated beside the number."""
+    return {"train_images": len(bank.labels), "test_images": len(queries.labels)}
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 class _Pixels(nn.Module):

@@ -6,24 +6,28 @@
 Features are what the head saw: each block that is read goes through final norm and PRR, then gives its class token.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_locat.data.shards.selections import Chosen
+from ssl_locat.data.stream.plan import Plan
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.shared.features import (
     Features,
-    check_classes,
     check_depth,
     check_image_size,
     default_resize,
     extract,
-    label_subset,
+    labelled_for_training,
+    reading,
     split,
 )
 from ssl_locat.evaluation.shared.heads import average_gradients, load_progress, purpose_of, save_progress
@@ -42,19 +46,15 @@ from ssl_locat.evaluation.shared.options import (
     Text,
     Whole,
 )
-from ssl_locat.evaluation.shared.samples import (
-    LabelledSamples,
-    Members,
-    Pass,
-    load_in_order,
-    read_labels,
-    same_classes,
-    training_keys,
-)
+from ssl_locat.evaluation.shared.samples import LabelledImage, Pass, open_split, same_classes
+from ssl_locat.evaluation.shared.stopping import asked_to_stop, stopped
+from ssl_locat.evaluation.shared.training_data import MAX_BAD, plan_for, training_batches
 from ssl_locat.models.tokens import class_token, last_blocks, refine
-from ssl_locat.runs.distributed import world_size
+from ssl_locat.runs.distributed import rank, world_size
 from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
+
+SAVE_EVERY = 1000  # steps, and at the end of every epoch
 
 
 class Setting(NamedTuple):
@@ -104,7 +104,7 @@ def annealed(done: float, steps: float, peak: float) -> float:
 
 def train_heads(
     heads: nn.ModuleList, settings: Sequence[Setting], layout: Layout, batches: Iterator[tuple[Tensor, Tensor]], *,
-    batch_size: int, steps: int, steps_per_epoch: int, epoch_decay: bool, resume_file: str | None, purpose: dict, first: int = 0,
+    batch_size: int, steps: int, steps_per_epoch: int, epoch_decay: bool, save: Callable[[int], None], first: int = 0,
     optimizer: torch.optim.Optimizer,
 ) -> None:  # fmt: skip
     """SGD on all classifiers at once; `batches` gives (features [b, F], labels [b]) of this process from step `first` on.
@@ -112,7 +112,7 @@ def train_heads(
     Learning rates follow a cosine to 0 over `steps`: once an epoch (DINO) with `epoch_decay`, else at every step.
     """
     with progress("linear", total=steps, unit="steps", start=first) as bar:
-        for step, (features, labels) in enumerate(batches, start=first):
+        for step, (features, labels) in zip(range(first, steps), batches, strict=False):
             done = step // steps_per_epoch * steps_per_epoch if epoch_decay else step
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group["lr"] = annealed(done, steps, setting.lr * batch_size / 256)
@@ -125,8 +125,11 @@ def train_heads(
             average_gradients(heads)
             optimizer.step()
             bar.update()
-            if (step + 1) % steps_per_epoch == 0:
-                save_progress(resume_file, step + 1, heads, optimizer, purpose)
+            stop = asked_to_stop()
+            if stop or (step + 1) % steps_per_epoch == 0 or (step + 1) % SAVE_EVERY == 0:
+                save(step + 1)
+            if stop:
+                raise stopped(f"linear, step {step + 1} of {steps}")
 
 
 @torch.no_grad()
@@ -143,12 +146,25 @@ def accuracies(
     return [{"top1": 100 * one.item() / len(table.labels), "top5": 100 * five.item() / len(table.labels)} for one, five in hits]
 
 
+def batches_of_rows(total: int, batch_size: int, first: int, seed: int) -> Iterator[Tensor]:
+    """int64 [b]: rows of a table for steps `first`, ..., this process's part of each; a new order every epoch, the incomplete batch left out.
+
+    The order depends on neither the number of processes nor where it begins.
+    """
+    per_epoch, mine = total // batch_size, batch_size // world_size()
+    for epoch in itertools.count(first // per_epoch):
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(mix64(seed, epoch) >> 1))
+        for step in range(max(first - epoch * per_epoch, 0), per_epoch):
+            start = step * batch_size + rank() * mine
+            yield order[start : start + mine]
+
+
 class Task:
     """The data of a linear protocol on one backbone: which images train, which choose, which test, and their features."""
 
     def __init__(
         self, backbone: nn.Module, data: dict, *, blocks: int, image_size: int | None, resize_size: int | None, train_fraction: float,
-        held_out: float, augment: bool, batch_size: int, workers: int, seed: int,
+        held_out: float, augment: bool, batch_size: int, workers: int | None, seed: int, precision: str | None,
     ):  # fmt: skip
         size = check_image_size(backbone, image_size)
         check_depth(backbone, "blocks", blocks)
@@ -157,23 +173,24 @@ class Task:
                 f"batch_size is {batch_size}, over all processes; it must be a multiple of their number, {world_size()}."
             )
         self.backbone, self.blocks, self.augment, self.seed = backbone.eval(), blocks, augment, seed
-        self.batch_size, self.workers = batch_size, workers
+        self.data, self.workers, self.precision = data, workers, precision
         self.device = next(backbone.parameters()).device
         mean, std = normalisation(backbone)
-        keys = data.get("image_key"), data.get("label_key")
-        members, test = Members(split(data, "train")), Members(split(data, "test"))
-        same_classes(members, test)
+        for name in ("train", "test"):
+            split(data, name)
+        train, self.test = open_split(data, "train"), open_split(data, "test")
+        same_classes(train, self.test)
+        train, self.num_classes = labelled_for_training(train, self.test, data, train_fraction, seed, workers)
         centre = partial(centre_view, size=size, resize=resize_size or default_resize(size), mean=mean, std=std)
-        self.plain, self.test = (LabelledSamples(part, centre, *keys, len(mean)) for part in (members, test))
-        self.views = LabelledSamples(members, partial(training_view, size=size, mean=mean, std=std), *keys, len(mean))
-        labels, test_labels = (read_labels(part, keys[1], workers) for part in (members, test))
-        self.num_classes = check_classes(labels, test_labels, data.get("num_classes"))
-        chosen = label_subset(labels, train_fraction, seed)
-        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(mix64(seed, 1) >> 1))
-        cut = round(held_out * len(chosen))
-        self.validation, self.train = chosen[order[:cut]].sort().values, chosen[order[cut:]].sort().values
-        if not len(self.train):
-            raise ConfigError(f"{len(chosen)} training images are too few to hold out {held_out:.0%} of them.")
+        cropped = partial(training_view, size=size, mean=mean, std=std)
+        self.plain, self.views = (LabelledImage(view, data, len(mean), self.num_classes) for view in (centre, cropped))
+        cut = round(held_out * len(train))
+        if cut >= len(train):
+            raise ConfigError(f"{len(train)} training images are too few to hold out {held_out:.0%} of them.")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix64(seed, 1) >> 1))
+        self.train = train
+        if cut:
+            self.validation, self.train = (Chosen(train, part.sort().values.numpy()) for part in (order[:cut], order[cut:]))
         self.batch_size = min(batch_size, len(self.train) // world_size() * world_size())
         self.steps_per_epoch = len(self.train) // self.batch_size
         with torch.no_grad():
@@ -181,26 +198,37 @@ class Task:
             tokens = refine(backbone, tokens)
             self.layout = Layout(blocks, class_token(backbone, tokens).shape[1], tokens.patches.shape[2])
 
-    def features(self, samples: LabelledSamples, positions: Tensor | None = None) -> Features:
-        positions = torch.arange(len(samples.members)) if positions is None else positions
-        images = Pass(samples, positions, batch_size=self.batch_size, workers=self.workers)
-        return extract(self.backbone, images, read=partial(read_blocks, blocks=self.blocks))
+    def features(self, dataset) -> Features:
+        """Of centre crops. Among training images some may be damaged, unless data.max_bad says otherwise."""
+        max_bad = self.data.get("max_bad") if self.data.get("max_bad") is not None else 0.0 if dataset is self.test else MAX_BAD
+        images = Pass(dataset, self.plain, batch_size=self.batch_size, workers=self.workers, max_bad=max_bad)
+        return extract(self.backbone, images, partial(read_blocks, blocks=self.blocks), self.precision)
 
-    def batches(self, first: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and labels of steps first..steps-1, this process's share, a pure function of seed and step."""
-        keys = training_keys(len(self.train), self.batch_size, first, steps, self.seed)
+    @contextmanager
+    def batches(self, first: int, plan: Plan, progress_file: str | None) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """Endless features and labels from step `first` on, this process's share, a pure function of seed and step."""
         if not self.augment:
-            table = self.features(self.plain, self.train)
-            for batch in keys:
-                rows = torch.tensor([index for index, _ in batch])
-                yield table.values[rows].to(self.device), table.labels[rows].to(self.device)
+            yield self._kept(first)
             return
-        keys = ([(int(self.train[index]), seed) for index, seed in batch] for batch in keys)
-        for batch in load_in_order(self.views, keys, self.workers):
-            images, labels = batch
-            with torch.no_grad():
-                features = read_blocks(self.backbone, images.to(self.device), self.blocks).float()
-            yield features, torch.tensor(labels, device=self.device)
+        options = {
+            "first": first,
+            "batch_size": self.batch_size,
+            "device": self.device,
+            "workers": self.workers,
+            "data": self.data,
+        }
+        with training_batches(self.train, plan, self.views, **options, progress_file=progress_file) as batches:
+            yield (self._read(*batch) for batch in batches)
+
+    def _read(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with reading(self.device, self.precision):
+            return read_blocks(self.backbone, images, self.blocks).float(), labels
+
+    def _kept(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each image is read once; batches are rows of the features that are kept."""
+        table = self.features(self.train)
+        for rows in batches_of_rows(len(table.labels), self.batch_size, first, self.seed):
+            yield table.values[rows].to(self.device), table.labels[rows].to(self.device)
 
     def fit(
         self, settings: Sequence[Setting], epochs: int, *, epoch_decay: bool, resume_file: str | None, purpose: dict
@@ -210,16 +238,19 @@ class Task:
         groups = [{"params": list(head.parameters())} for head in heads]
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0)
         steps = epochs * self.steps_per_epoch
-        first = load_progress(resume_file, heads, optimizer, purpose)
-        train_heads(
-            heads, settings, self.layout, self.batches(first, steps), batch_size=self.batch_size, steps=steps, first=first,
-            steps_per_epoch=self.steps_per_epoch, epoch_decay=epoch_decay, resume_file=resume_file, purpose=purpose, optimizer=optimizer,
-        )  # fmt: skip
+        first, saved = load_progress(resume_file, heads, optimizer, purpose)
+        plan = plan_for(self.train, self.seed, self.batch_size, saved)
+        with self.batches(first, plan, resume_file) as batches:
+            train_heads(
+                heads, settings, self.layout, batches, batch_size=self.batch_size, steps=steps, first=first, optimizer=optimizer,
+                steps_per_epoch=self.steps_per_epoch, epoch_decay=epoch_decay,
+                save=lambda step: save_progress(resume_file, step, heads, optimizer, purpose, plan.to_dict()),
+            )  # fmt: skip
         return heads
 
 
 # arguments that both protocols hand to Task as they are
-TASK_KEYS = ("image_size", "resize_size", "train_fraction", "augment", "batch_size", "workers", "seed")
+TASK_KEYS = ("image_size", "resize_size", "train_fraction", "augment", "batch_size", "precision", "workers", "seed")
 
 
 def train_and_test(
@@ -244,7 +275,7 @@ def train_and_test(
     )
     best, best_top1 = 0, None
     if held_out:
-        validation = accuracies(heads, settings, task.layout, task.features(task.plain, task.validation), task.device)
+        validation = accuracies(heads, settings, task.layout, task.features(task.validation), task.device)
         best = max(range(len(settings)), key=lambda index: validation[index]["top1"])
         best_top1 = validation[best]["top1"]
     one = slice(best, best + 1)  # the test images are read once, after the choice
@@ -265,7 +296,8 @@ def evaluate(
     resize_size: Count | None = None,
     augment: Flag = True,
     train_fraction: Share = 1.0,
-    workers: Whole = 8,
+    precision: Literal["bf16", "fp32"] | None = None,
+    workers: Whole | None = None,
     seed: Whole = 0,
     resume_file: Text | None = None,
 ) -> dict[str, float]:
@@ -298,7 +330,8 @@ def sweep(
     resize_size: Count | None = None,
     augment: Flag = True,
     train_fraction: Share = 1.0,
-    workers: Whole = 8,
+    precision: Literal["bf16", "fp32"] | None = None,
+    workers: Whole | None = None,
     seed: Whole = 0,
     resume_file: Text | None = None,
 ) -> dict[str, float]:

@@ -106,7 +106,7 @@ def evaluate(
     image_size: Count | None = None,
     resize_size: Count | None = None,
     batch_size: Count = 64,
-    workers: Whole = 4,
+    workers: Whole | None = None,
     out: Text | None = "locality",
 ) -> dict[str, float]:
     """-> locality_layer1, ..., patch_cls_layer1, ..., and locality, patch_cls of the last layer; sigma_layer1, alpha_layer1, ... (means).

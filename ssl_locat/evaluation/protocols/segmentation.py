@@ -15,15 +15,17 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError, DataError, did_you_mean
-from ssl_locat.evaluation.shared.dense import IMAGENET, PreparedScenes, keep_aspect, last_patches
+from ssl_locat.evaluation.shared.dense import IMAGENET, PreparedScene, keep_aspect, last_patches, read_scenes
 from ssl_locat.evaluation.shared.features import check_colours, check_depth, check_image_size, stride
 from ssl_locat.evaluation.shared.heads import average_gradients, load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.shared.image_views import normalisation, to_tensor
 from ssl_locat.evaluation.shared.metrics import class_ious, confusion_matrix, segmentation_scores
 from ssl_locat.evaluation.shared.options import Count, Flag, FromEnd, NotNegative, Positive, SceneData, Text, Whole
-from ssl_locat.evaluation.shared.samples import load_in_order, share, training_keys
+from ssl_locat.evaluation.shared.samples import check_damage, share
 from ssl_locat.evaluation.shared.seg_augment import augment, pad
 from ssl_locat.evaluation.shared.seg_datasets import VOID, Scenes, open_scenes
+from ssl_locat.evaluation.shared.stopping import asked_to_stop, stopped
+from ssl_locat.evaluation.shared.training_data import plan_for, training_batches
 from ssl_locat.runs.distributed import SyncBatchNorm, all_reduce_sum_, rank, world_size
 from ssl_locat.runs.log import progress
 
@@ -92,7 +94,7 @@ def evaluate(
     block: FromEnd = -1,
     paper_compat: Flag = False,
     per_class: Flag = False,
-    workers: Whole = 8,
+    workers: Whole | None = None,
     seed: Whole = 0,
     resume_file: Text | None = None,
 ) -> dict[str, float]:
@@ -107,7 +109,7 @@ def evaluate(
         norm: read patches after final norm and PRR instead of the raw ones. block: counted from the end.
         paper_compat: the reference's GroupNorm, its loss averaged over void pixels, ImageNet's mean and std whatever the backbone's, and
             logits of a padded test image stretched over it.
-        resume_file: progress is kept there, and the same command resumes from it.
+        resume_file: progress is kept there, and the same command resumes from it (the commands give one by themselves).
     """
     purpose = purpose_of("segmentation", locals())
     check_image_size(backbone, image_size)
@@ -133,24 +135,33 @@ def evaluate(
         probe = make_head(head, width, hidden, train.num_classes, paper_compat=paper_compat)
     probe.to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
-    step = load_progress(resume_file, probe, optimizer, purpose)
-    batches = _training_batches(train, step, iterations, batch_size, image_size, tuple(scale), mean, std, workers, seed)
-    with progress("segmentation", total=iterations, unit="iterations", start=step) as bar:
-        for images, masks in batches:
+    step, saved = load_progress(resume_file, probe, optimizer, purpose)
+    plan = plan_for(train.dataset, seed, batch_size, saved)
+    prepare = PreparedScene(train, partial(_training_view, size=image_size, scale=tuple(scale), mean=mean, std=std))
+    options = {"first": step, "batch_size": batch_size, "device": device, "workers": workers, "data": data}
+    with (
+        training_batches(train.dataset, plan, prepare, **options, progress_file=resume_file) as batches,
+        progress("segmentation", total=iterations, unit="iterations", start=step) as bar,
+    ):
+        while step < iterations:
+            images, masks = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = one_cycle(step, iterations, lr)
             probe.train()
-            loss = segmentation_loss(probe(read(images.to(device))), masks.to(device), paper_compat=paper_compat)
+            loss = segmentation_loss(probe(read(images)), masks, paper_compat=paper_compat)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(probe)
             optimizer.step()
             step += 1
             bar.update()
-            if step % SAVE_EVERY == 0 or step == iterations:
-                save_progress(resume_file, step, probe, optimizer, purpose)
+            stop = asked_to_stop()
+            if stop or step % SAVE_EVERY == 0 or step == iterations:
+                save_progress(resume_file, step, probe, optimizer, purpose, plan.to_dict())
+            if stop:
+                raise stopped(f"segmentation, iteration {step} of {iterations}")
     confusion = test_whole(
-        read, probe, test, tuple(scale), mean, std, stride(backbone), workers, device, paper_compat=paper_compat
+        read, probe, test, data, tuple(scale), mean, std, stride(backbone), workers, device, paper_compat=paper_compat
     )
     scores = segmentation_scores(confusion)
     if per_class:
@@ -158,24 +169,14 @@ def evaluate(
     return scores
 
 
-def _training_batches(
-    scenes: Scenes, first: int, iterations: int, batch_size: int, size: int, scale, mean, std, workers: int, seed: int
-):
-    """(images, masks) of this process for iterations first..iterations-1; a pure function of the seed and the iteration."""
+def _training_view(image: np.ndarray, mask: np.ndarray, seed: int, *, size: int, scale, mean, std) -> tuple[Tensor, Tensor]:
     colour = np.round(255 * np.array(mean)).astype(np.uint8)  # zero after normalisation
+    image, mask = pad(*augment(image, mask, seed, crop=size, scale=scale), size, colour)
+    return to_tensor(image, mean, std), torch.from_numpy(mask)
 
-    def prepare(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-        image, mask = pad(*augment(image, mask, seed, crop=size, scale=scale), size, colour)
-        return to_tensor(image, mean, std), torch.from_numpy(mask)
 
-    if len(scenes) < batch_size:  # a small set fills a batch by repeating itself, with other crops
-        repeats = -(-batch_size // len(scenes))
-    else:
-        repeats = 1
-    batches = training_keys(len(scenes) * repeats, batch_size, first, iterations, seed)
-    keys = ([(index % len(scenes), key) for index, key in batch] for batch in batches)
-    for images, masks, _ in load_in_order(PreparedScenes(scenes, prepare), keys, workers):
-        yield images, masks
+def _test_view(image: np.ndarray, mask: np.ndarray, seed: int, *, scale, mean, std) -> tuple[Tensor, Tensor]:
+    return to_tensor(keep_aspect(image, *scale), mean, std), torch.from_numpy(mask)
 
 
 @torch.no_grad()
@@ -183,11 +184,12 @@ def test_whole(
     read,
     probe: nn.Module,
     scenes: Scenes,
+    data: dict,
     scale,
     mean,
     std,
     multiple: int,
-    workers: int,
+    workers: int | None,
     device: torch.device,
     *,
     paper_compat: bool,
@@ -197,16 +199,15 @@ def test_whole(
     `paper_compat`: the padded grid's logits are stretched over the image, as in the reference, where timm pads inside the patch embedding
     and mmseg does not know: up to a patch out of place at the right and the bottom. Else the padding is cut off.
     """
-
-    def prepare(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-        return to_tensor(keep_aspect(image, *scale), mean, std), torch.from_numpy(mask)
-
+    prepare = PreparedScene(scenes, partial(_test_view, scale=scale, mean=mean, std=std))
     probe.eval()
     indices, valid = share(len(scenes), rank(), world_size())
-    keys = [[(index, 0)] for index, counts in zip(indices, valid, strict=True) if counts]
+    lost = 0
     confusion = torch.zeros(scenes.num_classes, scenes.num_classes, dtype=torch.int64)
     with progress("testing", total=len(scenes), unit="images") as bar:
-        for (image,), (mask,), _ in load_in_order(PreparedScenes(scenes, prepare), keys, workers):
+        # one by one: images have sizes of their own
+        for ((image,), (mask,)), damaged in read_scenes(scenes, indices[valid], prepare, data, batch_size=1, workers=workers):
+            lost += len(damaged)
             height, width = image.shape[1:]
             bottom, right = -height % multiple, -width % multiple
             maps = probe(read(F.pad(image[None].to(device), (0, right, 0, bottom))))
@@ -216,6 +217,7 @@ def test_whole(
             predicted = resize(logits, size=mask.shape).argmax(1)[0].cpu()
             confusion += confusion_matrix(predicted, mask, scenes.num_classes)
             bar.update(world_size())
+    check_damage(int(all_reduce_sum_(torch.tensor(lost))), len(scenes), data.get("max_bad") or 0.0)
     confusion = all_reduce_sum_(confusion.to(device)).cpu()
     if not confusion.sum():
         raise DataError("data.test holds no labelled pixel: every mask is void. Are num_classes and ignore_index right?")

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError
-from ssl_locat.evaluation.shared.features import check_classes, check_colours, check_image_size, label_subset, split
+from ssl_locat.evaluation.shared.features import check_colours, check_image_size, labelled_for_training, split
 from ssl_locat.evaluation.shared.heads import load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
 from ssl_locat.evaluation.shared.metrics import top_hits
@@ -40,15 +41,9 @@ from ssl_locat.evaluation.shared.options import (
     Text,
     Whole,
 )
-from ssl_locat.evaluation.shared.samples import (
-    LabelledSamples,
-    Members,
-    Pass,
-    load_in_order,
-    read_labels,
-    same_classes,
-    training_keys,
-)
+from ssl_locat.evaluation.shared.samples import LabelledImage, Pass, check_damage, open_split, same_classes
+from ssl_locat.evaluation.shared.stopping import asked_to_stop, stopped
+from ssl_locat.evaluation.shared.training_data import plan_for, training_batches
 from ssl_locat.models.backbone import load_backbone
 from ssl_locat.runs.distributed import all_reduce_sum_, is_main, rank, world_size
 from ssl_locat.runs.folder import save_tensors
@@ -56,6 +51,7 @@ from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
 
 DROP_PATH = {192: 0.1, 384: 0.2, 768: 0.4, 1024: 0.4, 96: 0.1, 128: 0.4}  # by width: ViT tiny to large; Swin tiny, base
+SAVE_EVERY = 1000  # steps, and at the end of every epoch
 LOW = 1e-7  # lr at both ends of the schedule
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -171,7 +167,7 @@ def evaluate(
     image_size: Count | None = None,
     train_fraction: Share = 1.0,
     precision: Literal["fp32", "bf16", "fp16"] = "fp16",
-    workers: Whole = 8,
+    workers: Whole | None = None,
     seed: Whole = 42,
     resume_file: Text | None = None,
     weights_file: Text | None = None,
@@ -188,7 +184,8 @@ def evaluate(
         crop_scale: of the training crop's area. crop_fraction: of a test image's side that the centre crop keeps (timm: size 224 of 248).
         distill: {model: MODEL with a classifier, weight: 1.0, temperature: 1.0}, weight 1: no labels at all; None: labels alone.
         precision: fp32, bf16 or fp16 (with loss scaling) autocast.
-        resume_file: progress is kept there after every epoch, and the same command resumes from it.
+        resume_file: progress is kept there after every epoch and every 1000 steps, and the same command resumes from it (the commands
+            give one by themselves).
         weights_file: a .safetensors for the trained weights; as a MODEL it is judged by the other protocols.
     """
     purpose = purpose_of("supervised", locals())
@@ -202,23 +199,15 @@ def evaluate(
         )
     device = next(backbone.parameters()).device
     mean, std = normalisation(backbone)
-    augment = training_transform(size, mean, std, scale=crop_scale, auto_augment=auto_augment)
-
-    def train_view(image: np.ndarray, key: int) -> Tensor:
-        with seeded(key):
-            return augment(Image.fromarray(image))
-
-    def test_view(image: np.ndarray, key: int) -> Tensor:
-        return centre_view(image, key, size=size, resize=math.floor(size / crop_fraction), mean=mean, std=std)
-
-    keys = data.get("image_key"), data.get("label_key")
-    train, test = Members(split(data, "train")), Members(split(data, "test"))
+    train_view = partial(_training_view, training_transform(size, mean, std, scale=crop_scale, auto_augment=auto_augment))
+    test_view = partial(centre_view, size=size, resize=math.floor(size / crop_fraction), mean=mean, std=std)
+    for name in ("train", "test"):
+        split(data, name)
+    train, test = open_split(data, "train"), open_split(data, "test")
     same_classes(train, test)
-    labels, test_labels = (read_labels(part, keys[1], workers) for part in (train, test))
-    num_classes = check_classes(labels, test_labels, data.get("num_classes"))
-    chosen = label_subset(labels, train_fraction, seed).tolist()
-    batch_size = min(batch_size, len(chosen) // (2 * world_size()) * 2 * world_size())
-    per_epoch = len(chosen) // batch_size
+    train, num_classes = labelled_for_training(train, test, data, train_fraction, seed, workers)
+    batch_size = min(batch_size, len(train) // (2 * world_size()) * 2 * world_size())
+    per_epoch = len(train) // batch_size
     total, warmup = epochs * per_epoch, round(warmup_epochs * per_epoch)
 
     torch.manual_seed(seed)
@@ -237,22 +226,27 @@ def evaluate(
     erase = RandomErasing(random_erasing, mode="pixel", device=device) if random_erasing else None
     distillation = Distillation(backbone, num_classes, **distill) if distill else None
     peak = lr or 5e-4 * batch_size / 512
-    step = load_progress(resume_file, backbone, optimizer, purpose)
+    step, saved = load_progress(resume_file, backbone, optimizer, purpose, scaler)
+    plan = plan_for(train, seed, batch_size, saved)
     network = nn.parallel.DistributedDataParallel(backbone) if world_size() > 1 else backbone
 
-    views = LabelledSamples(train, train_view, *keys)
-    order = (
-        [(chosen[index], key) for index, key in batch] for batch in training_keys(len(chosen), batch_size, step, total, seed)
-    )
+    def save() -> None:
+        save_progress(resume_file, step, backbone, optimizer, purpose, plan.to_dict(), scaler)
+
+    prepare = LabelledImage(train_view, data, num_classes=num_classes)
+    options = {"first": step, "batch_size": batch_size, "device": device, "workers": workers, "data": data}
     network.train()
-    with progress("supervised", total=total, unit="steps", start=step) as bar:
-        for images, labels in load_in_order(views, order, workers):
+    with (
+        training_batches(train, plan, prepare, **options, progress_file=resume_file) as batches,
+        progress("supervised", total=total, unit="steps", start=step) as bar,
+    ):
+        while step < total:
+            images, targets = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = triangle(step, total, warmup, peak) * group.get("lr_scale", 1.0)
             torch.manual_seed(mix64(seed, step, rank()) >> 1)  # drop path, noise of erasing
             np.random.seed(mix64(seed, step, rank()) % 2**32)  # mixing
             random.seed(mix64(seed, step, rank()))  # erasing
-            images, targets = images.to(device), torch.tensor(labels, device=device)
             if mix:
                 images, targets = mix(images, targets)
             if erase:
@@ -272,25 +266,36 @@ def evaluate(
             scaler.update()
             step += 1
             bar.update(**({"loss": loss.item()} if step % 50 == 0 else {}))  # .item() waits for the device
-            if step % per_epoch == 0:
-                save_progress(resume_file, step, backbone, optimizer, purpose)
+            stop = asked_to_stop()
+            if stop or step % per_epoch == 0 or step % SAVE_EVERY == 0:
+                save()
+            if stop:
+                raise stopped(f"supervised training, step {step} of {total}")
     if weights_file and is_main():
         save_tensors({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, weights_file)
-    return test_accuracy(backbone, LabelledSamples(test, test_view, *keys), batch_size // world_size(), workers, device)
+    images = Pass(
+        test, LabelledImage(test_view, data, num_classes=num_classes), batch_size=batch_size // world_size(), workers=workers,
+        max_bad=data.get("max_bad") or 0.0,
+    )  # fmt: skip
+    return test_accuracy(backbone, images, device)
+
+
+def _training_view(augment: Callable[[Image.Image], Tensor], image: np.ndarray, seed: int) -> Tensor:
+    """timm's augmentation, a function of the seed."""
+    with seeded(seed):
+        return augment(Image.fromarray(image))
 
 
 @torch.no_grad()
-def test_accuracy(
-    classifier: nn.Module, samples: LabelledSamples, batch_size: int, workers: int, device: torch.device
-) -> dict[str, float]:
+def test_accuracy(classifier: nn.Module, images: Pass, device: torch.device) -> dict[str, float]:
     """top1 and top5 in percent over all processes."""
     classifier.eval()
     counts = torch.zeros(3, device=device)
-    total = len(samples.members)
-    with progress("testing", total=total, unit="images") as bar:
-        for batch in Pass(samples, torch.arange(total), batch_size=batch_size, workers=workers):
+    with progress("testing", total=len(images), unit="images") as bar:
+        for batch in images:
             logits, labels, valid = classifier(batch.images.to(device)).float(), batch.labels.to(device), batch.valid.to(device)
             counts += torch.stack([*(top_hits(logits, labels, k)[valid].sum() for k in (1, 5)), valid.sum()])
             bar.update(int(batch.valid.sum()) * world_size())
     one, five, seen = all_reduce_sum_(counts).tolist()
+    check_damage(len(images) - int(seen), len(images), images.max_bad)
     return {"top1": 100 * one / seen, "top5": 100 * five / seen}

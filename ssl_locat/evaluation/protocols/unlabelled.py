@@ -42,7 +42,7 @@ def evaluate(
     image_size: Count | None = None,
     resize_size: Count | None = None,
     batch_size: Count = 64,
-    workers: Whole = 4,
+    workers: Whole | None = None,
     seed: Whole = 0,
 ) -> dict[str, float]:
     """-> dse, dse_inter, dse_intra_1, dse_intra_8, dse_dim, norm_outliers (raw patches of the last block); rankme, alpha_req, alpha_req_r2,

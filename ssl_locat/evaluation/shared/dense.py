@@ -1,6 +1,7 @@
 """What dense protocols share: the patches they read, and finite passes over scenes, resized and normalised for a backbone."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -10,11 +11,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
+from ssl_locat.data.shards.tar import RawSample
+from ssl_locat.data.stream.ordered import read_in_order
+from ssl_locat.data.stream.workers import choose_workers
 from ssl_locat.evaluation.shared.image_views import random_box, to_tensor
-from ssl_locat.evaluation.shared.samples import load_in_order, share
+from ssl_locat.evaluation.shared.metrics import VOID
+from ssl_locat.evaluation.shared.samples import StackReadable, check_damage, refuse_damage, share
 from ssl_locat.evaluation.shared.seg_datasets import Scenes, open_scenes
+from ssl_locat.evaluation.shared.stopping import stop_if_asked
 from ssl_locat.models.tokens import Tokens, last_blocks, refine
-from ssl_locat.runs.distributed import rank, world_size
+from ssl_locat.runs.distributed import all_reduce_sum_, rank, world_size
 from ssl_locat.seeds import mix64
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -25,7 +31,7 @@ class DenseBatch(NamedTuple):
     images: Tensor  # [B, 3, H, W] float32, normalised
     masks: Tensor  # [B, H, W] int64, class ids or 255
     index: Tensor  # [B] position in the set
-    valid: Tensor  # [B] bool; False on the repeats that make all processes' shares equally long
+    valid: Tensor  # [B] bool; False on the repeats that make all processes' shares equally long, and on damaged pairs
 
 
 def last_patches(backbone: nn.Module, images: Tensor, *, norm: bool = False, block: int = -1) -> Tokens:
@@ -68,23 +74,33 @@ def random_view(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndar
     return np.asarray(picture), mask[top:bottom, left:right]
 
 
-class PreparedScenes(torch.utils.data.Dataset):
-    """Scenes after `prepare(image, mask, seed)`; indexed by (index, seed) so that a worker needs no state."""
+class PreparedScene:
+    """What a worker makes of a pair: the tensors of `prepare(image, mask, seed)`."""
 
     def __init__(self, scenes: Scenes, prepare: Callable[[np.ndarray, np.ndarray, int], tuple[Tensor, Tensor]]):
-        self.scenes, self.prepare = scenes, prepare
+        self.decode, self.prepare = scenes.decode, prepare
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-        index, seed = key
-        image, mask = self.prepare(*self.scenes[index], seed)
-        return image, mask, index
+    def __call__(self, raw: RawSample, seed: int) -> tuple[Tensor, Tensor]:
+        return self.prepare(*self.decode(raw), seed)
+
+    def blank(self) -> tuple[Tensor, Tensor]:
+        """Stands in for a damaged pair: void everywhere, which no score counts."""
+        return self.prepare(np.zeros((64, 64, 3), np.uint8), np.full((64, 64), VOID, np.int64), 0)
+
+
+def read_scenes(scenes: Scenes, indices: np.ndarray, prepare: PreparedScene, data: dict, *, batch_size: int, workers: int | None):
+    """((images, masks), indices of damaged pairs) of each batch of `indices`, in order. DataError for damage unless data.max_bad allows some."""
+    options = {"batch_size": batch_size, "workers": choose_workers(workers), "pin_memory": torch.cuda.is_initialized()}
+    for columns, damaged in read_in_order(scenes.dataset, indices, prepare, StackReadable(prepare), **options):
+        refuse_damage(damaged, data.get("max_bad") or 0.0)
+        yield columns, [item.index for item in damaged]
 
 
 class DenseImages:
     """A finite pass over a labelled set: this process's share, every image at one size. Iterates DenseBatch; len() is the whole set."""
 
-    def __init__(self, scenes: Scenes, prepare: Callable, *, batch_size: int, workers: int):
-        self.scenes, self.prepare = scenes, prepare
+    def __init__(self, scenes: Scenes, prepare: Callable, data: dict, *, batch_size: int, workers: int | None):
+        self.scenes, self.prepare, self.data = scenes, prepare, data
         self.batch_size, self.workers = batch_size, workers
         self.num_classes = scenes.num_classes
 
@@ -93,11 +109,15 @@ class DenseImages:
 
     def __iter__(self) -> Iterator[DenseBatch]:
         indices, valid = share(len(self.scenes), rank(), world_size())
-        dataset = PreparedScenes(self.scenes, self.prepare)
-        keys = [[(index, index) for index in indices[i : i + self.batch_size]] for i in range(0, len(indices), self.batch_size)]
-        for number, (images, masks, index) in enumerate(load_in_order(dataset, keys, self.workers)):
-            start = number * self.batch_size
-            yield DenseBatch(images, masks, torch.tensor(index), torch.tensor(valid[start : start + len(index)]))
+        prepare, start, lost = PreparedScene(self.scenes, self.prepare), 0, 0
+        options = {"batch_size": self.batch_size, "workers": self.workers}
+        for (images, masks), damaged in read_scenes(self.scenes, indices, prepare, self.data, **options):
+            end, lost = start + len(images), lost + len(damaged)
+            readable = valid[start:end] & ~np.isin(indices[start:end], damaged)
+            yield DenseBatch(images, masks, torch.from_numpy(indices[start:end]), torch.from_numpy(readable))
+            start = end
+            stop_if_asked("reading scenes")
+        check_damage(int(all_reduce_sum_(torch.tensor(lost))), len(self), self.data.get("max_bad") or 0.0)
 
 
 def dense_images(
@@ -108,7 +128,7 @@ def dense_images(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     batch_size: int,
-    workers: int,
+    workers: int | None,
     augment_seed: int | None = None,
     other_is_a_class: bool = False,
 ) -> DenseImages:
@@ -117,12 +137,13 @@ def dense_images(
     other_is_a_class: see open_scenes.
     """
 
-    def prepare(image: np.ndarray, mask: np.ndarray, index: int) -> tuple[Tensor, Tensor]:
-        if augment_seed is not None:
-            image, mask = random_view(image, mask, mix64(augment_seed, index))
-        image, mask = squash(image, mask, image_size)
-        return to_tensor(image, mean, std), torch.from_numpy(mask)
+    prepare = partial(_squashed, size=image_size, mean=mean, std=std, augment_seed=augment_seed)
+    scenes = open_scenes(data, name, other_is_a_class=other_is_a_class)
+    return DenseImages(scenes, prepare, data, batch_size=batch_size, workers=workers)
 
-    return DenseImages(
-        open_scenes(data, name, other_is_a_class=other_is_a_class), prepare, batch_size=batch_size, workers=workers
-    )
+
+def _squashed(image: np.ndarray, mask: np.ndarray, index: int, *, size: int, mean, std, augment_seed: int | None):
+    if augment_seed is not None:
+        image, mask = random_view(image, mask, mix64(augment_seed, index))
+    image, mask = squash(image, mask, size)
+    return to_tensor(image, mean, std), torch.from_numpy(mask)

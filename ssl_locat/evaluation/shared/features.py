@@ -4,23 +4,27 @@
 What is read is what the head saw in pretraining: final norm, PRR where attached, then the class token (models/tokens.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from ssl_locat.data.shards.selections import Chosen
 from ssl_locat.errors import ConfigError, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
 from ssl_locat.evaluation.shared.options import LabelledData
-from ssl_locat.evaluation.shared.samples import LabelledSamples, Members, Pass
+from ssl_locat.evaluation.shared.samples import NO_LABEL, LabelledImage, Pass, check_damage, open_split, read_labels, set_name
+from ssl_locat.evaluation.shared.stopping import stop_if_asked
+from ssl_locat.evaluation.shared.training_data import MAX_BAD
 from ssl_locat.models.tokens import features as class_features
 from ssl_locat.runs.distributed import all_gather_cat
 from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
 
-DATA_KEYS = tuple(LabelledData.__annotations__)
+DATA_KEYS = tuple(get_type_hints(LabelledData))
 
 
 class Features(NamedTuple):
@@ -96,37 +100,67 @@ def default_resize(image_size: int) -> int:
 
 def labelled_images(
     backbone: nn.Module,
-    source: str | list,
     data: dict,
+    name: str,
     *,
     image_size: int,
     resize_size: int | None,
     batch_size: int,
-    workers: int,
+    workers: int | None,
+    train_fraction: float = 1.0,
+    seed: int = 0,
 ) -> Pass:
-    """This process's share of a labelled set, resized and centre-cropped, normalised as the backbone was trained."""
+    """data.train or data.test (`name`), resized and centre-cropped, normalised as the backbone was trained; this process reads its share.
+
+    train_fraction: of each class's images that are read.
+    """
+    split(data, name)
     mean, std = normalisation(backbone)
     view = partial(centre_view, size=image_size, resize=resize_size or default_resize(image_size), mean=mean, std=std)
-    members = Members(source)
-    samples = LabelledSamples(members, view, data.get("image_key"), data.get("label_key"), len(mean), data.get("max_bad") or 0.0)
-    return Pass(samples, torch.arange(len(members)), batch_size=batch_size, workers=workers)
+    dataset = open_split(data, name)
+    positions = None
+    if train_fraction < 1:
+        positions = label_subset(read_labels(dataset, data, workers), train_fraction, seed)
+    prepare = LabelledImage(view, data, len(mean))
+    return Pass(dataset, prepare, positions, batch_size=batch_size, workers=workers, max_bad=data.get("max_bad") or 0.0)
+
+
+@contextmanager
+def reading(device: torch.device, precision: str | None) -> Iterator[None]:
+    """Around a frozen backbone's forward pass: no gradients; on a GPU bf16, or TF32 where fp32 is asked for; on a CPU fp32 unless bf16 is.
+
+    precision: bf16, fp32, or None for bf16 on a GPU.
+    """
+    before = torch.get_float32_matmul_precision()
+    half = precision == "bf16" or (precision is None and device.type == "cuda")
+    try:
+        torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
 def extract(
-    backbone: nn.Module, images: Pass, read: Callable[[nn.Module, Tensor], Tensor] = class_features, what: str = "features"
+    backbone: nn.Module,
+    images: Pass,
+    read: Callable[[nn.Module, Tensor], Tensor] = class_features,
+    precision: str | None = None,
+    what: str = "features",
 ) -> Features:
     """All features of a labelled set, in its order, the same on every process.
 
     `read(backbone, images [B, 3, H, W]) -> [B, D]`. The backbone is put into eval mode. Rows of damaged images are left out where
-    data.max_bad allows it. `what` it is called on the progress bar.
+    data.max_bad allows it. precision: of `reading`. `what` it is called on the progress bar.
     """
     backbone.eval()
     device = next(backbone.parameters()).device
-    values, labels = None, torch.full((len(images),), -1)
-    with progress(f"{what} of {images.samples.members.name}", total=len(images), unit="images") as bar:
+    values, labels = None, torch.full((len(images),), NO_LABEL)
+    with progress(f"{what} of {set_name(images.dataset)}", total=len(images), unit="images") as bar:
         for batch in images:
-            rows = read(backbone, batch.images.to(device, non_blocking=True)).float()
+            with reading(device, precision):
+                rows = read(backbone, batch.images.to(device, non_blocking=True)).float()
             # gathered batch by batch: one process never holds more than the table and a batch
             index = all_gather_cat(batch.index.to(device)).cpu()
             valid = all_gather_cat(batch.valid.to(device)).cpu()
@@ -135,17 +169,12 @@ def extract(
                 values = torch.zeros(len(images), rows.shape[1])
             values[index[valid]], labels[index[valid]] = rows[valid], truth[valid]
             bar.update(int(valid.sum()))
+            stop_if_asked("features")
     seen = labels >= 0
-    first = images.samples.reason(images.positions[int((~seen).nonzero()[0])]) if not seen.all() else ""
     if values is None or not seen.any():
-        raise DataError(f"none of the {len(images)} images can be used. The first: {first}")
-    left_out = int((~seen).sum())
-    if left_out > images.samples.max_bad * len(images):
-        raise DataError(
-            f"{left_out} of {len(images)} images could not be read, more than data.max_bad = {images.samples.max_bad:g} allows. The first: {first} "
-            "All their names are in the log. Replace or remove them, or allow more."
-        )
-    return Features(values[seen], labels[seen])
+        raise DataError(f"none of the {len(images)} images can be used. The first: {images.first_damage}")
+    check_damage(int((~seen).sum()), len(images), images.max_bad, images.first_damage)
+    return Features(values, labels) if seen.all() else Features(values[seen], labels[seen])
 
 
 def check_classes(train_labels: Tensor, test_labels: Tensor, num_classes: int | None = None) -> int:
@@ -153,7 +182,7 @@ def check_classes(train_labels: Tensor, test_labels: Tensor, num_classes: int | 
     highest = int(max(train_labels.max(), test_labels.max())) + 1
     if num_classes is not None and highest > num_classes:
         raise DataError(f"a label is {highest - 1}, but data.num_classes is {num_classes}: labels must be 0..{num_classes - 1}.")
-    unknown = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
+    unknown = sorted(set(test_labels.tolist()) - set(train_labels.tolist()) - {NO_LABEL})
     if unknown:
         shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
         raise DataError(
@@ -163,12 +192,27 @@ def check_classes(train_labels: Tensor, test_labels: Tensor, num_classes: int | 
     return num_classes or highest
 
 
+def labelled_for_training(train, test, data: dict, train_fraction: float, seed: int, workers: int | None):
+    """(the part of `train` to train on, number of classes).
+
+    Where the whole set is used and data.num_classes is given, no label need be known beforehand, and none is read: a pass over a large
+    set costs as much as an epoch's reading. Raises DataError for classes of `test` that `train` lacks.
+    """
+    if data.get("num_classes") and train_fraction == 1:
+        return train, data["num_classes"]
+    labels = read_labels(train, data | {"max_bad": MAX_BAD if data.get("max_bad") is None else data["max_bad"]}, workers)
+    num_classes = check_classes(labels, read_labels(test, data, workers), data.get("num_classes"))
+    if train_fraction == 1:
+        return train, num_classes
+    return Chosen(train, label_subset(labels, train_fraction, seed).numpy()), num_classes
+
+
 def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """int64 indices, ascending, of `fraction` of each class (at least one image each): the 1 % and 10 % of few-shot protocols."""
     if not 0 < fraction <= 1:
         raise ConfigError(f"train_fraction is {fraction}; expected a share of the labels in (0, 1], such as 0.01.")
     chosen = []
-    for label in labels.unique().tolist():
+    for label in labels[labels != NO_LABEL].unique().tolist():
         members = (labels == label).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(mix64(seed, label) >> 1)
         chosen.append(members[torch.randperm(len(members), generator=generator)[: max(1, round(fraction * len(members)))]])

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -12,6 +13,8 @@ from torch import nn
 
 from ssl_locat.errors import CheckpointError
 from ssl_locat.runs.distributed import all_reduce_sum_, barrier, is_main, world_size
+
+log = logging.getLogger(__name__)
 
 
 def average_gradients(module: nn.Module) -> None:
@@ -36,8 +39,21 @@ def purpose_of(protocol: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({"protocol": protocol, **named, "weights": weights.hexdigest()[:16]}, default=str))
 
 
+class Resumed(NamedTuple):
+    """Where a training goes on: steps done, and the plan of its samples (None for a fresh start)."""
+
+    step: int = 0
+    plan: dict | None = None
+
+
 def save_progress(
-    path: str | Path | None, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, purpose: dict[str, Any]
+    path: str | Path | None,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    purpose: dict[str, Any],
+    plan: dict | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Write (rank 0; None: nothing) beside and rename: a kill leaves the old file or the new one."""
     if path is None:
@@ -51,19 +67,28 @@ def save_progress(
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata={"step": str(step), "purpose": json.dumps(purpose)})
+        about = {"plan": plan, "scaler": scaler.state_dict() if scaler else None}
+        metadata = {"step": str(step), "purpose": json.dumps(purpose), "about": json.dumps(about)}
+        save_file(tensors, part, metadata=metadata)
         part.replace(path)
     barrier()
 
 
-def load_progress(path: str | Path | None, module: nn.Module, optimizer: torch.optim.Optimizer, purpose: dict[str, Any]) -> int:
-    """The step to resume from: 0 without a file. Raises CheckpointError for a file of other settings, data or weights."""
+def load_progress(
+    path: str | Path | None,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    purpose: dict[str, Any],
+    scaler: torch.amp.GradScaler | None = None,
+) -> Resumed:
+    """Where to go on from: step 0 without a file. Raises CheckpointError for a file of other settings, data or weights."""
     if path is None or not Path(path).exists():
-        return 0
+        return Resumed()
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             step, theirs = int(metadata["step"]), json.loads(metadata["purpose"])
+            about = json.loads(metadata.get("about", "{}"))  # a file of version 0.1 has none
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(f"{path}: not a progress file ({error}). Delete it, or give another resume_file.") from None
@@ -83,4 +108,7 @@ def load_progress(path: str | Path | None, module: nn.Module, optimizer: torch.o
             index, _, key = rest.partition(".")
             state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+    if scaler is not None and about.get("scaler"):
+        scaler.load_state_dict(about["scaler"])
+    log.info("resumes at step %d, from %s", step, path)
+    return Resumed(step, about.get("plan"))

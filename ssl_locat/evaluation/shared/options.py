@@ -42,29 +42,44 @@ Shards = Annotated[
 ]
 
 
-class LabelledData(TypedDict, total=False):
-    """`data` of the protocols on global features."""
+class _Cache(TypedDict):
+    folder: Text
+
+
+class PageCache(_Cache, total=False):
+    """`data.cache`: as in pretraining."""
+
+    max_gb: Positive
+
+
+class _Read(TypedDict, total=False):
+    """How any protocol's data is read."""
 
     train: Shards | None
     test: Shards | None
+    train_images: Count | None  # how many of train, chosen by their keys; None: all
+    test_images: Count | None
     num_classes: Count | None
     image_key: Text | None
-    label_key: Text | None
     max_bad: Probability | None
+    retry_minutes: Positive | None
+    cache: PageCache | None
 
 
-class SceneData(TypedDict, total=False):
+class LabelledData(_Read, total=False):
+    """`data` of the protocols on global features."""
+
+    label_key: Text | None
+
+
+class SceneData(_Read, total=False):
     """`data` of the dense protocols (seg_datasets.py)."""
 
-    train: Shards | None
-    test: Shards | None
     layout: Text | None
     train_split: Text | None
     test_split: Text | None
-    num_classes: Count | None
     ignore_index: Whole | None
     reduce_zero_label: Flag | None
-    image_key: Text | None
     mask_key: Text | None
 
 

@@ -7,13 +7,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ssl_locat.data.images.decode import decode_image, find_image
-from ssl_locat.errors import CorruptSample, DataError
+from ssl_locat.data.shards.tar import RawSample
+from ssl_locat.data.stream.ordered import read_in_order
+from ssl_locat.data.stream.workers import choose_workers
 from ssl_locat.evaluation.shared.features import check_image_size, default_resize, split
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
-from ssl_locat.evaluation.shared.samples import Members, load_in_order, share
+from ssl_locat.evaluation.shared.samples import StackReadable, open_split, refuse_damage, share
+from ssl_locat.evaluation.shared.stopping import stop_if_asked
 from ssl_locat.runs.distributed import rank, world_size
 
 
@@ -22,18 +24,17 @@ class Pictures(NamedTuple):
     valid: Tensor  # [B] bool; False on repeats, which make all processes' shares equally long
 
 
-class _Views(Dataset):
-    def __init__(self, members: Members, view, image_key: str | None, channels: int):
-        self.members, self.view, self.image_key, self.channels = members, view, image_key, channels
+class _View:
+    """The image alone, in a view."""
 
-    def fetch(self, indices: list[int]) -> list[Tensor]:
-        return [self._view(sample, index) for sample, index in zip(self.members.fetch(indices), indices, strict=True)]
+    def __init__(self, view, data: dict, channels: int):
+        self.view, self.image_key, self.channels = view, data.get("image_key"), channels
 
-    def _view(self, sample, index: int) -> Tensor:
-        try:
-            return self.view(decode_image(find_image(sample.members, self.image_key), channels=self.channels), index)
-        except CorruptSample as error:
-            raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
+    def __call__(self, raw: RawSample, index: int) -> tuple[Tensor]:
+        return (self.view(decode_image(find_image(raw.members, self.image_key), channels=self.channels), index),)
+
+    def blank(self) -> tuple[Tensor]:
+        return (self.view(np.zeros((64, 64, self.channels), np.uint8), 0),)
 
 
 def pictures(
@@ -44,7 +45,7 @@ def pictures(
     image_size: int | None,
     resize_size: int | None = None,
     batch_size: int = 64,
-    workers: int = 4,
+    workers: int | None = None,
     spread: bool = False,
     view: Callable[[np.ndarray, int], Tensor] | None = None,
 ) -> Iterator[Pictures]:
@@ -56,13 +57,18 @@ def pictures(
     size = check_image_size(backbone, image_size)
     mean, std = normalisation(backbone)
     view = view or partial(centre_view, size=size, resize=resize_size or default_resize(size), mean=mean, std=std)
-    members = Members(split(data, "test"))
-    count = min(len(members), limit or len(members))
+    split(data, "test")
+    dataset = open_split(data, "test")
+    count = min(len(dataset), limit or len(dataset))
     indices, valid = share(count, rank(), world_size())
     if spread:
-        indices = [index * len(members) // count for index in indices]
+        indices = indices * len(dataset) // count
+    prepare = _View(view, data, len(mean))
+    options = {"batch_size": batch_size, "workers": choose_workers(workers)}
     starts = range(0, len(indices), batch_size)
-    keys = [indices[start : start + batch_size] for start in starts]
-    samples = _Views(members, view, data.get("image_key"), len(mean))
-    for start, views in zip(starts, load_in_order(samples, keys, workers), strict=True):
-        yield Pictures(torch.stack(views), torch.tensor(valid[start : start + len(views)]))
+    for start, ((images,), damaged) in zip(
+        starts, read_in_order(dataset, indices, prepare, StackReadable(prepare), **options), strict=True
+    ):
+        refuse_damage(damaged, 0.0)
+        stop_if_asked("looking at images")
+        yield Pictures(images, torch.from_numpy(valid[start : start + len(images)]))

@@ -1,189 +1,138 @@
-"""Random access to the samples of a DATA spec, and reading them in a given order with worker processes.
+"""The samples of a `data` section: opened with its store, cache and limits, read in one ordered pass, each prepared in a worker.
 
-Pretraining reads an endless stream (data/stream.py) and features a single ordered pass (evaluation/features.py); probes that train over small
-labelled sets read in their own random order, for which this is enough.
+What trains on them reads the stream of pretraining instead (training_data.py).
 """
 
-import bisect
 import bz2
 import gzip
-import itertools
+import hashlib
+import json
 import logging
 import lzma
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.shards.index import is_compressed, open_dataset, open_mix
+from ssl_locat.data.shards.selections import Chosen, Joined, some
+from ssl_locat.data.shards.shard_index import default_cache_dir
 from ssl_locat.data.shards.tar import Damage, RawSample, parse, scan
+from ssl_locat.data.stores.cache import CachedStore
 from ssl_locat.data.stores.store import Store
-from ssl_locat.errors import CorruptSample, DataError, UserError
-from ssl_locat.runs.distributed import all_gather_cat, rank, world_size
+from ssl_locat.data.stream.ordered import Unread, read_in_order
+from ssl_locat.data.stream.workers import choose_workers
+from ssl_locat.errors import CorruptSample, DataBudgetExceeded, DataError
+from ssl_locat.evaluation.shared.stopping import stop_if_asked
+from ssl_locat.runs.distributed import all_gather_cat, broadcast_object, is_main, rank, world_size
 from ssl_locat.runs.log import progress
-from ssl_locat.seeds import mix64
+from ssl_locat.shown import redact
 
 log = logging.getLogger(__name__)
 
 NO_LABEL = -1
 
 
-def share(total: int, rank: int, world_size: int) -> tuple[list[int], list[bool]]:
-    """(indices, valid) of one process's contiguous part; all parts are ceil(total / world_size) long, repeats marked invalid."""
+def share(total: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices int64, valid bool) of one process's contiguous part; all are ceil(total / world_size) long, repeats marked invalid."""
     length = -(-total // world_size)
-    positions = range(rank * length, (rank + 1) * length)
-    return [min(position, total - 1) for position in positions], [position < total for position in positions]
-
-
-def epoch_keys(total: int, batch_size: int, epoch: int, seed: int, rank: int, world_size: int) -> Iterator[list[tuple[int, int]]]:
-    """One epoch as batches of (index, augmentation seed), this process's part of each. A last incomplete batch is left out.
-
-    The global batches do not depend on the number of processes, which must divide `batch_size`; a set smaller than a batch is one batch.
-    """
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(mix64(seed, epoch) >> 1)).tolist()
-    batch_size = min(batch_size, total // world_size * world_size)
-    per_process = batch_size // world_size
-    for start in range(0, total - batch_size + 1, batch_size):
-        mine = order[start + rank * per_process : start + (rank + 1) * per_process]
-        yield [(index, mix64(seed, epoch, index)) for index in mine]
-
-
-def training_keys(total: int, batch_size: int, first: int, steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """The batches of steps first..steps-1, epoch after epoch, this process's part of each.
-
-    One epoch's order is held at a time: the keys of 300 epochs of ImageNet would take 57 GB.
-    """
-    per_epoch = total // min(batch_size, total // world_size() * world_size())
-    for epoch in range(first // per_epoch, -(-steps // per_epoch)):
-        batches = epoch_keys(total, batch_size, epoch, seed, rank(), world_size())
-        before = epoch * per_epoch
-        yield from itertools.islice(batches, max(first - before, 0), steps - before)
-
-
-def load_in_order(dataset: Dataset, keys: Iterable[Sequence], workers: int) -> Iterator[list]:
-    """The items of each list of keys, in order; tuples come as a list of columns, tensors among them stacked.
-
-    An error in a worker arrives here as it was raised.
-
-    `dataset.fetch(keys)` is asked for a whole list where it exists, else `dataset[key]` for each.
-    """
-    loader = DataLoader(
-        _Guarded(dataset),
-        batch_sampler=keys,
-        num_workers=min(workers, os.cpu_count() or 1),  # more would only be slower, and torch warns
-        collate_fn=_columns,
-        multiprocessing_context="fork" if workers else None,
-        # shuffling is ours and each key brings its own seed: the caller's generator must not move
-        generator=torch.Generator().manual_seed(0),
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
-class _Guarded(Dataset):
-    """Turns a user's error into a value, since DataLoader would send it back as the text of a trace."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitems__(self, keys: list) -> list:
-        try:
-            return self.dataset.fetch(keys) if hasattr(self.dataset, "fetch") else [self.dataset[key] for key in keys]
-        except UserError as error:
-            return [error]
-
-
-def _columns(items: list) -> list | UserError:
-    """Stacked in the worker: every tensor that is sent costs a file descriptor."""
-    if isinstance(items[0], UserError):
-        return items[0]
-    if not isinstance(items[0], tuple):
-        return items
-    return [torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in zip(*items, strict=True)]
+    positions = np.arange(rank * length, (rank + 1) * length)
+    return positions.clip(max=total - 1), positions < total
 
 
 class CompressedShard:
-    """A .tar.gz, .tar.bz2 or .tar.xz, unpacked into memory (workers share it): labelled sets often come so, and are small."""
+    """A .tar.gz, .tar.bz2 or .tar.xz, unpacked into memory (forked workers share it): labelled sets often come so, and are small."""
 
     OPENERS: ClassVar = {"gz": gzip.decompress, "tgz": gzip.decompress, "bz2": bz2.decompress, "xz": lzma.decompress}
+    by_range, remote = True, False
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, store: Store):
         suffix = url.rpartition(".")[2].lower()
         if suffix not in self.OPENERS:
             raise DataError(f"{url}: cannot read .{suffix} here; repack it with `ssl-locat shards pack {url} OUT`.")
-        self.name = url
-        self.data = self.OPENERS[suffix](Store().read_all(url))
+        self.name, self.store = url, store
+        self.data = self.OPENERS[suffix](store.read_all(url))
         try:
             self.starts, self.crcs = scan(lambda at, length: self.data[at : at + length], len(self.data))
         except CorruptSample as error:
             raise DataError(f"{url}: {error.reason}.") from None
+        self.manifest_hash = hashlib.blake2b(self.data, digest_size=8).hexdigest()
+        self.mean_bytes = len(self.data) / max(1, len(self))
 
     def __len__(self) -> int:
         return len(self.crcs)
 
+    def fetch(self, start: int, stop: int) -> list[tuple]:
+        return [(self.data, self.starts[i], self.starts[i + 1], self.crcs[i], self.name) for i in range(start, stop)]
+
+    def parse(self, entry: tuple) -> RawSample | Damage:
+        return parse(*entry)
+
     def read(self, start: int, stop: int) -> list[RawSample | Damage]:
-        return [parse(self.data, self.starts[i], self.starts[i + 1], self.crcs[i], self.name) for i in range(start, stop)]
+        return [self.parse(entry) for entry in self.fetch(start, stop)]
+
+    def key_crcs(self) -> np.ndarray:
+        return np.array(self.crcs, dtype=np.uint32)
+
+
+def open_store(data: dict[str, Any]) -> Store:
+    """The store of a `data` section: through the page cache if data.cache names one, patient for data.retry_minutes."""
+    budget, cache = 60.0 * (data.get("retry_minutes") or 5), data.get("cache")
+    return CachedStore(cache["folder"], int(cache.get("max_gb", 50) * 1e9), budget) if cache else Store(budget)
+
+
+def open_spec(spec: str | list, store: Store | None = None) -> Joined:
+    """A DATA spec as one dataset (a mix is one after the other); compressed shards, which training refuses, are read as well."""
+    store = store or Store()
+    parts = [part["shards"] if isinstance(part, dict) else part for part in (spec if isinstance(spec, list) else [spec])]
+    urls = list(store.expand(parts)) if all(isinstance(part, str) for part in parts) else []
+    if any(map(is_compressed, urls)):
+        return Joined([CompressedShard(url, store) if is_compressed(url) else open_dataset(url, store=store) for url in urls])
+    return Joined(open_mix(spec, store=store)[0])
+
+
+def open_split(data: dict[str, Any], name: str) -> Joined | Chosen:
+    """`data.train` or `data.test`, or those of its samples that data.train_images or data.test_images keep, chosen by their keys."""
+    return some(open_spec(data[name], open_store(data)), data.get(f"{name}_images"))
+
+
+def set_name(dataset: Joined | Chosen) -> str:
+    """Which set it is, in a few words for a progress bar: the last two parts of its path."""
+    while isinstance(dataset, Chosen):
+        dataset = dataset.dataset
+    parts = dataset.datasets
+    first = parts[0].name.rstrip("/").split("/")
+    return "/".join(first[-2:]) + (f" and {len(parts) - 1} more" if len(parts) > 1 else "")
 
 
 class Members(Sequence):
-    """`members[i]` is the undecoded sample i of a DATA spec (a mix is one after the other). Damage is an error: probes are exact."""
+    """`members[i]` is the undecoded sample i of a DATA spec, for looking at a few. Damage is an error."""
 
-    def __init__(self, spec: str | list):
-        parts = [part["shards"] if isinstance(part, dict) else part for part in (spec if isinstance(spec, list) else [spec])]
-        urls = list(Store().expand(parts)) if all(isinstance(part, str) for part in parts) else []
-        if any(map(is_compressed, urls)):
-            self.datasets = [CompressedShard(url) if is_compressed(url) else open_dataset(url) for url in urls]
-        else:
-            self.datasets = open_mix(spec)[0]
-        self.ends = list(itertools.accumulate(len(dataset) for dataset in self.datasets))
-
-    @property
-    def name(self) -> str:
-        """Which set it is, in a few words for a progress bar: the last two parts of its path."""
-        first = self.datasets[0].name.rstrip("/").split("/")
-        return "/".join(first[-2:]) + (f" and {len(self.datasets) - 1} more" if len(self.datasets) > 1 else "")
+    def __init__(self, spec: str | list, store: Store | None = None):
+        self.dataset = open_spec(spec, store)
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> RawSample:
-        return self.fetch([index])[0]
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the class folders, [] where labels are written in the samples."""
-        return next((dataset.classes for dataset in self.datasets if getattr(dataset, "classes", [])), [])
+        (sample,) = self.dataset.read(index, index + 1)
+        if isinstance(sample, Damage):
+            raise DataError(f"{sample.shard}: {sample.key}: {sample.reason}.{self.how_to_check()}")
+        return sample
 
     def how_to_check(self) -> str:
         """' Check the set with ...' where it is shards; a folder's files are named one by one."""
-        shards = any(getattr(dataset, "by_range", True) for dataset in self.datasets)
+        shards = any(dataset.by_range for dataset in self.dataset.datasets)
         return " Check the set with `ssl-locat shards check`." if shards else ""
 
-    def fetch(self, indices: Sequence[int]) -> list[RawSample]:
-        """Several samples in the order asked for; neighbours that follow each other share one read of the store."""
-        found: list[RawSample] = []
-        while len(found) < len(indices):
-            first = indices[len(found)]
-            number = bisect.bisect_right(self.ends, first)
-            before = self.ends[number - 1] if number else 0
-            stop = first + 1
-            while len(found) + stop - first < len(indices) and indices[len(found) + stop - first] == stop < self.ends[number]:
-                stop += 1
-            for sample in self.datasets[number].read(first - before, stop - before):
-                if isinstance(sample, Damage):
-                    raise DataError(f"{sample.shard}: {sample.key}: {sample.reason}.{self.how_to_check()}")
-                found.append(sample)
-        return found
 
-
-def same_classes(train: Members, test: Members) -> None:
+def same_classes(train, test) -> None:
     """Class folders are numbered in sorted order, each set by itself: unless both have the same ones, the numbers mean different things."""
     for name in sorted({*train.classes} ^ {*test.classes}) if train.classes and test.classes else []:
         has, lacks = ("data.train", "data.test") if name in train.classes else ("data.test", "data.train")
@@ -193,119 +142,193 @@ def same_classes(train: Members, test: Members) -> None:
         )
 
 
-class CorruptImage(DataError):
-    """An image that cannot be read, where the set may have others; a missing label concerns the whole set."""
+class LabelledImage:
+    """What a worker makes of a sample: (view of the image, label). view(image uint8 [H, W, C], seed) -> tensor [C, h, w].
 
-
-class LabelledSamples(Dataset):
-    """Decoded, prepared images with labels, fetched by (index, seed): prepare(image uint8 [H, W, C], seed) -> tensor [C, h, w].
-
-    max_bad: share of damaged samples that may be left out; with 0 the first is an error. Only readers that heed NO_LABEL may allow more.
+    Raises DataError for a label beyond `num_classes`, which no quarantine should hide.
     """
 
     def __init__(
         self,
-        members: Members,
-        prepare: Callable[[np.ndarray, int], Tensor],
-        image_key: str | None,
-        label_key: str | None,
+        view: Callable[[np.ndarray, int], Tensor],
+        data: dict[str, Any],
         channels: int = 3,
-        max_bad: float = 0.0,
+        num_classes: int | None = None,
     ):
-        self.members, self.prepare, self.image_key, self.label_key = members, prepare, image_key, label_key
-        self.channels, self.max_bad = channels, max_bad
+        self.view, self.channels, self.num_classes = view, channels, num_classes
+        self.image_key, self.label_key = data.get("image_key"), data.get("label_key")
 
-    def fetch(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
-        if self.max_bad:
-            return [self._prepared_or_blank(index, seed) for index, seed in keys]
-        try:
-            samples = self.members.fetch([index for index, _ in keys])
-            return [self._prepared(sample, seed) for sample, (_, seed) in zip(samples, keys, strict=True)]
-        except CorruptImage as error:
-            raise DataError(f"{error} To leave out up to one image in a hundred: data.max_bad=0.01.") from None
+    def __call__(self, raw: RawSample, seed: int) -> tuple[Tensor, int]:
+        label = find_label(raw.members, self.label_key)
+        if self.num_classes is not None and label >= self.num_classes:
+            raise DataError(
+                f"{raw.shard}: {raw.key}: the label is {label}, but data.num_classes is {self.num_classes}: labels must be "
+                f"0..{self.num_classes - 1}."
+            )
+        return self.view(decode_image(find_image(raw.members, self.image_key), channels=self.channels), seed), label
 
-    def reason(self, index: int) -> str:
-        """Why a sample was left out."""
-        try:
-            self._prepared(self.members[index], 0)
-        except DataError as error:
-            return str(error)
-        return "it could not be read then, but can be now"
-
-    def _prepared(self, sample: RawSample, seed: int) -> tuple[Tensor, int]:
-        try:
-            label = find_label(sample.members, self.label_key)
-        except CorruptSample as error:
-            raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
-        try:
-            image = decode_image(find_image(sample.members, self.image_key), channels=self.channels)
-            return self.prepare(image, seed), label
-        except CorruptSample as error:
-            raise CorruptImage(f"{sample.shard}: {sample.key}: {error.reason}.") from None
-
-    def _prepared_or_blank(self, index: int, seed: int) -> tuple[Tensor, int]:
-        """Black, and no label, where the sample is damaged."""
-        try:
-            return self._prepared(self.members[index], seed)
-        except DataError as error:
-            log.info("left out: %s", error)
-            return self.prepare(np.zeros((64, 64, self.channels), np.uint8), seed), NO_LABEL
+    def blank(self) -> tuple[Tensor, int]:
+        """Stands in for a damaged sample: black, and no label."""
+        return self.view(np.zeros((64, 64, self.channels), np.uint8), 0), NO_LABEL
 
 
-class _Labels(Dataset):
-    def __init__(self, members: Members, label_key: str | None):
-        self.members, self.label_key = members, label_key
-
-    def fetch(self, indices: list[int]) -> list[int]:
-        return [self._label(sample) for sample in self.members.fetch(indices)]
-
-    def _label(self, sample: RawSample) -> int:
-        try:
-            return find_label(sample.members, self.label_key)
-        except CorruptSample as error:
-            raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
+def stack(samples: list[tuple]) -> tuple:
+    """Columns of tuples: tensors stacked, numbers as a tensor, the rest a list. In the worker: every tensor sent costs a file descriptor."""
+    return tuple(_column(list(column)) for column in zip(*samples, strict=True))
 
 
-def first_label(members: Members, label_key: str | None) -> int:
-    """Of the first sample. DataError if it has none."""
-    return _Labels(members, label_key).fetch([0])[0]
+def _column(values: list) -> Tensor | list:
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)
+    return torch.tensor(values) if isinstance(values[0], int) else values
 
 
-def read_labels(members: Members, label_key: str | None, workers: int) -> Tensor:
-    """int64 [N]: the label of every sample, read by all processes together. One pass over the data, nothing decoded."""
-    indices, valid = share(len(members), rank(), world_size())
-    keys = [indices[start : start + 1024] for start in range(0, len(indices), 1024)]
-    labels: list[int] = []
-    with progress(f"labels of {members.name}", total=len(members), unit="images") as bar:
-        for batch in load_in_order(_Labels(members, label_key), keys, workers):
-            labels += batch
-            bar.update(len(batch) * world_size())
-    return all_gather_cat(torch.tensor(labels))[all_gather_cat(torch.tensor(valid))]
+class StackReadable:
+    """`stack`, with the prepared sample's `blank` where one is damaged; (columns, the damaged)."""
+
+    def __init__(self, prepare):
+        self.prepare = prepare
+
+    def __call__(self, items: list) -> tuple[tuple, list[Unread]]:
+        damaged = [item for item in items if isinstance(item, Unread)]
+        blank = self.prepare.blank() if damaged else None
+        return stack([blank if isinstance(item, Unread) else item for item in items]), damaged
+
+
+def refuse_damage(damaged: list[Unread], max_bad: float) -> None:
+    """Log what is left out; DataError for the first where nothing may be (max_bad 0): a score of record leaves nothing out unasked."""
+    if damaged and not max_bad:
+        raise DataError(f"{damaged[0]} To leave out up to one image in a hundred: data.max_bad=0.01.")
+    for item in damaged:
+        log.info("left out: %s", item)
+
+
+def check_damage(count: int, total: int, max_bad: float, first: str = "") -> None:
+    """Raises DataBudgetExceeded on every process alike if too much was left out; count: over all of them; first: one that was."""
+    if count > max_bad * total:
+        raise DataBudgetExceeded(
+            f"{count} of {total} images could not be read, more than data.max_bad = {max_bad:g} allows. "
+            f"{f'The first: {first} ' if first else ''}All their names are in the log. Replace or remove them, or allow more."
+        )
 
 
 class Batch(NamedTuple):
     images: Tensor  # [B, 3, H, W]
     labels: Tensor  # [B] int64
-    index: Tensor  # [B]
+    index: Tensor  # [B] in the dataset
     valid: Tensor  # [B] bool; False on repeats, and on damaged images where they may be left out
 
 
 class Pass:
-    """One ordered pass over some samples (`positions`), this process's share: what `features.extract` reads. len() is the whole pass."""
+    """One ordered pass over a labelled dataset, this process's share: what `features.extract` reads. len() is the whole pass.
 
-    def __init__(self, samples: LabelledSamples, positions: Tensor, *, batch_size: int, workers: int):
-        self.samples, self.positions = samples, positions.tolist()
-        self.batch_size, self.workers = batch_size, workers
+    prepare: LabelledImage. max_bad: share of damaged samples that may be left out; with 0 the first is an error. positions: those of the
+    dataset's samples that are read (ascending); all of them where None.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        prepare: LabelledImage,
+        positions: Tensor | None = None,
+        *,
+        batch_size: int,
+        workers: int | None,
+        max_bad: float = 0.0,
+    ):
+        self.dataset = dataset if positions is None else Chosen(dataset, positions.numpy())
+        self.prepare, self.batch_size, self.workers, self.max_bad = prepare, batch_size, workers, max_bad
+        self.first_damage = ""  # that this process met
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[Batch]:
-        indices, valid = share(len(self.positions), rank(), world_size())
-        starts = range(0, len(indices), self.batch_size)
-        keys = [[(self.positions[i], 0) for i in indices[start : start + self.batch_size]] for start in starts]
-        for start, batch in zip(starts, load_in_order(self.samples, keys, self.workers), strict=True):
-            images, labels = batch
+        indices, valid = share(len(self), rank(), world_size())
+        batches = read_in_order(
+            self.dataset, indices, self.prepare, StackReadable(self.prepare), batch_size=self.batch_size,
+            workers=choose_workers(self.workers), pin_memory=torch.cuda.is_initialized(),
+        )  # fmt: skip
+        for start, ((images, labels), damaged) in zip(range(0, len(indices), self.batch_size), batches, strict=True):
+            refuse_damage(damaged, self.max_bad)
+            self.first_damage = self.first_damage or "".join(map(str, damaged[:1]))
             end = start + len(labels)
-            labels = torch.tensor(labels)
-            yield Batch(images, labels, torch.tensor(indices[start:end]), torch.tensor(valid[start:end]) & (labels != NO_LABEL))
+            yield Batch(
+                images, labels, torch.from_numpy(indices[start:end]), torch.from_numpy(valid[start:end]) & (labels != NO_LABEL)
+            )
+
+
+class _Label:
+    """The label alone: nothing is decoded."""
+
+    def __init__(self, label_key: str | None):
+        self.label_key = label_key
+
+    def __call__(self, raw: RawSample, index: int) -> tuple[int]:
+        return (find_label(raw.members, self.label_key),)
+
+    def blank(self) -> tuple[int]:
+        return (NO_LABEL,)
+
+
+def first_label(members: Members, label_key: str | None) -> int:
+    """Of the first sample. DataError if it has none."""
+    sample = members[0]
+    try:
+        return find_label(sample.members, label_key)
+    except CorruptSample as error:
+        raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
+
+
+def read_labels(dataset, data: dict[str, Any], workers: int | None) -> Tensor:
+    """int64 [N]: the label of every sample, NO_LABEL of damaged ones that data.max_bad lets pass. Nothing is decoded.
+
+    Class folders tell it by their names. Else one pass over the data, read by all processes together and kept in the user's cache.
+    """
+    label_key, max_bad = data.get("label_key"), data.get("max_bad") or 0.0
+    parts = dataset.datasets if isinstance(dataset, Joined) else []
+    if parts and label_key is None and all(getattr(part, "classes", []) for part in parts):
+        return torch.from_numpy(np.concatenate([part.labels for part in parts]))
+    kept = _labels_file(dataset, label_key)
+    found = _kept_labels(kept, len(dataset)) if is_main() else None
+    if broadcast_object(found is not None):
+        return torch.tensor(broadcast_object(found.tolist() if is_main() else None), dtype=torch.int64)
+    indices, valid = share(len(dataset), rank(), world_size())
+    prepare, labels = _Label(label_key), []
+    options = {"batch_size": 1024, "workers": choose_workers(workers)}
+    with progress(f"labels of {set_name(dataset)}", total=len(dataset), unit="images") as bar:
+        for (batch,), damaged in read_in_order(dataset, indices, prepare, StackReadable(prepare), **options):
+            refuse_damage(damaged, max_bad)
+            labels.append(batch)
+            bar.update(len(batch) * world_size())
+            stop_if_asked("reading labels")
+    labels = all_gather_cat(torch.cat(labels))[all_gather_cat(torch.from_numpy(valid))]
+    damaged = int((labels == NO_LABEL).sum())
+    check_damage(damaged, len(dataset), max_bad)
+    if kept and is_main() and not damaged:
+        with suppress(OSError):  # a full or read-only home: they are read again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_name(f".{kept.name}.{os.getpid()}.npy")
+            np.save(part, labels.numpy().astype(np.int32))
+            part.replace(kept)
+    return labels
+
+
+def _labels_file(dataset, label_key: str | None) -> Path | None:
+    """Where the labels of these very shards are kept; None if it cannot be told whether they are still the same."""
+    shards = [shard for part in getattr(dataset, "datasets", []) for shard in getattr(part, "shards", [None])]
+    if not shards or not all(shard and shard.stat.version for shard in shards):
+        return None
+    about = [label_key, *([redact(shard.url), shard.stat.size, shard.stat.version, shard.digest] for shard in shards)]
+    name = hashlib.blake2b(json.dumps(about).encode(), digest_size=12).hexdigest()
+    return default_cache_dir().with_name("labels") / f"{name}.npy"
+
+
+def _kept_labels(path: Path | None, count: int) -> np.ndarray | None:
+    if path is None:
+        return None
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return labels if labels.shape == (count,) else None

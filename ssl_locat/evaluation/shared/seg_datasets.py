@@ -1,35 +1,32 @@
 """Images with per-pixel labels: the published folder layouts, and shards or folders of image + mask.
 
-A set is a sequence of `Pair`s and a table from stored ids to class ids. Layouts read local folders; any store serves as shards.
+A set is a dataset of undecoded pairs and a table from stored ids to class ids. Layouts read local folders; any store serves as shards.
 
     data: {layout: ade20k, train: /data/ADEChallengeData2016, test: /data/ADEChallengeData2016}
     data: {train: scenes-train-{000..003}.tar, test: scenes-val.tar, num_classes: 11}          # members KEY.jpg, KEY.seg.png
     data: {train: scenes/train, test: scenes/val, num_classes: 11}                             # each with images/ and masks/
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import get_type_hints
 
 import numpy as np
 
 from ssl_locat.data.images.decode import decode_image, decode_mask, find_image, find_mask, image_orientation
+from ssl_locat.data.shards.selections import some
+from ssl_locat.data.shards.tar import Damage, RawSample
+from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import ConfigError, CorruptSample, DataError, did_you_mean
 from ssl_locat.evaluation.shared.metrics import VOID
 from ssl_locat.evaluation.shared.options import SceneData
-from ssl_locat.evaluation.shared.samples import Members
+from ssl_locat.evaluation.shared.samples import open_split, open_store
 
-DATA_KEYS = tuple(SceneData.__annotations__)
+DATA_KEYS = tuple(get_type_hints(SceneData))
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-
-
-class Pair(NamedTuple):
-    """One image and its mask, still encoded, and the name to show when something is wrong with them."""
-
-    image: bytes
-    mask: bytes
-    name: str
 
 
 @dataclass(frozen=True)
@@ -110,72 +107,85 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-class FilePairs(Sequence):
-    """Pairs of local files. Every mask is looked for at once: a missing one is better known before an hour of training."""
+class FilePairs:
+    """Pairs of local files, a dataset as data/shards/index.py describes it. Every mask is looked for at once: a missing one is better
+    known before an hour of training."""
 
-    def __init__(self, paths: list[tuple[Path, Path]], where: str):
+    by_range, remote = False, False
+
+    def __init__(self, paths: list[tuple[Path, Path]], where: str, store: Store):
         missing = [path for pair in paths for path in pair if not path.is_file()]
         if missing:
             raise DataError(
                 f"{missing[0]}: no such file ({len(missing)} of the {2 * len(paths)} images and masks of {where} are missing)."
             )
-        self.paths = paths
+        self.paths, self.name, self.store = paths, where, store
+        names = "\0".join(f"{image.name}/{mask.name}" for image, mask in paths)
+        self.manifest_hash = hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        some = paths[:: max(1, len(paths) // 32)]
+        self.mean_bytes = sum(path.stat().st_size for pair in some for path in pair) / max(1, len(some))
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Pair:
-        image, mask = self.paths[index]
-        return Pair(image.read_bytes(), mask.read_bytes(), str(mask))
+    def fetch(self, start: int, stop: int) -> list[RawSample | Damage]:
+        return [self._read(*pair) for pair in self.paths[start:stop]]
 
+    def parse(self, entry: RawSample | Damage) -> RawSample | Damage:
+        return entry
 
-class ShardPairs(Sequence):
-    """Pairs of members of shards."""
+    def read(self, start: int, stop: int) -> list[RawSample | Damage]:
+        return self.fetch(start, stop)
 
-    def __init__(self, spec: str | list, image_key: str | None, mask_key: str | None):
-        self.members, self.image_key, self.mask_key = Members(spec), image_key, mask_key
+    def key_crcs(self) -> np.ndarray:
+        names = (image.stem.encode("utf-8", "surrogateescape") for image, _ in self.paths)
+        return np.fromiter(map(zlib.crc32, names), np.uint32, len(self))
 
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> Pair:
-        sample = self.members[index]
+    def _read(self, image: Path, mask: Path) -> RawSample | Damage:
         try:
-            return Pair(
-                find_image(sample.members, self.image_key),
-                find_mask(sample.members, self.mask_key),
-                f"{sample.shard}: {sample.key}",
-            )
-        except CorruptSample as error:
-            raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
+            return RawSample({"jpg": image.read_bytes(), "seg.png": mask.read_bytes()}, str(mask), self.name)
+        except OSError as error:
+            return Damage(str(mask), self.name, f"cannot be read: {error.strerror or error}")
 
 
 class Scenes:
-    """A set of labelled scenes: `scenes[i]` is (image uint8 [H, W, 3], mask int64 [H, W] of class ids 0..C-1 or 255)."""
+    """A set of labelled scenes: `scenes[i]` is (image uint8 [H, W, 3], mask int64 [H, W] of class ids 0..C-1 or 255).
 
-    def __init__(self, pairs: Sequence[Pair], num_classes: int, table: np.ndarray):
-        self.pairs, self.num_classes, self.table = pairs, num_classes, table
-        if not len(pairs):
+    dataset: of the undecoded pairs (data/shards/index.py); `decode` makes a scene of one of its samples.
+    """
+
+    def __init__(self, dataset, num_classes: int, table: np.ndarray, image_key: str | None = None, mask_key: str | None = None):
+        self.dataset, self.num_classes, self.table = dataset, num_classes, table
+        self.image_key, self.mask_key = image_key, mask_key
+        if not len(dataset):
             raise DataError("the set holds no image. Expected images with masks; is the split's name right?")
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        pair = self.pairs[index]
+        (raw,) = self.dataset.read(index, index + 1)
+        if isinstance(raw, Damage):
+            raise DataError(f"{raw.shard}: {raw.key}: {raw.reason}.")
         try:
-            image = decode_image(pair.image)
-            stored = decode_mask(pair.mask, orientation=image_orientation(pair.image))
+            return self.decode(raw)
         except CorruptSample as error:
-            raise DataError(f"{pair.name}: {error.reason}.") from None
+            raise DataError(f"{raw.shard}: {raw.key}: {error.reason}.") from None
+
+    def decode(self, raw: RawSample) -> tuple[np.ndarray, np.ndarray]:
+        """(image, mask). Raises CorruptSample for a pair that is damaged, DataError for one that the settings do not fit."""
+        name = f"{raw.shard}: {raw.key}"
+        encoded = find_image(raw.members, self.image_key)
+        image = decode_image(encoded)
+        stored = decode_mask(find_mask(raw.members, self.mask_key), orientation=image_orientation(encoded))
         if image.shape[:2] != stored.shape:
             raise DataError(
-                f"{pair.name}: the mask is {stored.shape[1]} x {stored.shape[0]} pixels, its image {image.shape[1]} x {image.shape[0]}. They must be equal."
+                f"{name}: the mask is {stored.shape[1]} x {stored.shape[0]} pixels, its image {image.shape[1]} x {image.shape[0]}. They must be equal."
             )
         mask = self.table[np.minimum(stored, len(self.table) - 1)]
         if (mask < 0).any():
             raise DataError(
-                f"{pair.name}: holds class id {stored[mask < 0].max()}; expected 0..{self.highest} and {VOID} for void. "
+                f"{name}: holds class id {stored[mask < 0].max()}; expected 0..{self.highest} and {VOID} for void. "
                 "Is data.num_classes right, or does the set need data.reduce_zero_label?"
             )
         return image, mask
@@ -220,7 +230,7 @@ def open_scenes(data: dict, name: str, *, other_is_a_class: bool = False) -> Sce
     for key in data:
         if key not in DATA_KEYS:
             raise ConfigError(f"unknown key 'data.{key}'.{did_you_mean(key, DATA_KEYS)} Known here: {', '.join(DATA_KEYS)}.")
-    source, layout = data.get(name), data.get("layout")
+    source, layout, limit = data.get(name), data.get("layout"), data.get(f"{name}_images")
     if not source:
         raise ConfigError(
             f"data.{name} is missing: images with masks, as shards, a folder of images/ and masks/, or a root with data.layout."
@@ -233,18 +243,18 @@ def open_scenes(data: dict, name: str, *, other_is_a_class: bool = False) -> Sce
             raise ConfigError(f"data.layout is {layout!r}; known: {', '.join(LAYOUTS)}.{did_you_mean(layout, LAYOUTS)}")
         known = LAYOUTS[layout]
         chosen = data.get(f"{name}_split") or known.splits[name == "test"]
-        pairs: Sequence[Pair] = FilePairs(known.find(Path(source), chosen), f"{source} ({chosen})")
+        pairs = FilePairs(known.find(Path(source), chosen), f"{source} ({chosen})", open_store(data))
         num_classes = known.num_classes + other
         table = id_table(num_classes, remap=known.remap, reduce_zero_label=reduce_zero_label, ignore_index=ignore)
-        return Scenes(pairs, num_classes, table)
+        return Scenes(some(pairs, limit), num_classes, table)
     num_classes = data.get("num_classes")
     if not num_classes:
         raise ConfigError("data.num_classes is missing: masks cannot tell how many classes there are. Give it, or data.layout.")
+    num_classes += other
+    table = id_table(num_classes, reduce_zero_label=reduce_zero_label, ignore_index=ignore)
     if isinstance(source, str) and (Path(source) / "images").is_dir():
         root = Path(source)
         masks = next((folder for folder in ("masks", "annotations", "labels") if (root / folder).is_dir()), "masks")
-        pairs = FilePairs(_beside(root, "images", masks, lambda stem: f"{stem}.png"), source)
-    else:
-        pairs = ShardPairs(source, data.get("image_key"), data.get("mask_key"))
-    num_classes += other
-    return Scenes(pairs, num_classes, id_table(num_classes, reduce_zero_label=reduce_zero_label, ignore_index=ignore))
+        pairs = FilePairs(_beside(root, "images", masks, lambda stem: f"{stem}.png"), source, open_store(data))
+        return Scenes(some(pairs, limit), num_classes, table)
+    return Scenes(open_split(data, name), num_classes, table, data.get("image_key"), data.get("mask_key"))
