@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_locat.errors import DataError
+from ssl_locat.errors import DataBudgetExceeded, DataError
 from ssl_locat.evaluation.evaluate import evaluate
 from ssl_locat.evaluation.protocols.dump import dump
 from ssl_locat.models.backbone import create_backbone
@@ -50,7 +50,7 @@ def test_a_refusal_says_its_reason_and_the_option(photos, backbone):
     with pytest.raises(DataError, match=r"cats/torn: .* data\.max_bad=0\.01"):
         evaluate(backbone, "knn", data=data, k=[3], workers=0)
     with pytest.raises(
-        DataError, match=r"1 of 13 images could not be read, more than data.max_bad = 0\.01 .* The first: .*cats/torn"
+        DataBudgetExceeded, match=r"1 of 13 images could not be read, more than data.max_bad = 0\.01 .* The first: .*cats/torn"
     ):
         evaluate(backbone, "knn", data={**data, "max_bad": 0.01}, k=[3], workers=0)
     assert "top1_k3" in evaluate(backbone, "knn", data={**data, "max_bad": 0.1}, k=[3], workers=0)

@@ -121,6 +121,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_raw_pixels_of_twenty_thousand_images_take_less_than_a_gib(tmp_path):
     import io
     import subprocess
