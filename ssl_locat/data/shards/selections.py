@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from ssl_locat.data.shards.tar import Damage, RawSample, parse
+from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.seeds import mix64, mix64_array
 
 _BY_KEY = 0x6B6579  # one stream of random numbers for this purpose
@@ -40,19 +40,26 @@ class Joined:
             number = bisect_right(self.ends, start)
             before = self.ends[number - 1] if number else 0
             end, part = min(stop, self.ends[number]), self.datasets[number]
-            found += part.fetch(start - before, end - before)
+            # the last part of what comes out of a tar says where it lies: here, in which part as well
+            found += [_with_place(entry, number) for entry in part.fetch(start - before, end - before)]
             start = end
         return found
 
     def parse(self, entry) -> RawSample | Damage:
-        # whose entry it is need not be known: files come parsed, and what comes out of a tar brings all that parsing needs
-        return entry if isinstance(entry, RawSample | Damage) else parse(*entry)
+        if isinstance(entry, RawSample | Damage):
+            return entry
+        *rest, (number, place) = entry
+        return self.datasets[number].parse((*rest, place))
 
     def read(self, start: int, stop: int) -> list[RawSample | Damage]:
         return [self.parse(entry) for entry in self.fetch(start, stop)]
 
     def key_crcs(self) -> np.ndarray:
         return np.concatenate([dataset.key_crcs() for dataset in self.datasets])
+
+
+def _with_place(entry, number: int):
+    return entry if isinstance(entry, RawSample | Damage) else (*entry[:-1], (number, entry[-1]))
 
 
 class Chosen:
