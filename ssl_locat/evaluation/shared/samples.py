@@ -32,7 +32,7 @@ from ssl_locat.errors import CorruptSample, DataBudgetExceeded, DataError
 from ssl_locat.evaluation.shared.stopping import stop_if_asked
 from ssl_locat.runs.distributed import all_gather_cat, broadcast_object, is_main, rank, world_size
 from ssl_locat.runs.log import progress
-from ssl_locat.shown import redact
+from ssl_locat.text.shown import redact
 
 log = logging.getLogger(__name__)
 
