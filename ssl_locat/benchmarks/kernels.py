@@ -32,6 +32,8 @@ def compile_kernel(kernel, capability: int, dtype: str, head_dim: int) -> dict:
     for index, name in enumerate(kernel.arg_names):
         if name in options:
             signature[name], constants[(index,)] = "constexpr", options[name]
+        elif name == "KEPT":
+            signature[name], constants[(index,)] = "constexpr", None
         elif name in IN_DTYPE | IN_FLOAT32:
             signature[name] = POINTERS[dtype] if name in IN_DTYPE else "*fp32"
         else:

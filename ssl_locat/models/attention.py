@@ -26,11 +26,12 @@ class Gaussian(NamedTuple):
     `dx`, `dy` count columns and rows of the patch grid between patch p (the query) and patch t (the key).
     """
 
-    ax: Tensor  # [B, heads, N] float32: 1 / (2 * variance) along a row, so for differences of columns
-    ay: Tensor  # [B, heads, N] float32: the same for differences of rows
-    alpha: Tensor  # [B, heads, N] float32: height of the bump
+    ax: Tensor  # [B, heads, N] float32 (float64 where q is): 1 / (2 * variance) along a row, so for differences of columns
+    ay: Tensor  # [B, heads, N]: the same for differences of rows
+    alpha: Tensor  # [B, heads, N]: height of the bump
     clamp: float = float("inf")  # largest squared distance per axis; farther patches count as that far
     pool: int = 1  # cells of pool x pool patches share the coordinates of their first one (the paper's fast path has 2)
+    kept: Tensor | None = None  # [B, n] numbers of the patches that are there (row-major over the grid), N = n; None: all of them
 
 
 def gaussian_attention(
@@ -49,20 +50,22 @@ def gaussian_attention(
     """softmax(q k^T * scale + S + extra_bias) v; S is zero in the rows and columns of prefix tokens.
 
     Args:
-        q, k, v: [B, heads, R + N, d], prefix tokens first, then patches row-major over `grid` (rows, cols).
+        q, k, v: [B, heads, R + N, d], prefix tokens first, then patches row-major over `grid` (rows, cols), or those of `coeff.kept`.
         scale: of the logits; 1 / sqrt(d) by default.
         extra_bias: broadcastable to [B, heads, R + N, R + N] (Swin's relative positions and window masks).
 
     Raises UserError if a named backend is unknown or cannot serve these inputs; "auto" always serves.
     """
     rows, cols = grid
-    if q.shape[-2] != num_prefix_tokens + rows * cols or coeff.alpha.shape[-1] != rows * cols:
+    patches = rows * cols if coeff.kept is None else coeff.kept.shape[1]
+    if q.shape[-2] != num_prefix_tokens + patches or coeff.alpha.shape[-1] != patches:
+        what = f"a {rows} x {cols} grid" if coeff.kept is None else f"{patches} kept patches"
         raise UserError(
             f"attention got {q.shape[-2]} tokens and coefficients of {coeff.alpha.shape[-1]} patches, "
-            f"but {num_prefix_tokens} prefix tokens and a {rows} x {cols} grid make {num_prefix_tokens + rows * cols}; "
+            f"but {num_prefix_tokens} prefix tokens and {what} make {num_prefix_tokens + patches}; "
             "pass the grid of this very input"
         )
-    if torch.is_autocast_enabled(q.device.type):  # as PyTorch does for its own fused attention
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # as PyTorch does for its own fused attention
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     if backend == "auto":
         backend = _forced
@@ -78,19 +81,15 @@ def gaussian_attention(
     return BACKENDS[backend](q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias)
 
 
-def dense_bias_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, num_prefix_tokens: int, *, dropout_p: float = 0.0
-) -> Tensor:
+def dense_bias_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, num_prefix_tokens: int, dropout_p: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(d) + zero-pad(bias)) v for any patch-to-patch `bias` [B, heads, N, N] (Laplace, inverse distance)."""
-    # zeros for prefix tokens as queries (rows) and as keys (columns): [B, heads, R + N, R + N]
-    mask = F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0)).to(q.dtype)
+    mask = F.pad(bias, [num_prefix_tokens, 0, num_prefix_tokens, 0]).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
 def gaussian_bias(coeff: Gaussian, grid: tuple[int, int]) -> Tensor:
     """The bias S between patches by the paper's formula, [B, heads, N, N] float32: slow, for tests, figures and comparison."""
-    dx, dy = patch_distances(grid, coeff.alpha.device, coeff.pool)
-    # [B, heads, N, 1] * [N, N]: the width is the query's, so that S is not symmetric
+    dx, dy = patch_distances(grid, coeff.alpha.device, coeff.pool, coeff.kept)
     exponent = coeff.ax[..., None] * dx.square().clamp(max=coeff.clamp) + coeff.ay[..., None] * dy.square().clamp(max=coeff.clamp)
     return coeff.alpha[..., None] * torch.exp(-exponent)
 
@@ -99,14 +98,18 @@ def separable_bias(coeff: Gaussian, grid: tuple[int, int], num_prefix_tokens: in
     """S with its zero rows and columns, [B, heads, R + N, R + N] of `dtype`, from one factor per axis."""
     # exp(-(a + b)) = exp(-a) exp(-b): rows + cols exponentials per query instead of rows * cols
     factor_x, factor_y = factors(coeff, grid)
-    # [B, heads, N, rows, 1] * [B, heads, N, 1, cols], flattened to [B, heads, N, N]
-    patches = (coeff.alpha[..., None] * factor_y)[..., :, None] * factor_x[..., None, :]
-    return F.pad(patches.flatten(-2).to(dtype), (num_prefix_tokens, 0, num_prefix_tokens, 0))
+    factor_y = coeff.alpha[..., None] * factor_y
+    if coeff.kept is None:
+        patches = (factor_y[..., :, None] * factor_x[..., None, :]).flatten(-2)
+    else:  # each kept key takes the factors of its row and column, [B, heads, n, n]
+        row, col = (index[:, None, None] for index in (coeff.kept // grid[1], coeff.kept % grid[1]))
+        patches = torch.take_along_dim(factor_y, row, -1) * torch.take_along_dim(factor_x, col, -1)
+    return F.pad(patches.to(dtype), (num_prefix_tokens, 0, num_prefix_tokens, 0))
 
 
 def factors(coeff: Gaussian, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """exp(-ax * dx^2) [B, heads, N, cols] and exp(-ay * dy^2) [B, heads, N, rows], both float32."""
-    dx2, dy2 = squared_distances(grid, coeff.clamp, coeff.pool, coeff.alpha.device)
+    """exp(-ax * dx^2) [B, heads, N, cols] and exp(-ay * dy^2) [B, heads, N, rows]."""
+    dx2, dy2 = squared_distances(grid, coeff.clamp, coeff.pool, coeff.alpha.device, coeff.kept)
     return bounded_exp(-coeff.ax[..., None] * dx2), bounded_exp(-coeff.ay[..., None] * dy2)
 
 
@@ -148,6 +151,8 @@ def unsupported_reason(backend: str, q: Tensor, plain: bool) -> str | None:
     """Why `backend` cannot serve these inputs; None if it can. `plain`: no dropout and no extra bias."""
     if backend in ("tiled", "triton") and not plain:
         return "has neither dropout nor an extra bias"
+    if backend == "tiled" and q.dtype == torch.float64:
+        return "computes in float32"
     if backend == "triton":
         if not HAS_TRITON:
             return "needs the triton package (it comes with PyTorch's CUDA builds; pip install triton)"
@@ -160,11 +165,14 @@ def unsupported_reason(backend: str, q: Tensor, plain: bool) -> str | None:
 
 def choose(q: Tensor, coeff: Gaussian, plain: bool) -> str:
     """The fastest backend for this device, dtype and size; measured in docs/performance.md."""
+    # torch.func's transforms (vmap, grad) and traces know none of our kernels
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or q.is_meta:
+        return "sdpa"
     if q.device.type == "cuda":
         return "sdpa" if unsupported_reason("triton", q, plain) else "triton"
     if not plain or torch.compiler.is_compiling():  # a compiler would unroll the tiles
         return "sdpa"
-    if q.shape[2] <= SHORT:
+    if q.shape[2] <= SHORT or unsupported_reason("tiled", q, plain):
         return "sdpa"
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, *coeff[:3]))
     return "tiled" if needs_grad or q[..., 0].numel() * q.shape[2] > SMALL_BIAS else "sdpa"  # B * heads * T * T elements

@@ -22,50 +22,66 @@ def tiled(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = [t.flatten(0, 1) for t in (q, k, v, *coeff[:3])]
     with torch.autocast(q.device.type, enabled=False):
-        return _Tiled.apply(*tensors, coeff.clamp, coeff.pool, grid, num_prefix_tokens, scale).unflatten(0, q.shape[:2])
+        where = Where(coeff, grid, q.shape[1])
+        return _Tiled.apply(*tensors, where, num_prefix_tokens, scale).unflatten(0, q.shape[:2])
+
+
+class Where:
+    """Where the patches lie: squared distances of queries to columns [N, cols] and rows [N, rows], and rows and columns of the keys.
+
+    Kept patches differ from image to image: all get a first dimension M, heads of any images."""
+
+    def __init__(self, coeff, grid: tuple[int, int], heads: int):
+        self.grid, self.kept = grid, coeff.kept
+        dx2, dy2 = squared_distances(grid, coeff.clamp, coeff.pool, coeff.alpha.device, coeff.kept)
+        if coeff.kept is not None:
+            dx2, dy2 = (d2.expand(-1, heads, -1, -1).flatten(0, 1) for d2 in (dx2, dy2))
+            kept = coeff.kept.repeat_interleave(heads, 0)[..., None]  # [M, n, 1]
+            self.rows, self.cols = kept // grid[1], kept % grid[1]
+        self.distances = dx2, dy2
 
 
 class _Tiled(torch.autograd.Function):
     """q, k, v [M, T, d] and ax, ay, alpha [M, N], M heads of any images; logits and sums in float32, products in q's dtype."""
 
     @staticmethod
-    def forward(ctx, q, k, v, ax, ay, alpha, clamp, pool, grid, num_prefix_tokens, scale):
-        distances = squared_distances(grid, clamp, pool, q.device)
-        bump = Bump(ax, ay, distances, num_prefix_tokens)
-        heights = F.pad(alpha[:, None], (num_prefix_tokens, 0))  # [M, 1, T], 0 for prefix tokens: no bias in their rows
-        # logsumexp [M, 1, T] is all that the backward needs to make the weights again
+    def forward(ctx, q, k, v, ax, ay, alpha, where, num_prefix_tokens, scale):
+        bump = Bump(ax, ay, where, num_prefix_tokens)
+        heights = F.pad(alpha[:, None], (num_prefix_tokens, 0))
         out, logsumexp = torch.empty_like(q), torch.empty_like(heights)
         cut = Cut(q)
         buffer, low_buffer = cut.buffers(1)
-        given = cut(q.float(), 1), cut(k.float()), cut(v), cut(bump.x, 2), cut(bump.y * heights, 2)
-        for q_tile, k_tile, v_tile, x, y, out_tile, logsumexp_tile in zip(*given, cut(out, 1), cut(logsumexp, 2), strict=True):
-            weights, _ = bump.write(buffer, x, y)  # [heads, keys, queries], already times alpha
-            weights.baddbmm_(k_tile, q_tile.mT, alpha=scale)  # += scale * k q^T, in float32
-            highest = weights.amax(1, keepdim=True)  # [heads, 1, queries]: softmax runs over keys, dim 1 here
+        given = cut(q.float(), 1), cut(k.float()), cut(v), cut(bump.x, 2), cut(bump.y * heights, 2), bump.keys(cut)
+        for q_tile, k_tile, v_tile, x, y, keys, out_tile, logsumexp_tile in zip(
+            *given, cut(out, 1), cut(logsumexp, 2), strict=True
+        ):
+            weights, _ = bump.write(buffer, x, y, keys)
+            weights.baddbmm_(k_tile, q_tile.mT, alpha=scale)
+            highest = weights.amax(1, keepdim=True)
             total = weights.sub_(highest).exp_().sum(1, keepdim=True)
             torch.add(highest, total.log(), out=logsumexp_tile)
             torch.bmm(copy_to(low_buffer, weights.div_(total)).mT, v_tile, out=out_tile)
         ctx.save_for_backward(q, k, v, ax, ay, alpha, logsumexp)
-        ctx.options = distances, num_prefix_tokens, scale
+        ctx.options = where, num_prefix_tokens, scale
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, ax, ay, alpha, logsumexp = ctx.saved_tensors  # once: activation checkpointing recomputes on access
-        distances, r, scale = ctx.options
-        bump, heights = Bump(ax, ay, distances, r), F.pad(alpha[:, None], (r, 0))
+        where, r, scale = ctx.options
+        bump, heights = Bump(ax, ay, where, r), F.pad(alpha[:, None], (r, 0))
         along_x, along_y = torch.empty_like(bump.y), torch.empty_like(bump.x)
         # keys gather from all tiles of queries: their sums begin at zero, in float32
         dq, dk, dv = torch.empty_like(q), *(torch.zeros(t.shape, device=t.device) for t in (k, v))
         cut = Cut(q)
         *buffers, low_buffer = cut.buffers(3)
         tiles_in = zip(cut(q, 1), cut(q.float(), 1), cut(k), cut(k.float()), cut(v), cut(dout, 1), strict=True)
-        tiles_bias = zip(cut(bump.x, 2), cut(bump.y, 2), cut(heights, 2), cut(-logsumexp, 2), strict=True)
+        tiles_bias = zip(cut(bump.x, 2), cut(bump.y, 2), bump.keys(cut), cut(heights, 2), cut(-logsumexp, 2), strict=True)
         tiles_out = zip(cut(dq, 1), cut(dk), cut(dv), cut(along_x, 2), cut(along_y, 2), strict=True)
-        for tile_in, (x, y, height, shift), tile_out in zip(tiles_in, tiles_bias, tiles_out, strict=True):
+        for tile_in, (x, y, keys, height, shift), tile_out in zip(tiles_in, tiles_bias, tiles_out, strict=True):
             q_low, q_tile, k_low, k_tile, v_tile, dout_tile = tile_in
             dq_tile, dk_tile, dv_tile, sum_x, sum_y = tile_out
-            gauss, patches = bump.write(buffers[0], x, y)  # without alpha: its gradient needs the bare Gaussian
+            gauss, patches = bump.write(buffers[0], x, y, keys)
             weights, dlogits = (view(buffer, gauss.shape) for buffer in buffers[1:])
             torch.addcmul(shift, gauss, height, out=weights).baddbmm_(k_tile, q_tile.mT, alpha=scale).exp_()
             add_product(dv_tile, copy_to(low_buffer, weights), dout_tile)
@@ -78,33 +94,49 @@ class _Tiled(torch.autograd.Function):
             add_product(dk_tile, dlogits_low, q_low)
             # dS times the Gaussian; summed along rows, columns or both it gives all three coefficients' gradients
             gauss.mul_(dlogits)
-            torch.sum(patches, 2, out=sum_x)  # over columns -> [heads, rows, queries]
-            torch.sum(patches, 1, out=sum_y)  # over rows -> [heads, cols, queries]
+            if keys is None:
+                torch.sum(patches, 2, out=sum_x)
+                torch.sum(patches, 1, out=sum_y)
+            else:
+                for total, key in zip((sum_x, sum_y), keys, strict=True):
+                    total.zero_().scatter_add_(1, key.expand(-1, -1, patches.shape[2]), patches)
         along_x, along_y = along_x[..., r:], along_y[..., r:]
-        dx2, dy2 = distances
-        dax = (along_y * dx2.mT).sum(1) * -alpha  # dS/dax = -alpha * dx^2 * Gaussian; dx depends on the column alone
+        dx2, dy2 = where.distances
+        dax = (along_y * dx2.mT).sum(1) * -alpha
         day = (along_x * dy2.mT).sum(1) * -alpha
-        return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype), dax, day, along_x.sum(1), None, None, None, None, None
+        return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype), dax, day, along_x.sum(1), None, None, None
 
 
 class Bump:
     """exp(-ax dx^2 - ay dy^2), kept as one factor per axis."""
 
-    def __init__(self, ax: Tensor, ay: Tensor, distances: tuple[Tensor, Tensor], num_prefix_tokens: int):
-        """ax, ay [M, N]; distances as of `squared_distances`."""
+    def __init__(self, ax: Tensor, ay: Tensor, where: Where, num_prefix_tokens: int):
+        """ax, ay [M, N]."""
         left = (num_prefix_tokens, 0)  # prefix tokens as queries: zeros
-        self.num_prefix_tokens = num_prefix_tokens
+        self.num_prefix_tokens, self.where = num_prefix_tokens, where
         self.x, self.y = (  # [M, cols, T] and [M, rows, T]
-            F.pad(bounded_exp(d2.mT.contiguous() * -a[:, None]), left) for a, d2 in zip((ax, ay), distances, strict=True)
+            F.pad(bounded_exp(d2.mT.contiguous() * -a[:, None]), left) for a, d2 in zip((ax, ay), where.distances, strict=True)
         )
 
-    def write(self, buffer: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def keys(self, cut: "Cut") -> list[tuple[Tensor, Tensor] | None]:
+        """For each tile: rows and columns of its heads' keys [heads, n, 1]; None where the whole grid is there."""
+        rows_cols = None if self.where.kept is None else (self.where.rows, self.where.cols)
+        if rows_cols is None:
+            return [None] * len(cut(self.x, 2))
+        return list(zip(*map(cut, rows_cols), strict=True))
+
+    def write(self, buffer: Tensor, x: Tensor, y: Tensor, keys: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """The product of x [heads, cols, queries] and y [heads, rows, queries] in `buffer`, [heads, T, queries], zero for prefix tokens as keys;
-        and its view without them, [heads, rows, cols, queries]."""
+        and its view without them, [heads, rows, cols, queries], or [heads, n, queries] of kept patches."""
         tile = view(buffer, (x.shape[0], self.x.shape[2], x.shape[2]))
-        patches = tile[:, self.num_prefix_tokens :].unflatten(1, (y.shape[1], x.shape[1]))
+        patches = tile[:, self.num_prefix_tokens :]
         tile[:, : self.num_prefix_tokens] = 0
-        torch.mul(y[:, :, None], x[:, None], out=patches)
+        if keys is None:
+            patches = patches.unflatten(1, (y.shape[1], x.shape[1]))
+            torch.mul(y[:, :, None], x[:, None], out=patches)
+        else:
+            row, col = (key.expand(-1, -1, x.shape[2]) for key in keys)
+            torch.mul(y.gather(1, row), x.gather(1, col), out=patches)
         return tile, patches
 
 

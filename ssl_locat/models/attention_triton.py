@@ -25,7 +25,8 @@ def triton_attention(
     clamp = min(coeff.clamp, float(max(grid)) ** 2)  # an infinite clamp never acts; nor does this one
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     gaussian = [t.float().contiguous() for t in coeff[:3]]
-    return attend(q, k, v, *gaussian, clamp, coeff.pool, *grid, num_prefix_tokens, scale)[0]
+    kept = None if coeff.kept is None else coeff.kept.to(torch.int32).contiguous()
+    return attend(q, k, v, *gaussian, kept, clamp, coeff.pool, *grid, num_prefix_tokens, scale)[0]
 
 
 @triton.jit
@@ -39,9 +40,11 @@ def place(T, H, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def coordinates(tokens, R, COLS, POOL: tl.constexpr):
-    """Column and row of each token on the grid; meaningless for prefix tokens (masked by the callers)."""
+def coordinates(KEPT, b, tokens, R, T, COLS, POOL: tl.constexpr):
+    """Column and row of each token of image b on the grid; meaningless for prefix tokens (masked by the callers)."""
     patches = tokens - R
+    if KEPT is not None:  # numbers of the patches that are there, [B, T - R]
+        patches = tl.load(KEPT + b * (T - R) + patches, mask=(tokens >= R) & (tokens < T), other=0)
     x, y = patches % COLS, patches // COLS
     return (x // POOL * POOL).to(tl.float32), (y // POOL * POOL).to(tl.float32)
 
@@ -81,20 +84,32 @@ def load_gaussian(AX, AY, ALPHA, head, tokens, R, T):
 
 @triton.jit
 def load_queries(
-    base, stride, AX, AY, ALPHA, head, tokens, T, R, COLS, D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr
+    base, stride, AX, AY, ALPHA, KEPT, head, b, tokens, T, R, COLS, D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Rows [tokens, BLOCK_D] of queries, their places on the grid, and their Gaussians' three coefficients [tokens] each."""
-    x, y = coordinates(tokens, R, COLS, POOL)
+    x, y = coordinates(KEPT, b, tokens, R, T, COLS, POOL)
     ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, tokens, R, T)
     return load_rows(base, tokens, stride, T, D, BLOCK_D), x, y, ax, ay, alpha
 
 
 @triton.jit
 def load_keys(
-    key_base, key_stride, value_base, value_stride, tokens, T, R, COLS, D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr
+    key_base,
+    key_stride,
+    value_base,
+    value_stride,
+    KEPT,
+    b,
+    tokens,
+    T,
+    R,
+    COLS,
+    D: tl.constexpr,
+    POOL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Rows [tokens, BLOCK_D] of keys and of values, and their places on the grid."""
-    x, y = coordinates(tokens, R, COLS, POOL)
+    x, y = coordinates(KEPT, b, tokens, R, T, COLS, POOL)
     return (
         load_rows(key_base, tokens, key_stride, T, D, BLOCK_D),
         load_rows(value_base, tokens, value_stride, T, D, BLOCK_D),
@@ -105,20 +120,22 @@ def load_keys(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, AX, AY, ALPHA, OUT, LSE,
+    Q, K, V, AX, AY, ALPHA, KEPT, OUT, LSE,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H, T, R, COLS, scale, clamp,
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, b, h, m = place(T, H, BLOCK_M)
-    q, xm, ym, ax, ay, alpha = load_queries(Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, head, m, T, R, COLS, D, POOL, BLOCK_D)
+    q, xm, ym, ax, ay, alpha = load_queries(
+        Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, KEPT, head, b, m, T, R, COLS, D, POOL, BLOCK_D
+    )
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, T, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k = load_rows(K + b * k_b + h * k_h, n, k_t, T, D, BLOCK_D)
-        xn, yn = coordinates(n, R, COLS, POOL)
+        xn, yn = coordinates(KEPT, b, n, R, T, COLS, POOL)
         gauss, _, _ = gauss_tile(xm[:, None], ym[:, None], ax[:, None], ay[:, None], xn[None, :], yn[None, :], clamp)
         bias = tl.where(n[None, :] >= R, alpha[:, None] * gauss, 0.0)  # prefix tokens as keys get no bias
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
@@ -137,14 +154,16 @@ def forward_kernel(
 
 @triton.jit
 def query_grad_kernel(
-    Q, K, V, AX, AY, ALPHA, OUT, DOUT, LSE, DELTA, DQ, DAX, DAY, DALPHA,
+    Q, K, V, AX, AY, ALPHA, KEPT, OUT, DOUT, LSE, DELTA, DQ, DAX, DAY, DALPHA,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
     H, T, R, COLS, scale, clamp,
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ and the coefficients' gradients of a block of queries; leaves `DELTA`, the rows' sum of out * dout, for the key kernel."""
     head, b, h, m = place(T, H, BLOCK_M)
-    q, xm, ym, ax, ay, alpha = load_queries(Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, head, m, T, R, COLS, D, POOL, BLOCK_D)
+    q, xm, ym, ax, ay, alpha = load_queries(
+        Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, KEPT, head, b, m, T, R, COLS, D, POOL, BLOCK_D
+    )
     dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
     out = load_rows(OUT + b * o_b + h * o_h, m, o_t, T, D, BLOCK_D)
     # sum_j w_ij dw_ij, without the weights (FlashAttention-2)
@@ -157,7 +176,7 @@ def query_grad_kernel(
     dalpha = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, T, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k, v, xn, yn = load_keys(K + b * k_b + h * k_h, k_t, V + b * v_b + h * v_h, v_t, n, T, R, COLS, D, POOL, BLOCK_D)
+        k, v, xn, yn = load_keys(K + b * k_b + h * k_h, k_t, V + b * v_b + h * v_h, v_t, KEPT, b, n, T, R, COLS, D, POOL, BLOCK_D)
         gauss, dx2, dy2 = gauss_tile(xm[:, None], ym[:, None], ax[:, None], ay[:, None], xn[None, :], yn[None, :], clamp)
         gauss = tl.where(n[None, :] >= R, gauss, 0.0)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + alpha[:, None] * gauss
@@ -178,19 +197,21 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    Q, K, V, AX, AY, ALPHA, DOUT, LSE, DELTA, DK, DV,
+    Q, K, V, AX, AY, ALPHA, KEPT, DOUT, LSE, DELTA, DK, DV,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     H, T, R, COLS, scale, clamp,
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys; tiles are transposed, [keys, queries]."""
     head, b, h, n = place(T, H, BLOCK_N)
-    k, v, xn, yn = load_keys(K + b * k_b + h * k_h, k_t, V + b * v_b + h * v_h, v_t, n, T, R, COLS, D, POOL, BLOCK_D)
+    k, v, xn, yn = load_keys(K + b * k_b + h * k_h, k_t, V + b * v_b + h * v_h, v_t, KEPT, b, n, T, R, COLS, D, POOL, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, T, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        q, xm, ym, ax, ay, alpha = load_queries(Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, head, m, T, R, COLS, D, POOL, BLOCK_D)
+        q, xm, ym, ax, ay, alpha = load_queries(
+            Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, KEPT, head, b, m, T, R, COLS, D, POOL, BLOCK_D
+        )
         dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
         lse = tl.load(LSE + head * T + m, mask=m < T, other=0.0)
         delta = tl.load(DELTA + head * T + m, mask=m < T, other=0.0)
@@ -241,7 +262,7 @@ def strides(*tensors: Tensor) -> list[int]:
 
 @torch.library.custom_op("ssl_locat::gaussian_attention", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, ax: Tensor, ay: Tensor, alpha: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, ax: Tensor, ay: Tensor, alpha: Tensor, kept: Tensor | None,
     clamp: float, pool: int, rows: int, cols: int, num_prefix_tokens: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, and the rows' log-sum-exp in base 2 for the backward."""
@@ -250,7 +271,7 @@ def attend(
     options = launch_options(forward_kernel, q.shape[-1], q.dtype)
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors' is
         forward_kernel[(triton.cdiv(t, options["BLOCK_M"]) * b * h,)](
-            q, k, v, ax, ay, alpha, out, lse,
+            q, k, v, ax, ay, alpha, kept, out, lse,
             *strides(q, k, v, out), h, t, num_prefix_tokens, cols, scale, clamp, POOL=pool, **options,
         )  # fmt: skip
     return out, lse
@@ -258,7 +279,7 @@ def attend(
 
 @torch.library.custom_op("ssl_locat::gaussian_attention_backward", mutates_args=())
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, ax: Tensor, ay: Tensor, alpha: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, ax: Tensor, ay: Tensor, alpha: Tensor, kept: Tensor | None, out: Tensor, lse: Tensor,
     clamp: float, pool: int, cols: int, num_prefix_tokens: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
@@ -270,34 +291,34 @@ def attend_backward(
     with torch.cuda.device_of(q):
         options = launch_options(query_grad_kernel, q.shape[-1], q.dtype)
         query_grad_kernel[(triton.cdiv(t, options["BLOCK_M"]) * b * h,)](
-            q, k, v, ax, ay, alpha, out, dout, lse, delta, dq, dax, day, dalpha,
+            q, k, v, ax, ay, alpha, kept, out, dout, lse, delta, dq, dax, day, dalpha,
             *strides(q, k, v, out, dout, dq), *sizes, POOL=pool, **options,
         )  # fmt: skip
         options = launch_options(key_grad_kernel, q.shape[-1], q.dtype)
         key_grad_kernel[(triton.cdiv(t, options["BLOCK_N"]) * b * h,)](
-            q, k, v, ax, ay, alpha, dout, lse, delta, dk, dv, *strides(q, k, v, dout, dk, dv), *sizes, POOL=pool, **options
+            q, k, v, ax, ay, alpha, kept, dout, lse, delta, dk, dv, *strides(q, k, v, dout, dk, dv), *sizes, POOL=pool, **options
         )
     return dq, dk, dv, dax, day, dalpha
 
 
 @attend.register_fake
-def _(q, k, v, ax, ay, alpha, clamp, pool, rows, cols, num_prefix_tokens, scale):
+def _(q, k, v, ax, ay, alpha, kept, clamp, pool, rows, cols, num_prefix_tokens, scale):
     return token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @attend_backward.register_fake
-def _(dout, q, k, v, ax, ay, alpha, out, lse, clamp, pool, cols, num_prefix_tokens, scale):
+def _(dout, q, k, v, ax, ay, alpha, kept, out, lse, clamp, pool, cols, num_prefix_tokens, scale):
     return *(token_major(x) for x in (q, k, v)), *(torch.empty_like(x) for x in (ax, ay, alpha))
 
 
 def save_for_backward(ctx, inputs, output):
-    *tensors, clamp, pool, _, cols, num_prefix_tokens, scale = inputs
+    *tensors, clamp, pool, _, cols, num_prefix_tokens, scale = inputs  # the last of the tensors may be None
     ctx.save_for_backward(*tensors, *output)
     ctx.options = clamp, pool, cols, num_prefix_tokens, scale
 
 
 def backward(ctx, dout, _):
-    return *attend_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+    return *attend_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None, None
 
 
 attend.register_autograd(backward, setup_context=save_for_backward)

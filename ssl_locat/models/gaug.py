@@ -94,6 +94,7 @@ class GAug(nn.Module):
         self.num_heads = num_heads
         self.source, self.sigma, self.alpha, self.kernel, self.fast = source, sigma, alpha, kernel, fast
         self.small_start, self.disable_clamp = small_start, disable_clamp
+        self.fixed_width = 0.0 if sigma is None else sigma**2 if kernel == "gaussian" else sigma  # a variance, or a length
         self.set_initial_grid(initial_grid)
         self.num_widths = 1 if isotropic or kernel != "gaussian" else 2  # columns and rows; a single radius has no axes
         self.log_var = self.log_alpha = None  # the release's names; neither is a logarithm
@@ -112,6 +113,12 @@ class GAug(nn.Module):
         self.constants = constants(self.initial_grid)
         if self.disable_clamp:
             self.constants = self.constants._replace(clamp=math.inf)
+        self.training_pool = 2 if self.fast == "reference" and self.initial_grid[0] >= FAST_GRID else 1
+        # as plain numbers: TorchScript keeps no named tuple
+        self.coef, self.shift, self.eps, self.clamp = self.constants
+        if self.kernel != "gaussian":
+            self.coef = self.coef**0.5
+            self.shift = math.log(self.coef - 1) if self.coef > 1 else 0.0
 
     def init_weights(self) -> None:
         for layer in (self.log_var, self.log_alpha):
@@ -122,66 +129,80 @@ class GAug(nn.Module):
             nn.init.zeros_(self.log_alpha.weight)
             nn.init.constant_(self.log_alpha.bias, SMALL_ALPHA)
 
-    def forward(self, q: Tensor, grid: tuple[int, int], *, k: Tensor | None = None, x: Tensor | None = None) -> Gaussian:
+    def forward(
+        self,
+        q: Tensor,
+        grid: tuple[int, int],
+        k: Tensor | None = None,
+        x: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Gaussian:
         """Patches' queries [B, heads, N, head_dim], unscaled, normalised, not rotated -> coefficients, all [B, heads, N] float32.
 
-        k: the patches' keys, read only by alpha="auto"; x: the attention's input [B, N, D], read only by source="input".
+        k: the patches' keys, read only by alpha="auto"; x: the attention's input [B, N, D], read only by source="input";
+        kept: [B, N] numbers of these patches where not all of the grid are there.
         """
-        pool = 2 if self.fast == "reference" and self.training and self.initial_grid[0] >= FAST_GRID else 1
+        if torch.jit.is_scripting():
+            return self.coefficients(q, grid, k, x, kept)
+        else:  # a compiler of TorchScript must not see what is below
+            with torch.autocast(
+                "cpu" if q.is_meta else q.device.type, enabled=False
+            ):  # half precision rounds a bias of 6 by 0.02
+                return self.coefficients(q, grid, k, x, kept)
+
+    def coefficients(self, q: Tensor, grid: tuple[int, int], k: Tensor | None, x: Tensor | None, kept: Tensor | None) -> Gaussian:
+        """`forward` without its autocast."""
+        pool = self.training_pool if self.training else 1
         if pool > 1:
-            q, x = pool_cells(q, grid, pool), None if x is None else pool_cells(x[:, None], grid, pool)[:, 0]
-        with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # half precision rounds a bias of 6 by 0.02
-            width, alpha = self.predict(q.float(), None if x is None else x.float())
-            width = width * (min(grid) / min(self.initial_grid))  # [B, heads, N, 1 or 2], in patches of this grid
-            if self.kernel == "gaussian":
-                # the exponent's 1 / (2 sigma^2), columns last as in the release: [B, heads, N] each
-                ax, ay = 0.5 / (width[..., -1] + self.constants.eps), 0.5 / (width[..., 0] + self.constants.eps)
-            else:
-                ax = ay = 1 / (width[..., 0] + self.constants.eps)  # 1 / lambda
-            if self.alpha == "auto":
-                # eq. 13-19: the typical size of this query's logits, |q| * mean |k| / sqrt(d): [B, heads, N]
-                alpha = q.float().norm(dim=-1) * k.float().norm(dim=-1).mean(-1, keepdim=True) * q.shape[-1] ** -0.5
+            if kept is not None:
+                raise UserError("gaug.fast=reference pools cells of the whole grid, but patches were dropped; use fast=off")
+            q = pool_cells(q, grid, pool)
+            if x is not None:
+                x = pool_cells(x[:, None], grid, pool)[:, 0]
+        width, alpha = self.predict(exact(q), x)
+        width = width * (min(grid[0], grid[1]) / min(self.initial_grid[0], self.initial_grid[1]))
+        if self.kernel == "gaussian":
+            ax, ay = 0.5 / (width[..., -1] + self.eps), 0.5 / (width[..., 0] + self.eps)
+        else:
+            ax = 1 / (width[..., 0] + self.eps)
+            ay = ax
+        if self.alpha == "auto" and k is not None:
+            alpha = exact(q).norm(2, dim=-1) * exact(k).norm(2, dim=-1).mean(-1, keepdim=True) * q.shape[-1] ** -0.5
         if pool > 1:
-            ax, ay, alpha = (spread_cells(t, grid, pool) for t in (ax, ay, alpha))
-        return Gaussian(ax, ay, alpha, self.constants.clamp, pool)
+            ax, ay, alpha = spread_cells(ax, grid, pool), spread_cells(ay, grid, pool), spread_cells(alpha, grid, pool)
+        return Gaussian(ax, ay, alpha, self.clamp, pool, kept)
 
     def predict(self, q: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
         """Width [B, heads, N, 1 or 2] (rows, cols) before rescaling, alpha [B, heads, N]."""
-        if self.log_var is not None and self.log_alpha is not None and self.source == "query":
+        log_var, log_alpha = self.log_var, self.log_alpha
+        if log_var is not None and log_alpha is not None and self.source == "query":
             # both projections in one product: they read the same queries
-            weight = torch.cat([self.log_var.weight, self.log_alpha.weight]).float()
-            bias = torch.cat([self.log_var.bias, self.log_alpha.bias]).float()
-            # [B, heads, N, widths + 1] cut into widths and alpha
-            raw_width, raw_alpha = F.linear(q, weight, bias).split([self.num_widths, 1], dim=-1)
-            return self.scaled_sigmoid(raw_width), F.softplus(raw_alpha[..., 0])
-        if self.sigma is not None:
-            # one constant, broadcast over both axes
-            width = q.new_full((*q.shape[:3], 1), self.sigma**2 if self.kernel == "gaussian" else self.sigma)
-        elif self.source == "input":
-            raw = F.linear(x, self.log_var.weight.float(), self.log_var.bias.float())  # [B, N, heads * widths]
-            width = self.scaled_sigmoid(raw.unflatten(-1, (self.num_heads, self.num_widths)).transpose(1, 2))
+            weight = torch.cat([log_var.weight, log_alpha.weight]).to(q.dtype)
+            bias = torch.cat([log_var.bias, log_alpha.bias]).to(q.dtype)
+            raw = F.linear(q, weight, bias)
+            return self.scaled_sigmoid(raw[..., : self.num_widths]), F.softplus(raw[..., self.num_widths])
+        if log_var is None:
+            width = torch.full_like(q[..., :1], self.fixed_width)
+        elif self.source == "input" and x is not None:
+            raw = F.linear(x.to(q.dtype), log_var.weight.to(q.dtype), log_var.bias.to(q.dtype))  # [B, N, heads * widths]
+            width = self.scaled_sigmoid(raw.unflatten(-1, [self.num_heads, self.num_widths]).transpose(1, 2))
         else:
-            width = self.scaled_sigmoid(F.linear(q, self.log_var.weight.float(), self.log_var.bias.float()))
-        if self.log_alpha is not None:
-            alpha = F.softplus(F.linear(q, self.log_alpha.weight.float(), self.log_alpha.bias.float())[..., 0])
+            width = self.scaled_sigmoid(F.linear(q, log_var.weight.to(q.dtype), log_var.bias.to(q.dtype)))
+        if log_alpha is not None:
+            alpha = F.softplus(F.linear(q, log_alpha.weight.to(q.dtype), log_alpha.bias.to(q.dtype))[..., 0])
         else:
-            alpha = q.new_ones(q.shape[:3])
+            alpha = torch.ones_like(q[..., 0])
         return width, alpha
 
     def scaled_sigmoid(self, raw: Tensor) -> Tensor:
         """f of eq. 5: f(0) = 1, and no more than `coef` (its root for a kernel whose width is a length)."""
-        coef, shift = self.constants.coef, self.constants.shift
-        if self.kernel != "gaussian":
-            coef = coef**0.5
-            shift = math.log(coef - 1) if coef > 1 else 0.0
-        return coef * torch.sigmoid(raw - shift)
+        return self.coef * torch.sigmoid(raw - self.shift)
 
     def bias(self, coefficients: Gaussian, grid: tuple[int, int]) -> Tensor:
         """The bias between patches, [B, heads, N, N] float32, whatever the kernel; slow for large grids."""
         if self.kernel == "gaussian":
             return gaussian_bias(coefficients, grid)
-        dx, dy = patch_distances(grid, coefficients.alpha.device, coefficients.pool)
-        # [N, N], the clamp per axis as in the Gaussian
+        dx, dy = patch_distances(grid, coefficients.alpha.device, coefficients.pool, coefficients.kept)
         distance = (dx.square().clamp(max=coefficients.clamp) + dy.square().clamp(max=coefficients.clamp)).sqrt()
         reach = coefficients.ax[..., None] * distance  # [B, heads, N, 1] * [N, N]: row i is query i's
         return coefficients.alpha[..., None] * (torch.exp(-reach) if self.kernel == "laplace" else 1 / (1 + reach))
@@ -220,6 +241,11 @@ class GAug(nn.Module):
         return f"initial_grid={self.initial_grid}, " + ", ".join(f"{n}={v}" for n, v in chosen.items() if v is not None)
 
 
+def exact(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def pool_cells(x: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
     """[B, heads, rows * cols, d] -> the mean of each pool x pool cell, [B, heads, N / pool^2, d]."""
     rows, cols = grid
@@ -227,12 +253,12 @@ def pool_cells(x: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
         raise UserError(
             f"gaug.fast=reference pools {pool} x {pool} patches, but the grid is {rows} x {cols}; use even sides or fast=off"
         )
-    cells = x.unflatten(2, (rows // pool, pool, cols // pool, pool))  # [B, heads, rows / p, p, cols / p, p, d]
-    return cells.mean(dim=(3, 5)).flatten(2, 3)
+    cells = x.unflatten(2, [rows // pool, pool, cols // pool, pool])
+    return cells.mean(dim=[3, 5]).flatten(2, 3)
 
 
 def spread_cells(x: Tensor, grid: tuple[int, int], pool: int) -> Tensor:
     """[B, heads, N / pool^2] -> every patch has its cell's value, [B, heads, N]."""
     rows, cols = grid
-    cells = x.unflatten(2, (rows // pool, cols // pool))  # [B, heads, rows / p, cols / p]
+    cells = x.unflatten(2, [rows // pool, cols // pool])
     return cells.repeat_interleave(pool, dim=2).repeat_interleave(pool, dim=3).flatten(2)

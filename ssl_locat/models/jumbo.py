@@ -7,6 +7,7 @@ import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, get_device_dtype, trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -26,13 +27,24 @@ class JumboBlock(Block):
         self.drop_path3 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.shared: tuple[nn.Module, ...] = ()  # the model's wide MLP; in a tuple, so that the model alone owns its parameters
 
-    def forward(self, x: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
-        (wide_mlp,) = self.shared
+    def __prepare_scriptable__(self) -> "JumboBlock":
+        """What TorchScript compiles in its place: it knows no modules in tuples, and lets blocks share one."""
+        block = self.__new__(type(self))
+        block.__dict__ = {**self.__dict__, "_modules": {**self._modules, "wide_mlp": self.shared[0]}}
+        return block
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask)))
         wide, patches = x[:, : self.num_class_tokens].flatten(1), x[:, self.num_class_tokens :]
-        wide = wide + self.drop_path3(self.ls3(wide_mlp(self.norm3(wide))))
+        wide = wide + self.drop_path3(self.ls3(self.transform_wide(self.norm3(wide))))
         patches = patches + self.drop_path2(self.ls2(self.mlp(self.norm2(patches))))
-        return torch.cat([wide.unflatten(1, (self.num_class_tokens, -1)), patches], dim=1)
+        return torch.cat([wide.unflatten(1, [self.num_class_tokens, -1]), patches], dim=1)
+
+    def transform_wide(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.wide_mlp(x)
+        else:
+            return self.shared[0](x)
 
 
 class JumboNorm(nn.LayerNorm):
@@ -43,10 +55,21 @@ class JumboNorm(nn.LayerNorm):
         self.num_class_tokens = num_class_tokens
         self.for_patches = (for_patches,)
 
+    def __prepare_scriptable__(self) -> "JumboNorm":
+        norm = self.__new__(type(self))
+        norm.__dict__ = {**self.__dict__, "_modules": {**self._modules, "own_norm": self.for_patches[0] or nn.Identity()}}
+        return norm
+
     def forward(self, x: Tensor) -> Tensor:
-        wide = super().forward(x[:, : self.num_class_tokens].flatten(1)).unflatten(1, (self.num_class_tokens, -1))
-        patches, (norm,) = x[:, self.num_class_tokens :], self.for_patches
-        return torch.cat([wide, patches if norm is None else norm(patches)], dim=1)
+        wide = F.layer_norm(x[:, : self.num_class_tokens].flatten(1), self.normalized_shape, self.weight, self.bias, self.eps)
+        patches = self.norm_patches(x[:, self.num_class_tokens :])
+        return torch.cat([wide.unflatten(1, [self.num_class_tokens, -1]), patches], dim=1)
+
+    def norm_patches(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.own_norm(x)
+        else:
+            return x if self.for_patches[0] is None else self.for_patches[0](x)
 
 
 class Jumbo(VisionTransformer):
@@ -102,6 +125,13 @@ class Jumbo(VisionTransformer):
         self.head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self))
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, -math.log(num_classes))
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        if prune_norm:
+            self.norm_patches = None
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         return x[:, : self.num_prefix_tokens].flatten(1)

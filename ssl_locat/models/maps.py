@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import UserError
 from ssl_locat.models.attach import project, rotate
+from ssl_locat.models.grid import read_mask
 from ssl_locat.models.tokens import run_blocks
 
 
@@ -44,10 +45,11 @@ def weights(
     attention: nn.Module, x: Tensor, prefix: int, rope: Tensor | None = None, attn_mask=None, is_causal: bool = False
 ) -> Tensor:
     """softmax of one attention's logits for its input x [B, R + N, D]."""
-    q, k, v = project(attention, x)
+    q, k, _ = project(attention, x)
     bias = 0
     if hasattr(attention, "gaug"):
-        coefficients = attention.gaug(q[:, :, prefix:], attn_mask, k=k[:, :, prefix:], x=x[:, prefix:])
-        bias = F.pad(attention.gaug.bias(coefficients, attn_mask), (prefix, 0, prefix, 0))
-    q, k = rotate(attention, q, rope, v.dtype), rotate(attention, k, rope, v.dtype)
+        rows, cols, kept = read_mask(attn_mask)
+        coefficients = attention.gaug(q[:, :, prefix:], (rows, cols), k=k[:, :, prefix:], x=x[:, prefix:], kept=kept)
+        bias = F.pad(attention.gaug.bias(coefficients, (rows, cols)), (prefix, 0, prefix, 0))
+    q, k = rotate(attention, q, rope), rotate(attention, k, rope)
     return (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1)

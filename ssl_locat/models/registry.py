@@ -18,6 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
+    get_arch_pretrained_cfgs,
     list_models,
     load_pretrained,
     model_entrypoint,
@@ -150,10 +151,13 @@ default_cfgs = generate_default_cfgs(
             "std": IMAGENET_DEFAULT_STD,
             "first_conv": "patch_embed.proj",
             "classifier": "head.fc" if base is SwinTransformer else "head",
+            "pool_size": (7, 7) if base is SwinTransformer else None,
         }
         for name, (base, _, _) in MODELS.items()
     }
 )
+for _name in TWINS:  # pretrained=True gives a twin its model's weights, so it has that model's configs, too
+    default_cfgs |= generate_default_cfgs({f"locat_{tagged}": cfg for tagged, cfg in get_arch_pretrained_cfgs(_name).items()})
 for _name, _entry in MODELS.items():
     register(_name, *_entry)
 for _name, _options in TWINS.items():

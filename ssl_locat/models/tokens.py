@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssl_locat.errors import UserError
-
-
-class Grid(NamedTuple):
-    """Patches of one input. timm hands it to every attention of a LocAt model as `attn_mask`: GAug is the mask's recipe."""
-
-    rows: int
-    cols: int
+from ssl_locat.models.grid import Grid
 
 
 class Tokens(NamedTuple):
@@ -66,38 +60,29 @@ def run_blocks(
     model: VisionTransformer | Eva, images: Tensor, n: int = 1, *, masks: Tensor | None = None, mask_token: Tensor | None = None
 ) -> tuple[list[Tensor], Grid]:
     """Outputs of the last n blocks [B, R + N, D], and the grid; honours timm's `set_grad_checkpointing`."""
-    x, rope, grid = embed(model, images, masks, mask_token)
-    outputs = []
-    for index, block in enumerate(model.blocks):
-        context = {} if rope is None else {"rope": rope[index] if model.rope_mixed else rope}
-        if getattr(model, "has_gaug", False):
-            context["attn_mask"] = grid
-        if model.grad_checkpointing and torch.is_grad_enabled():
-            # the reentrant kind takes no keyword arguments
-            x = checkpoint(block, x, use_reentrant=False, **context)
-        else:
-            x = block(x, **context)
-        if index >= len(model.blocks) - n:
-            outputs.append(x)
-    return outputs, grid
-
-
-def embed(
-    model: VisionTransformer | Eva, images: Tensor, masks: Tensor | None = None, mask_token: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Grid]:
-    """Images to what the first block reads [B, R + N, D], rotary embedding (or None), grid."""
-    x = model.patch_embed(images)  # [B, rows, cols, D] with dynamic_img_size, else [B, N, D]
+    x = model.patch_embed(images)
     grid = Grid(*x.shape[1:3]) if x.ndim == 4 else Grid(*model.patch_embed.grid_size)
     if masks is not None:
         # before positions: a hidden patch keeps its place, as in BEiT and iBOT
         x = torch.where(masks.view(*x.shape[:-1], 1), mask_token.to(x.dtype), x)
-    x = model._pos_embed(x)  # adds class token and registers: [B, R + N, D]
-    rope = None
-    if isinstance(model, Eva):
-        x, rope = x
-    else:
-        x = model.patch_drop(x)
-    return model.norm_pre(x), rope, grid
+    last = range(len(model.blocks) - n, len(model.blocks))
+    if hasattr(model, "place_patches"):  # a LocAt model, which tells its blocks where patches lie
+        _, outputs = model.run_blocks(*model.place_patches(x), list(last))
+        return outputs, grid
+    x, rope = model._pos_embed(x) if isinstance(model, Eva) else (model.patch_drop(model._pos_embed(x)), None)
+    x = model.norm_pre(x)
+    outputs = []
+    for index, block in enumerate(model.blocks):
+        context = {} if rope is None else {"rope": rope[index] if model.rope_mixed else rope}
+        x = recomputed(block, x, **context) if model.grad_checkpointing else block(x, **context)
+        if index in last:
+            outputs.append(x)
+    return outputs, grid
+
+
+def recomputed(block: nn.Module, x: Tensor, **context: Tensor | None) -> Tensor:
+    """block(x), whose inside the backward pass recomputes."""
+    return checkpoint(block, x, use_reentrant=False, **context) if torch.is_grad_enabled() else block(x, **context)
 
 
 def input_grid(model: nn.Module, images: Tensor) -> Grid:

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as filter_vit
 from torch import Tensor, nn
 
 from ssl_locat.errors import CheckpointError
+from ssl_locat.models.attach import set_initial_grid
 from ssl_locat.models.jumbo import drop_copies_of_the_shared_mlp
 from ssl_locat.models.layouts import Known, Weights
 from ssl_locat.models.positions import embed_special_tokens, num_special_tokens, own_grid, resize_positions
@@ -159,12 +160,3 @@ def fit_positions(backbone: nn.Module, state: dict[str, Tensor], known: Known, s
     state |= {name: value for name, value in moved.items() if name != "pos_embed"}
     patches = resize_positions(moved["pos_embed"][:, wanted:], old, new, known.layout.pos_resize)
     return {"pos_embed": torch.cat([moved["pos_embed"][:, :wanted], patches], dim=1)}
-
-
-def set_initial_grid(backbone: nn.Module, grid: tuple[int, int]) -> None:
-    """Tell every GAug which grid its weights were trained at, and remember it for exports."""
-    for module in backbone.modules():
-        if hasattr(module, "set_initial_grid"):
-            module.set_initial_grid(grid)
-    if getattr(backbone, "has_gaug", False):
-        backbone.gaug_options["initial_grid"] = tuple(grid)

@@ -22,10 +22,10 @@ def make_inputs(grid, prefix, *, batch=2, heads=3, dim=16, dtype=torch.float32, 
     return [t.requires_grad_() for t in qkv + coeff]
 
 
-def run(backend, inputs, grid, prefix, *, clamp=float("inf"), pool=1, **options):
+def run(backend, inputs, grid, prefix, *, clamp=float("inf"), pool=1, kept=None, **options):
     """Output and the gradients of all six inputs."""
     inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    out = gaussian_attention(*inputs[:3], Gaussian(*inputs[3:], clamp, pool), grid, prefix, backend=backend, **options)
+    out = gaussian_attention(*inputs[:3], Gaussian(*inputs[3:], clamp, pool, kept), grid, prefix, backend=backend, **options)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return out, torch.autograd.grad(out, inputs, cotangent)
 
@@ -61,6 +61,53 @@ def test_backend_equals_reference(backend, grid, prefix, clamp, pool):
         torch.testing.assert_close(
             grad, wanted, atol=2e-6 * max(1.0, wanted.abs().max().item()), rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def keep_some(batch, patches, n, seed=0):
+    """[B, n]: other patches of each image, in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(patches, generator=generator)[:n] for _ in range(batch)])
+
+
+def cut(inputs, prefix, kept):
+    """The tokens and coefficients of kept patches."""
+    *qkv, ax, ay, alpha = (t.detach() for t in inputs)
+    b = torch.arange(len(kept))[:, None]
+    tokens = torch.cat([torch.arange(prefix).expand(len(kept), -1), prefix + kept], 1)
+    return [t[b, :, tokens].transpose(1, 2) for t in qkv] + [t[b, :, kept].transpose(1, 2) for t in (ax, ay, alpha)]
+
+
+KEPT = [((4, 4), 1, 16), ((5, 1), 0, 3), ((3, 7), 5, 10), ((6, 4), 1, 1), ((9, 8), 2, 40)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "tiled"])
+@pytest.mark.parametrize(("grid", "prefix", "n"), KEPT)
+def test_kept_patches_see_the_full_matrix_cut_to_them(backend, grid, prefix, n, monkeypatch):
+    """Values, and gradients with respect to everything, of plain attention with the bias of the whole grid cut to rows and columns."""
+    monkeypatch.setattr(attention_tiled, "TILE", 300)  # several tiles, of several heads or of parts of one
+    monkeypatch.setattr(attention_tiled, "QUERIES", 1)
+    inputs = make_inputs(grid, prefix)
+    kept = keep_some(2, grid[0] * grid[1], n)
+    leaves = [t.requires_grad_() for t in inputs]
+    bias = gaussian_bias(Gaussian(*leaves[3:], 9.0), grid)
+    b, h = torch.arange(2)[:, None, None, None], torch.arange(3)[None, :, None, None]
+    bias = F.pad(bias[b, h, kept[:, None, :, None], kept[:, None, None, :]], (prefix, 0, prefix, 0))
+    tokens = torch.cat([torch.arange(prefix).expand(2, -1), prefix + kept], 1)
+    q, k, v = (t[b[..., 0, 0], :, tokens].transpose(1, 2) for t in leaves[:3])
+    expected = (q @ k.mT / 4 + bias).softmax(-1) @ v
+    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    wanted = cut(torch.autograd.grad(expected, leaves, cotangent), prefix, kept)
+    out, grads = run(backend, cut(inputs, prefix, kept), grid, prefix, clamp=9.0, kept=kept)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    for name, grad, want in zip(NAMES, grads, wanted, strict=True):
+        bound = 2e-6 * max(1.0, want.abs().max().item())
+        torch.testing.assert_close(grad, want, atol=bound, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_kept_patches_are_counted():
+    inputs = make_inputs((4, 4), 1)
+    with pytest.raises(UserError, match=r"17 tokens.* 1 prefix tokens and 5 kept patches make 6"):
+        run("sdpa", inputs, (4, 4), 1, kept=keep_some(2, 16, 5))
 
 
 def test_tiles_of_any_size_make_the_whole(monkeypatch):

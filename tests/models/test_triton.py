@@ -43,6 +43,20 @@ def test_equals_reference(grid, prefix, clamp, pool, dim):
 
 
 @interpreted
+@pytest.mark.parametrize(("grid", "prefix", "n"), [((3, 7), 1, 9), ((9, 8), 5, 40)])
+def test_kept_patches_equal_reference(grid, prefix, n):
+    from test_attention import NAMES, cut, keep_some, make_inputs, run
+
+    kept = keep_some(2, grid[0] * grid[1], n)
+    inputs = cut(make_inputs(grid, prefix, dim=16, batch=2, heads=2), prefix, kept)
+    expected, expected_grads = run("reference", inputs, grid, prefix, clamp=16.0, kept=kept)
+    out, grads = run("triton", inputs, grid, prefix, clamp=16.0, kept=kept)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    for name, got, wanted in zip(NAMES, grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@interpreted
 def test_half_precision_stays_near_float32():
     """float16 only: Triton's interpreter multiplies bfloat16 matrices as if their bits were integers."""
     from test_attention import make_inputs, run
@@ -82,10 +96,12 @@ def test_operator_is_registered_soundly():
 
     inputs = make_inputs((3, 4), 1, dim=16, batch=1, heads=2)
     torch.library.opcheck(
-        attend, (*inputs, 9.0, 1, 3, 4, 1, 0.25), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        attend,
+        (*inputs, None, 9.0, 1, 3, 4, 1, 0.25),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
-    compiled = torch.compile(lambda *x: attend(*x, 9.0, 1, 3, 4, 1, 0.25)[0], backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), attend(*inputs, 9.0, 1, 3, 4, 1, 0.25)[0])
+    compiled = torch.compile(lambda *x: attend(*x, None, 9.0, 1, 3, 4, 1, 0.25)[0], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), attend(*inputs, None, 9.0, 1, 3, 4, 1, 0.25)[0])
     compiled(*inputs).sum().backward()
     assert all(t.grad is not None for t in inputs)
 
@@ -137,7 +153,7 @@ def test_any_number_of_heads_fits_a_launch(monkeypatch):
         monkeypatch.setattr(kernels, name, launches)
     q = torch.zeros(11_000, 6, 5, 8, requires_grad=True)
     coeff = torch.zeros(11_000, 6, 4)
-    kernels.attend(q, q, q, coeff, coeff, coeff, 9.0, 1, 2, 2, 1, 0.25)[0].sum().backward()
+    kernels.attend(q, q, q, coeff, coeff, coeff, None, 9.0, 1, 2, 2, 1, 0.25)[0].sum().backward()
     assert [grid for grid, _ in launches.seen] == [(66_000,)] * 3
 
 
@@ -183,7 +199,7 @@ def test_kernels_when_interpreted():
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert run.stdout.split()[0].count(".") == len(CASES) + 3, run.stdout[-2000:]  # none of those skipped
+    assert run.stdout.split()[0].count(".") == len(CASES) + 5, run.stdout[-2000:]  # none of those skipped
 
 
 @pytest.mark.skipif(INTERPRETING, reason="an interpreting triton compiles nothing")
