@@ -160,7 +160,7 @@ class GAug(nn.Module):
             if x is not None:
                 x = pool_cells(x[:, None], grid, pool)[:, 0]
         width, alpha = self.predict(exact(q), x)
-        width = width * (min(grid[0], grid[1]) / min(self.initial_grid[0], self.initial_grid[1]))
+        width = width * (shorter_side(grid) / min(self.initial_grid[0], self.initial_grid[1]))
         if self.kernel == "gaussian":
             ax, ay = 0.5 / (width[..., -1] + self.eps), 0.5 / (width[..., 0] + self.eps)
         else:
@@ -239,6 +239,14 @@ class GAug(nn.Module):
     def extra_repr(self) -> str:
         chosen = {n: getattr(self, n) for n in CHOICES} | {"sigma": self.sigma}
         return f"initial_grid={self.initial_grid}, " + ", ".join(f"{n}={v}" for n, v in chosen.items() if v is not None)
+
+
+def shorter_side(grid: tuple[int, int]):
+    """min(grid); while torch.jit.trace records, sides are tensors, of which min would record only which is smaller here."""
+    if torch.jit.is_scripting():
+        return min(grid[0], grid[1])
+    else:
+        return torch.minimum(*grid) if isinstance(grid[0], Tensor) else min(grid)
 
 
 def exact(x: Tensor) -> Tensor:

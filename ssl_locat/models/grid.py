@@ -61,7 +61,7 @@ def coordinates(
     """Column and row of each patch, both float32 [N]; of kept ones [B, 1, n], the 1 standing for heads."""
     x, y = axis(cols, device, pool), axis(rows, device, pool)
     if kept is None:
-        return x.repeat(rows), y.repeat_interleave(cols)
+        return x.repeat(rows), y.repeat_interleave(cols, 0)
     return x[kept % cols][:, None], y[torch.div(kept, cols, rounding_mode="floor")][:, None]
 
 

@@ -82,6 +82,8 @@ CLASSIFIERS = [
     "locatjumbo",
     "jumbo_mlp2",
     "locatjumbo_mlp1",
+    "locatswin_small_stage",
+    "locatswin_small_stage_patch2_dynamic",
 ]
 
 
