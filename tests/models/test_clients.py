@@ -243,5 +243,3 @@ def test_features_only_of_a_twin_by_timms_name():
     getter = timm.create_model("locat_vit_tiny_patch16_224", depth=4, features_only=True, out_indices=(1, 3)).eval()
     assert [m.shape for m in getter(images(64, 96))] == [(2, 192, 4, 6)] * 2
     assert getter.model.has_gaug
-    with pytest.raises(UserError, match="feature_cls is 'hook'"):
-        timm.create_model("locat_vit_tiny_patch16_224", depth=4, features_only=True, feature_cls="hook")
