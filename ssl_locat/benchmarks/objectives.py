@@ -24,13 +24,19 @@ MEANS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 # one step each; dino alone is what the others are compared with
 COMBINATIONS = {
-    "dino": lambda: {"dino": DINO(PROTOTYPES)},
-    "dino, sinkhorn": lambda: {"dino": DINO(PROTOTYPES, targets="sinkhorn", min_images=1)},
-    "dino + ibot": lambda: {"dino": DINO(PROTOTYPES), "ibot": IBOT(PROTOTYPES)},
-    "dino + ibot, shared head": lambda: {"dino": DINO(PROTOTYPES), "ibot": IBOT(PROTOTYPES, shared_head=True)},
-    "dino + ibot, refined patches": lambda: {"dino": DINO(PROTOTYPES), "ibot": IBOT(PROTOTYPES, refined=True)},
-    "dino + koleo": lambda: {"dino": DINO(PROTOTYPES), "koleo": KoLeo(min_images=1)},
-    "dino + gram": lambda: {"dino": DINO(PROTOTYPES), "gram": Gram()},
+    "dino": lambda: {"dino": DINO(num_prototypes=PROTOTYPES)},
+    "dino, sinkhorn": lambda: {"dino": DINO(num_prototypes=PROTOTYPES, targets="sinkhorn", min_images=1)},
+    "dino + ibot": lambda: {"dino": DINO(num_prototypes=PROTOTYPES), "ibot": IBOT(num_prototypes=PROTOTYPES)},
+    "dino + ibot, shared head": lambda: {
+        "dino": DINO(num_prototypes=PROTOTYPES),
+        "ibot": IBOT(num_prototypes=PROTOTYPES, shared_head=True),
+    },
+    "dino + ibot, refined patches": lambda: {
+        "dino": DINO(num_prototypes=PROTOTYPES),
+        "ibot": IBOT(num_prototypes=PROTOTYPES, refined=True),
+    },
+    "dino + koleo": lambda: {"dino": DINO(num_prototypes=PROTOTYPES), "koleo": KoLeo(min_images=1)},
+    "dino + gram": lambda: {"dino": DINO(num_prototypes=PROTOTYPES), "gram": Gram()},
     "distill, teacher of the same size": lambda: {"distill": Distill("bench")},
 }
 
@@ -81,7 +87,7 @@ def rows(repeats: int) -> list[dict]:
 
 def patch_rows(repeats: int, batch: int) -> list[dict]:
     """The patch loss, as the loop runs it, beside the same heads on as many tokens that were no one's patches."""
-    objective = IBOT(PROTOTYPES).to(device())
+    objective = IBOT(num_prototypes=PROTOTYPES).to(device())
     student = objective.make_head(SIZE["embed_dim"]).to(device())
     teacher = copy.deepcopy(student).requires_grad_(False)
     hidden = objective.make_masks(list(range(batch)), 2, (8, 8))

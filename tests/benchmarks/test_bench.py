@@ -62,6 +62,7 @@ def test_a_case_that_fails_loses_no_other(rows, monkeypatch, capsys):
         ("step", "setting up"),
         ("crops", "setting up"),
         ("stream", "setting up"),
+        ("start", "setting up"),
     ]
     assert printed["failed"][0]["error"] == "ZeroDivisionError: division by zero"
 

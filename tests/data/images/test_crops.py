@@ -1,6 +1,5 @@
 """Multi-crop: deterministic, DINO's distribution, and pixels that equal Pillow and torchvision within the stated differences."""
 
-import os
 import tarfile
 
 import cv2
@@ -250,25 +249,6 @@ def test_device_hue_equals_torchvisions_within_its_eight_bits(photos):
             ours = crops_device.photometric(pixels, torch.tensor([draw], dtype=torch.float32))[0].permute(1, 2, 0).numpy()
             difference = np.abs(ours - np.array(functional.adjust_hue(Image.fromarray(crop), shift)))
             assert difference.mean() < 1.5 and difference.max() <= 12
-
-
-@pytest.mark.parametrize(
-    ("cores", "environment", "mode"),
-    [
-        (16, {}, "device-photometric"),  # one process, however many GPUs the node has
-        (64, {"LOCAL_WORLD_SIZE": "8"}, "device-photometric"),  # torchrun: all share them
-        (32, {"LOCAL_WORLD_SIZE": "8"}, "device"),
-        (12, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "96"}, "device-photometric"),  # each Slurm task bound to its own
-        (32, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "32"}, "device"),  # Slurm tasks that are not bound
-    ],
-)
-def test_a_gpu_gets_the_crops_that_its_own_cores_can_make(cores, environment, mode, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert MultiCrop(device="cuda").mode == mode and MultiCrop(device="cpu").mode == "cpu"
 
 
 @pytest.mark.gpu
