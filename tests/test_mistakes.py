@@ -119,7 +119,7 @@ def test_a_mistake_leaves_no_run_behind_and_a_run_is_not_mixed_with_another(tmp_
         pretrain(wrong)
     pretrain(config)
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-4})})
-    with pytest.raises(UserError, match=r"holds a run with other settings: optim\.lr was .*, now 0\.0001\."):
+    with pytest.raises(UserError, match=r"is of a run with other settings: optim\.lr was .*, now 0\.0001\."):
         pretrain(other)
 
 

@@ -29,7 +29,7 @@ RUNS = {
     "make test": None,
     "ssl-locat pretrain path/to/images": [*TINY, *SHORT],
     "ssl-locat pretrain images.yaml": [*TINY, *SHORT],
-    "ssl-locat pretrain dino_locatvit_s16 data.train='s3://bucket/train-{0000..1281}.tar' run_dir=runs/mine": [
+    "ssl-locat pretrain dino_locatvit_s16 data.train='s3://bucket/imagenet/train/shard-*.tar' run_dir=runs/mine": [
         *TINY,
         *SHORT,
         "data.train=path/to/images",

@@ -88,7 +88,8 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
         raise ConfigError(
             "data.train mixes several data sets: say how many samples count as an epoch, such as data.epoch_samples=1281167."
         )
-    check_probe_data(config)
+    if not to_come:  # probes of a made set read it, too
+        check_probe_data(config)
     return datasets, weights, run_length(config, datasets)
 
 
