@@ -115,7 +115,7 @@ def test_every_key_that_a_page_mentions_exists():
             text = re.sub(r"^\|[^|]*\|", "", text, flags=re.M)
         more = {"data": set(TableData.model_fields)} if page.name == "evaluation.md" else {}  # a protocol's data
         for section, key in re.findall(r"`(\w+)\.(\w+)(?:[:=][^`]*)?`", text):
-            if key != "py" and section in known:
+            if key not in ("py", "pth") and section in known:  # names of files
                 assert key in known[section] | more.get(section, set()), f"{page.name}: {section}.{key}"
 
 

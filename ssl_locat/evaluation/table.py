@@ -353,10 +353,10 @@ def run(name: str, arguments: Sequence[str] = ()) -> tuple[Path, Exception | Non
     Raises UserError before anything is measured where a model or data set is not there. The error that is returned has the highest exit
     code of the cells that failed; None if none did.
     """
-    from ssl_locat.runs.distributed import is_main
-
     table = load_table(name, arguments)
     check_cells(table)
+    from ssl_locat.runs.distributed import is_main  # torch: after what can be refused without it
+
     found, failed = measure(table)
     grid = {
         row: {column: Cell.of(found.get((row, column), []), table.rows[row].published.get(column)) for column in table.columns}
