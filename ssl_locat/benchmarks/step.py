@@ -33,9 +33,9 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     if not on_gpu:
         yield "whole job", partial(job_rows, repeats)
     yield "objectives", partial(objectives.rows, 2 if quick else repeats)
-    yield "label-free measures", partial(label_free.rows, 2 if quick else 5)
     if quick:
         return
+    yield "label-free measures", partial(label_free.rows, 5)
     for precision in precisions():
         case = f"ViT-S 512 px {precision}"
         yield case, partial(model_rows, case, "ViT-S", 512, 16 if on_gpu else 1, 5, precision, compiled=on_gpu)
