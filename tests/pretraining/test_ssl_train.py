@@ -117,6 +117,7 @@ def test_accumulation_does_not_change_ibot_with_centring(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(540)  # compiling takes two minutes of two idle cores
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_run_has_the_same_losses(tiny, tmp_path, device):
     """Student and teacher compiled, two resolutions, a number of hidden patches that changes from step to step, accumulation."""
