@@ -56,6 +56,7 @@ class _Evaluate(TyperCommand):
     """`evaluate PROTOCOL --help` ends with the protocol's keys."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
+        # --help is answered before arguments are parsed: the protocol is looked for among the raw words
         ctx.meta["protocol"] = next((word for word in args if not word.startswith("-")), None)
         return super().parse_args(ctx, args)
 
@@ -102,6 +103,7 @@ def init(
     """Look at your images and this machine, and write a commented YAML that `pretrain` runs."""
     from ssl_locat.doctor.early import check_data, check_enough, yaml_to_write
 
+    # what costs no import of torch comes first, here and below (doctor/early.py)
     yaml_to_write(source, out)
     check_data(source)
     check_enough(source)
@@ -148,10 +150,12 @@ def pretrain(
     with config_for(config, overrides or [], dry_run) as path:
         loaded = load(path, overrides or [])
     check_config(loaded, on)
+    # --allow a,b and --allow a --allow b are the same
     allowed = [key for keys in allow or [] for key in keys.split(",") if key]
     check_allow(loaded, allowed)
     if replay and (on or dry_run or loaded.sweep):
         raise UserError("--replay looks at one saved batch here and now: it goes with neither --on nor --dry-run nor a sweep.")
+    # "local" is this process, but for a sweep: its combinations are processes of their own, one after the other
     if on and (on != "local" or loaded.sweep):
         from ssl_locat.cluster.launch import submit_pretrain
 
@@ -215,6 +219,7 @@ def evaluate(
         return
 
     result = run(protocol, model, overrides or [])
+    # printed even if a number is not finite: the rest of the result may be sound; then exit code 2
     _print_json(result) if as_json else show(result)
     refuse_not_finite(result)
 
@@ -341,6 +346,7 @@ def shards_check(data: Annotated[list[str], typer.Argument(metavar="DATA...")], 
     """Read everything once and report damage by shard and key; exit 3 if there is any."""
     from ssl_locat.data.shards.check import check_command
 
+    # of typer, as it carries an exit code and is no error
     raise typer.Exit(check_command(data if len(data) > 1 else data[0], as_json))
 
 
@@ -442,6 +448,7 @@ def _report_fault(error: Exception) -> int:
 
 def _corrected(error: Exception, arguments: list[str]) -> str | None:
     """What to type in place of an option that is none: `--lr 0.1`, `--optim.lr=0.1`, `--batch-size 64`."""
+    # only "no such option" has a name; other usage errors explain themselves
     option = getattr(error, "option_name", None) or ""
     if not option.startswith("--"):
         return None
@@ -470,9 +477,10 @@ def run_command(arguments: list[str]) -> int:
     """One command line -> its exit code. A user's mistake is one message; a stack trace means our own."""
     quiet, verbose = "--quiet" in arguments, "--verbose" in arguments
     log.setup(quiet=quiet, verbose=verbose)
+    # taken out by hand: as options of the app they would have to stand before the command
     words = [word for word in arguments if word not in ("--quiet", "--verbose")]
     try:
-        code = app(words, standalone_mode=False)
+        code = app(words, standalone_mode=False)  # else click prints errors and exits by itself
     except _Usage as error:
         error.message = redact(str(error.message))
         error.show()
@@ -487,15 +495,18 @@ def run_command(arguments: list[str]) -> int:
         code = _report_fault(error) if refusal is None else Outage.exit_code
         if refusal:
             log.say(f"ssl-locat: {refusal}", sys.stderr)
+    # 128 + SIGINT, as a shell reports it
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
+        # so that flushing at exit does not fail once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
         code = 0
     except Exception as error:
         code = _report_fault(error)
     if code == 130:  # typer turns Ctrl-C into this, too
         print("ssl-locat: stopped.", file=sys.stderr)
+    # a command returns nothing; of a typer.Exit, its code is returned
     return code if isinstance(code, int) else 0
 
 

@@ -15,6 +15,7 @@ NAMES = Path(__file__).with_name("model_names.txt")
 
 def check_exists(model: str) -> None:
     """UserError if MODEL is a path and nothing is there."""
+    # a path may end in `?option=value`, as a name may, and a file may have a `?` in its own name
     if model.startswith(("timm:", "hf-hub:")) or Path(model).exists() or Path(model.partition("?")[0]).exists():
         return
     name = model.partition("?")[0]
@@ -30,6 +31,7 @@ def known_names() -> frozenset[str] | None:
     """Names of timm's models and ours; None if the list was made from another timm than the one installed."""
     made_from, *names = NAMES.read_text(encoding="utf-8").split()
     try:
+        # the package's metadata: importing timm would import torch
         return frozenset(names) if version("timm") == made_from else None
     except PackageNotFoundError:
         return None
@@ -38,6 +40,7 @@ def known_names() -> frozenset[str] | None:
 def doubt(name: str) -> str | None:
     """What is odd about a model's name, None if nothing is. timm has the last word."""
     known = known_names()
+    # a tag behind the dot names weights of one architecture: vit_small_patch16_224.dino
     if known is None or ":" in name or name.partition(".")[0] in known:
         return None
     return f"{name!r} is not among the models of timm {version('timm')}.{did_you_mean(name.partition('.')[0], known)}"

@@ -66,7 +66,7 @@ def _section(schema: type[BaseModel], prefix: str) -> list[str]:
 def _subsection(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Union, types.UnionType):  # `Cache | None`: a section that may be left out
         return next((found for part in get_args(annotation) if (found := _subsection(part))), None)
     return None
 
@@ -90,7 +90,7 @@ def _type(annotation: Any) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+    if field.default is PydanticUndefined:  # no default, or one that a factory makes
         return "**required**" if field.is_required() else "empty"
     if field.default is None:
         return "none"
@@ -101,7 +101,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("|", "\\|").replace("\n", " ")  # a bare bar would end the cell
 
 
 def _objective(name: str, target: str) -> str:

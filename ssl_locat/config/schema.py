@@ -37,6 +37,7 @@ AtLeast0 = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """A part of the config: no unknown keys, no changes after loading."""
 
+    # `.inf` and `.nan` are numbers of YAML, and no key means one
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -53,6 +54,7 @@ class Section(BaseModel):
 class Options(Section):
     """A part with variants: a name, and options that the named thing's own signature checks."""
 
+    # checked by `load` and not here: which keys exist depends on the name
     model_config = ConfigDict(frozen=True, extra="allow")
 
     @property
@@ -131,6 +133,7 @@ class Objective(Options):
     weight: float = Field(default=1.0, gt=0)
 
 
+# The defaults of crops, optimiser and teacher are those of DINO (arXiv:2104.14294, section 3.2, and the options of its main_dino.py).
 class Crops(Section):
     global_size: int = Field(default=224, gt=0, description="pixels")
     local_size: int = Field(default=96, gt=0, description="pixels")
@@ -141,6 +144,7 @@ class Crops(Section):
         default="auto", description="what the CPU does and what the device does"
     )
     flip_prob: float = Field(default=0.5, ge=0, le=1, description="horizontal flip")
+    # hue turns the colour circle by up to this share of it, either way: half is all of it
     jitter: tuple[AtLeast0, AtLeast0, AtLeast0, Annotated[float, Field(ge=0, le=0.5)]] = Field(
         default=(0.4, 0.4, 0.2, 0.1), description="brightness, contrast, saturation, hue"
     )
@@ -153,6 +157,7 @@ class Crops(Section):
     solarize_prob: tuple[Share, Share, Share] = Field(
         default=(0.0, 0.2, 0.0), description="global crop 1, global crop 2, local crops"
     )
+    # ImageNet's, which released weights expect; `ssl-locat init` measures others
     mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="of the channels in 0..1, one for each")
     std: tuple[Positive, ...] = Field(default=(0.229, 0.224, 0.225), description="likewise")
 
@@ -182,6 +187,7 @@ class Optim(Section):
     total_steps: int | None = Field(default=None, gt=0, description="length of the run in optimiser steps; or give epochs")
     global_batch_size: int = Field(gt=0, description="images per optimiser step, over all ranks and accumulation steps")
     accumulate_steps: int = Field(default=1, gt=0, description="micro-batches per optimiser step")
+    # the linear scaling rule (Goyal et al., arXiv:1706.02677): lr * global_batch_size / 256
     lr: float = Field(default=5e-4, gt=0, description="at a global batch of 256; scaled linearly")
     min_lr: float = Field(default=1e-6, ge=0, description="at the end of the schedule; not scaled")
     warmup_epochs: float = Field(default=10, ge=0)
@@ -204,6 +210,7 @@ class Optim(Section):
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip_grad: float = Field(default=3.0, ge=0, description="largest gradient norm; 0: no clipping")
+    # a norm over all tensors, which other projects clip by, is larger than that of any one: 3.0 then cuts far more often
     clip: Literal["per_parameter", "global"] = Field(default="per_parameter", description="DINO clips each tensor by itself")
 
     @model_validator(mode="after")
@@ -219,6 +226,7 @@ class Optim(Section):
 
 
 class Teacher(Section):
+    # 1.0 at the end: the exported teacher no longer moves with the noise of single batches
     momentum: tuple[Share, Share] = Field(default=(0.996, 1.0), description="start and end of a cosine")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None, description="of its forward pass; default: the student's"
@@ -229,6 +237,7 @@ class Checkpoint(Section):
     every_steps: int = Field(default=1000, gt=0)
     keep_last: int = Field(default=3, gt=0)
     milestone_every_steps: int | None = Field(default=None, gt=0, description="these are never deleted")
+    # the copy to memory is what the step waits for; files are written by a thread (runs/checkpoint.py)
     asynchronous: bool = Field(default=True, description="write while training continues")
 
 
@@ -284,7 +293,7 @@ class Config(Section):
     @field_validator("run_dir")
     @classmethod
     def _home(cls, value: str) -> str:
-        return os.path.expanduser(value)
+        return os.path.expanduser(value)  # no shell sees what stands in a YAML
 
     @field_validator("objective")
     @classmethod
@@ -326,6 +335,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> Config:
         ConfigError: with file, line, full key, the value, what was expected and the nearest valid key.
     """
     loaded = load_yaml(name, "configs/pretrain", overrides, either=EITHER)
+    # options last: a wrong section is the likelier mistake, and objectives of the user are looked up for them
     config = parse(Config, loaded)
     for index, objective in enumerate(config.objectives):
         key = ("objective", index) if isinstance(config.objective, list) else ("objective",)
@@ -365,6 +375,7 @@ def parse(schema: type[T], loaded: LoadedYaml) -> T:
     try:
         return schema.model_validate(loaded.data)
     except ValidationError as error:
+        # each member of a union complains, mostly in the same words: said once, in the order of the file
         lines = dict.fromkeys(_explain(schema, item, loaded) for item in error.errors())
         raise ConfigError("\n".join(lines)) from None
 
@@ -392,6 +403,7 @@ def _explain(schema: type[BaseModel], item: ErrorDetails, loaded: LoadedYaml) ->
 def _yaml_key(loc: tuple, data: Any) -> tuple:
     """pydantic's location without the names of union members, which no user wrote."""
     key = []
+    # ("objective", "list[Objective]", 0, "weight") -> ("objective", 0, "weight")
     for position, part in enumerate(loc):
         inside = isinstance(data, dict) and part in data
         listed = isinstance(data, list) and isinstance(part, int) and part < len(data)

@@ -20,6 +20,7 @@ def source_of(module: str) -> Path | None:
         path = Path(__file__).parents[1].joinpath(*parts[1:]).with_suffix(".py")
         return path if path.is_file() else None
     try:
+        # imports the packages above the module, though not the module: fine for what the user wrote, too slow for ours
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         return None
@@ -45,11 +46,14 @@ def keyword_defaults(target: str) -> dict[str, str | None] | None:
     if not isinstance(function, ast.FunctionDef):
         return {}
     plain, keyword_only = function.args.args, function.args.kwonlyargs
+    # ast lists the defaults of the last arguments only; the first have none
     missing = [None] * (len(plain) - len(function.args.defaults))
     defaults = zip([*plain, *keyword_only], [*missing, *function.args.defaults, *function.args.kw_defaults], strict=True)
     own = {argument.arg: ast.unparse(value) if value else None for argument, value in defaults if argument.arg != "self"}
+    # without `**rest` nothing else can be meant
     if function.args.kwarg is None:
         return own
+    # the class of a user may take anything: its base cannot be followed, and None lets every key pass
     base = base_target(tree, node)
     inherited = keyword_defaults(base) if base else None
     # what the class gives its base by position is not the caller's to give: those have no default and stand before the `*`

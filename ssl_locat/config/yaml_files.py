@@ -22,6 +22,7 @@ class LoadedYaml:
 
     name: str
     data: dict[str, Any]
+    # not in `data`: a value with a place attached would no longer be the plain str or float that pydantic checks
     places: dict[Path_, str] = field(default_factory=dict)
 
     def place(self, key: Path_) -> str:
@@ -79,6 +80,7 @@ def shipped(folder: str) -> Path:
 def find(name: str, folder: str) -> Path:
     """The file that `name` means: a path, or the name of a YAML shipped in `folder` (`pretrain` is in `configs/pretrain`)."""
     path = Path(name)
+    # the ending decides: a folder called `quickstart` here must not hide the recipe of that name
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
@@ -147,6 +149,7 @@ def _value(data: Any, key: Path_) -> Any:
 
 
 def _load_chain(path: Path, folder: str, seen: tuple[Path, ...], either: tuple[Path_, ...]) -> LoadedYaml:
+    # one file under two names, by a link or by `..`, is still a circle
     path = path.resolve()
     shown = _shown(path)
     if path in seen:
@@ -165,6 +168,7 @@ def _load_chain(path: Path, folder: str, seen: tuple[Path, ...], either: tuple[P
         raise ConfigError(f"{loaded.place(('base',))}: base file not found. {error}") from None
     below = _load_chain(base_path, folder, (*seen, path), either)
     _make_way(below, loaded.data, either)
+    # a key stands where it was said last, as its value does
     merged = LoadedYaml(shown, _merge(below.data, loaded.data), {**below.places, **loaded.places})
     return merged
 
@@ -206,6 +210,7 @@ def _read(path: Path, shown: str) -> LoadedYaml:
 def _explained(error: yaml.YAMLError, shown: str, kind: str = "") -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"{shown}:{mark.line + 1}" if mark else shown
+    # `problem` is one line; the error as a text quotes the file over several
     return f"{where}: {kind}{getattr(error, 'problem', None) or error}."
 
 
@@ -213,8 +218,8 @@ def _note_places(node: yaml.Node, key: Path_, shown: str, places: dict[Path_, st
     if isinstance(node, yaml.MappingNode):
         for name_node, value_node in node.value:
             child = (*key, str(name_node.value))
-            place = f"{shown}:{name_node.start_mark.line + 1}"
-            if child in places:
+            place = f"{shown}:{name_node.start_mark.line + 1}"  # marks count lines from 0
+            if child in places:  # YAML forbids it, PyYAML silently keeps the last
                 raise ConfigError(f"{place}: {'.'.join(map(str, child))} is given twice (first at {places[child]}). Keep one.")
             places[child] = place
             _note_places(value_node, child, shown, places)
@@ -228,6 +233,7 @@ def _apply_override(loaded: LoadedYaml, override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"{override!r}: expected an override of the form key.sub=value, such as optim.lr=1e-3.")
+    # a number is an entry of a list: objective.0.weight=2
     parts: Path_ = tuple(int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in name.split("."))
     target: Any = loaded.data
     for depth, part in enumerate(parts[:-1]):
@@ -243,6 +249,7 @@ def _apply_override(loaded: LoadedYaml, override: str) -> None:
     if isinstance(target, list):
         _check_number(target, parts, override)
     target[parts[-1]] = read_value(text)
+    # what stood below a replaced mapping stands nowhere any more
     for known in [key for key in loaded.places if key[: len(parts)] == parts]:
         del loaded.places[known]
     loaded.places[parts] = f"command line ({name}={text})"

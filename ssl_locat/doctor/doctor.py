@@ -39,6 +39,7 @@ def doctor(target: str | None = None, overrides: list[str] | None = None, on: st
     config = load(target, overrides or []) if target else None
     if config:
         check_config(config, on)
+    # before anything is measured: afterwards the load would be our own
     load_before = Load.now()
     _section("Environment", environment_lines())
     if config is None:
@@ -61,6 +62,7 @@ def _section(title: str, *groups: list[str]) -> None:
 def _run_lines(path: str) -> tuple[list[str], list[str]]:
     run = open_run(path)
     facts, advice = explain(run)
+    # what happens all the time says nothing about how it ended
     routine = {"save", "probe"}
     last = [event for event in run.events if event["kind"] not in routine][-5:]
     shown = [f"{event['time'][:19].replace('T', ' ')}  {event['kind']}  step {event.get('step', '?')}" for event in last]
@@ -96,7 +98,9 @@ def _attention_lines() -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     works, refused = [], []
     for backend in BACKENDS:
+        # [1 image, 2 heads, a class token and 4 x 4 patches, 32 channels]: enough for a kernel to start or refuse
         q = torch.randn(1, 2, 17, 32, device=device)
+        # [1, 2, 16] each: variances and height of every patch's Gaussian
         coefficients = Gaussian(*(torch.rand(1, 2, 16, device=device) for _ in range(3)))
         try:
             gaussian_attention(q, q, q, coefficients, (4, 4), 1, backend=backend)
@@ -141,6 +145,7 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
     from ssl_locat.pretraining.parts import check
     from ssl_locat.pretraining.step_times import decide_crops, step_times
 
+    # here or by torchrun: what one process does is measured, and a profile says how many there will be
     ranks = 1
     if on not in (None, "local"):
         from ssl_locat.cluster.launch import load_profile
@@ -202,6 +207,7 @@ def _reading(config: Config, datasets, weights: list[float], ranks: int) -> tupl
 
     batch, workers, limit = config.optim.global_batch_size, config.data.workers, config.data.read_memory_gb
     plan = choose_plan(datasets, weights, config.seed, batch, round(limit * 2**30))
+    # in the units of the plan: 1.0 means that nobody reads what another rank reads, too
     readers = plan.readers_per_lane(batch // (ranks * config.optim.accumulate_steps), ranks, workers)
     windows = readers * plan.lanes * plan.window * max(dataset.mean_bytes for dataset in datasets) / ranks / 2**30
     by = f"a reader for {_count(workers, 'decoding worker')}" if workers else "the trainer itself (data.workers is 0)"
@@ -210,7 +216,7 @@ def _reading(config: Config, datasets, weights: list[float], ranks: int) -> tupl
         f"Raw samples in memory: at most {max(windows, limit):.2f} GiB a rank (data.read_memory_gb={limit:g}), {windows:.2f} of it for shuffling",
     ]
     advice = []
-    if readers > 1.05:
+    if readers > 1.05:  # where the stream warns, too
         text = f"{_count(ranks, 'rank')} with optim.accumulate_steps={config.optim.accumulate_steps} share runs of {plan.unit} samples, so that each "
         text += f"sample is fetched {readers:.1f} times: give each rank and accumulated step a multiple of {plan.unit} samples of the batch"
         advice.append(Advice(10 * readers, f"{text} (64 ranks at most where the batch is a multiple of 64)."))
@@ -235,6 +241,7 @@ def _data_advice(config: Config, sample, datasets) -> list[Advice]:
         advice.append(Advice(STOPPER + share, f"{text}{how}, or raise data.max_bad."))
     total = sum(map(len, datasets))
     for objective in config.objectives:
+        # 65536: DINO's own default
         prototypes = objective.options.get("num_prototypes", 65536)
         if objective.name == "dino" and prototypes > total:
             few = max(64, 2 ** max(0, (total // 8).bit_length() - 1))
@@ -286,6 +293,7 @@ def _run_section(
     advice = []
     workers = usable_workers(config, ranks)
     loader = sample.read_seconds + sample.decode_seconds + sample.crop_seconds
+    # seconds an image: workers share the one, the device does the other
     feed, model = loader / workers, times.transfer + times.step
     alone = shares_cores(config, times)
     speed = ranks / seconds_per_image(config, sample, times, ranks)
@@ -300,6 +308,7 @@ def _run_section(
         "head": times.head,
         "the rest of the backbone": max(0.0, times.step - times.attention - times.head),
     }
+    # parts that wait for each other add up; parts side by side hide behind the slower side
     candidates = (
         parts
         if alone
@@ -319,6 +328,7 @@ def _run_section(
     ]
     if times.device.type == "cuda":
         available = torch.cuda.get_device_properties(times.device).total_memory / 1e9
+        # measured on a few images, so with room to spare
         if memory > 0.9 * available:
             factor = 2 ** (memory / (0.85 * available)).__ceil__().bit_length()
             text = f"About {memory:.0f} GB of {available:.0f} GB: too much. optim.accumulate_steps={config.optim.accumulate_steps * factor}"
@@ -335,7 +345,7 @@ def _run_section(
     if len(large) > len(sample.sizes) / 2 and bottleneck in ("reading", "decode"):
         text = f"Images are far larger than the crops ({sorted(large)[len(large) // 2]} px for {config.crops.global_size} px): store them smaller"
         advice.append(Advice(8, f"{text}, `ssl-locat shards pack` with resize=."))
-    if times.device.type == "cpu" and seconds > 86400:
+    if times.device.type == "cpu" and seconds > 86400:  # a day
         advice.append(
             Advice(30, f"{duration(seconds)} on this CPU: a GPU, a smaller model (locatvit_tiny, fewer blocks) or fewer epochs.")
         )

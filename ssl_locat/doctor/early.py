@@ -68,6 +68,7 @@ def check_evaluation(protocol: str, model: str, overrides: Sequence[str], on: st
 
     may_come = False
     if on not in (None, "local"):
+        # a job that runs first may yet write the model: then a path that is not there proves nothing
         from ssl_locat.cluster.launch import load_profile, waits_for_a_job
 
         may_come = waits_for_a_job(load_profile(on))
@@ -94,6 +95,7 @@ def check_data(spec: object, made: str | None = None) -> None:
     for part in parts:
         shards = getattr(part, "shards", part.get("shards") if isinstance(part, dict) else part)
         for source in shards if isinstance(shards, list | tuple) else [shards]:
+            # what is no path at all (a number, null) is for the schema to name
             if isinstance(source, str | os.PathLike) and not (made and str(source).startswith(made)):
                 _check_source(str(source))
 
@@ -118,6 +120,7 @@ def _check_source(source: str) -> None:
     from ssl_locat.data.stores.store import Store
 
     urls = list(Store().expand(source))  # DataError for a pattern that meets nothing
+    # braces expand to names that may not exist; first and last tell of a wrong range without a stat of thousands
     if not all(os.path.exists(url) for url in (urls[0], urls[-1])):
         open_dataset(source)  # says what is missing, and what has nearly its name
 
@@ -131,8 +134,9 @@ def check_enough(source: str) -> None:
     count = 0
     for _, _, files in os.walk(source, followlinks=False):
         endings = [name.rpartition(".")[2].lower() for name in files if not name.startswith("._")]
-        if "tar" in endings:
+        if "tar" in endings:  # shards: how many samples are in them, only their index tells
             return
+        # a name is enough here; what does not decode counts as damage later
         count += sum(ending in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION) for ending in endings)
         if count >= FEWEST:
             return

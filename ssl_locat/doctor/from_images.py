@@ -26,6 +26,7 @@ def config_for(given: str, overrides: Sequence[str], dry_run: bool) -> Iterator[
         _check_key(override)
     target = Path(f"{name_of(given)}.yaml")
     if target.exists():
+        # init writes FOLDER, or FOLDER/train where it found one
         if (train := load(str(target)).data.train) not in (given, *(f"{given.rstrip('/')}{end}" for end in ("", "/train"))):
             raise UserError(
                 f"{target} exists, for {train}. Run it as it is (ssl-locat pretrain {target}), or write another one: "
@@ -41,6 +42,7 @@ def config_for(given: str, overrides: Sequence[str], dry_run: bool) -> Iterator[
     from ssl_locat.doctor.init import init
 
     with TemporaryDirectory() as folder:
+        # the name stays: it becomes the run folder's
         yield str(init(given, str(Path(folder, target.name)) if dry_run else None, then_pretrain=True))
 
 
@@ -51,6 +53,7 @@ def is_images(given: str) -> bool:
         raise UserError(f"{given} is a run folder. Resume it with its config: ssl-locat pretrain {path / 'config.yaml'}")
     if path.suffix in (".yaml", ".yml"):
         return False
+    # a recipe is a bare word; whatever else looks like a place is images
     return path.is_dir() or "://" in given or ".tar" in path.name or any(letter in given for letter in "{*")
 
 
@@ -72,6 +75,7 @@ def _check_key(override: str) -> None:
     first, *more = name.split(".")
     section = Config.model_fields[first].annotation if first in Config.model_fields else None
     known, part = Config.model_fields, first
+    # below `backbone` and `objective` any key may be one of the named part
     if more and isinstance(section, type) and issubclass(section, Section) and not issubclass(section, Options):
         known, part = section.model_fields, more[0]
     if part not in known:

@@ -143,6 +143,7 @@ def inspect_data(source: str) -> DataStats:
     """Open the data and read a sample of it."""
     dataset = open_dataset(source)
     pixels, sides, ratios, formats, labels, damaged, gray = [], [], [], [], [], [], 0
+    # evenly over the set: its start may be one class, one camera, one year
     places = np.linspace(0, len(dataset) - 1, min(NUM_SAMPLED, len(dataset))).round().astype(int).tolist()
     for place in places:
         sample = dataset.read(place, place + 1)[0]
@@ -158,11 +159,13 @@ def inspect_data(source: str) -> DataStats:
         sides.append(min(height, width))
         ratios.append(max(height, width) / min(height, width))
         formats.append(kind_of(data))
+        # a grid of about 64 x 64 pixels of each image, in 0..1: [n, C]
         small = image[:: max(1, height // 64), :: max(1, width // 64)].reshape(-1, image.shape[2]) / 255
         if pixels and small.shape[1] != pixels[0].shape[1]:
             raise UserError(
                 f"{source}: images of {pixels[0].shape[1]} and of {small.shape[1]} channels ({sample.key}); a run takes one kind. Sort them apart."
             )
+        # no pixel is more than 5 of 255 off the mean of its channels: no colour to speak of
         gray += bool(np.abs(small - small.mean(1, keepdims=True)).max() < 0.02)
         pixels.append(small)
         if "cls" in sample.members:
@@ -195,6 +198,7 @@ def inspect_data(source: str) -> DataStats:
 
 def choose_sizes(short_sides: list[int], gpu: bool) -> Sizes:
     """Crops near the images' own size, up to 224; on a CPU up to 96, since cost grows with the square."""
+    # (shorter side up to, sizes): grids of 8 x 8 to 14 x 14 patches
     side = statistics.median(short_sides)
     for at_most, sizes in ((40, Sizes(32, 16, 4)), (80, Sizes(64, 32, 8)), (160 if gpu else 1e9, Sizes(96, 48, 8))):
         if side <= at_most:
@@ -213,6 +217,7 @@ def choose_backbone(gpu_gb: float) -> tuple[str, str]:
 
 def choose_prototypes(count: int) -> int:
     """A power of two, about one for eight images, from 64 to 65536."""
+    # 65536: DINO's, for ImageNet's 1.28 million
     return min(65536, max(64, 2 ** round(np.log2(max(count / 8, 1)))))
 
 
@@ -326,6 +331,7 @@ def _channels(number: int) -> str:
 
 
 def _quoted(text: str) -> str:
+    # YAML's single quotes: nothing but the quote itself has a meaning inside, so that any path or pattern comes back as it was
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -338,6 +344,7 @@ def expected_seconds(config: Config) -> tuple[float, int]:
 
     datasets, _, length = check(config)
     sample = sample_data(datasets, config, step_device(config.device), 32)
+    # one micro-batch, as the run will have it
     times = step_times(config, sample.payload, config.optim.global_batch_size // config.optim.accumulate_steps)
     per_image = seconds_per_image(config, sample, times)
     return per_image * length.steps_per_epoch * config.optim.global_batch_size, length.steps_per_epoch
@@ -347,6 +354,7 @@ def fit_time(path: Path, epoch_seconds: float, steps_per_epoch: int, load_before
     """Write the expected time beside `epochs`; on a CPU choose as many as fit into CPU_HOURS (10 to 400). Checkpoints come every five minutes,
     in a shorter run five times."""
     text = path.read_text(encoding="utf-8")
+    # as text, not as YAML: dumping it would lose the comments that are the point of the file
     epochs = int(re.search(r"^  epochs: (\d+)$", text, re.M)[1])
     if not torch.cuda.is_available():
         epochs = int(min(400, max(10, CPU_HOURS * 3600 // max(epoch_seconds, 1e-3))))

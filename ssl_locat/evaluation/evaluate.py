@@ -151,6 +151,7 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
     """
     own, overrides = divide(overrides)
     name, options = load_protocol(protocol, overrides)
+    # `divide` made sure of both: step is a number, which one of two words
     chosen = dict(item.split("=", 1) for item in own)
     if "step" in chosen:
         chosen["step"] = int(chosen["step"])
@@ -168,6 +169,7 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
         with stoppable():
             backbone = load_backbone(model, **chosen).to(device)
             result = run_protocol(backbone, name, kept, model)
+        # a file that the user named stays: it is theirs
         if is_main() and not options.get("resume_file"):
             forget_progress(kept.get("resume_file"))
     finally:
@@ -182,6 +184,7 @@ def fingerprint(model: str) -> str:
     path = Path(model.partition("?")[0])
     if not path.exists():
         return model
+    # by name and time: reading gigabytes to hash them would take longer than many a cell of a table
     newest = [*sorted(path.glob("checkpoints/step_*"))[-1:], *path.glob("model.safetensors"), *([path] if path.is_file() else [])]
     marks = [f"{item.name} {int(item.stat().st_mtime)}" for item in newest]
     return " ".join([str(path.resolve()), model.partition("?")[2], *marks])
@@ -189,6 +192,7 @@ def fingerprint(model: str) -> str:
 
 def progress_file(model: str, chosen: dict[str, Any], protocol: str, options: dict[str, Any]) -> Path:
     """Where the progress of this very command is kept until it has finished: in the user's state, which the nodes of a cluster share."""
+    # the folder belongs to it: relative paths among the options mean other data elsewhere
     about = json.dumps([fingerprint(model), chosen, protocol, options, os.getcwd()], sort_keys=True, default=str)
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
     name = f"{protocol}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
@@ -216,6 +220,7 @@ def run_protocol(backbone, protocol: str, options: dict[str, Any], model: str) -
         "protocol": protocol,
         "model": model,
         "data": data,
+        # JSON has no NaN: null stands for it, and refuse_not_finite ends the command
         "metrics": {name: round(float(value), 6) if math.isfinite(value) else None for name, value in metrics.items()},
         "seconds": round(time.monotonic() - began, 2),
     }
@@ -231,6 +236,7 @@ def evaluate(model, protocol: str = "knn", **options) -> dict[str, float]:
 
     loaded = load_yaml(protocol, "eval")
     name = pop_protocol(loaded)
+    # key by key: the shipped YAML has defaults inside `data`, too
     data = {**(loaded.data.get("data") or {}), **options.pop("data", {})}
     given = LoadedYaml(f"evaluate({protocol!r})", {**loaded.data, **options})
     if data:
@@ -253,6 +259,7 @@ def refuse_not_finite(result: dict[str, Any]) -> None:
 
 def tokens_read(protocol: str, options: dict[str, Any]) -> str:
     """In words, which tokens a protocol's score was measured on."""
+    # dense protocols read raw patches, as the paper does; global ones what the head saw (docs/architecture.md, Tokens)
     if protocol in ("segmentation", "hummingbird"):
         return "patches after norm and PRR" if options.get("norm") else "raw patches"
     return "class token after norm and PRR" if protocol in ("knn", "linear", "linear_sweep") else "whole network"
@@ -291,6 +298,7 @@ def add_to_card(folder: Path, result: dict[str, Any]) -> None:
         rows.append(f"| {item['name']} | {item['tokens']} | {data} | {shown} |")
     block = "\n".join([CARD_START, *rows, CARD_END])
     text = card.read_text(encoding="utf-8") if card.exists() else ""
+    # only what stands between our marks is replaced: the rest of the card may be the user's own
     if CARD_START in text and CARD_END in text:
         before, rest = text.split(CARD_START, 1)
         text = before + block + rest.split(CARD_END, 1)[1]
@@ -314,6 +322,7 @@ def features(model: str, data: str, out: str, overrides: Sequence[str] = ()) -> 
     from ssl_locat.models.backbone import load_backbone
     from ssl_locat.runs.distributed import setup, shutdown
 
+    # before the model is loaded, which may take minutes
     check_out(out)
     device = setup()
     try:

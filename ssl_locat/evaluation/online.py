@@ -43,10 +43,12 @@ def open_splits(protocol: str, data: dict[str, Any]) -> None:
 @contextmanager
 def preserve_state(backbone: nn.Module) -> Iterator[None]:
     """Whatever happens inside, random generators (torch, CUDA, numpy, Python) and each module's train/eval mode come out unchanged."""
+    # module by module: a frozen part may be in eval mode while the rest trains
     modes = {module: module.training for module in backbone.modules()}
     python, arrays = random.getstate(), np.random.get_state()
     device = next(backbone.parameters()).device
     try:
+        # without a list fork_rng saves the state of every GPU of the node; gradients are on, as linear trains a head
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             yield
     finally:

@@ -12,6 +12,7 @@ ONLINE = [
     name for name in PROTOCOLS if name not in ("supervised", "attention", "efficiency")
 ]  # frozen backbone, numbers that move
 
+# protocols whose labels are masks
 DENSE = ("segmentation", "hummingbird")
 
 

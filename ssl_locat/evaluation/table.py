@@ -95,6 +95,7 @@ class TableConfig(Section):
 
 def load_table(name: str, arguments: Sequence[str] = ()) -> TableConfig:
     """A shipped table or a path; arguments are ROW=MODEL (repeat it for several seeds), key.sub=value, or a MODEL that becomes a row."""
+    # read twice: only the table tells which of the arguments name its rows and which its keys
     loaded = load_yaml(name, "eval/tables")
     rows = loaded.data.get("rows")
     rows = rows if isinstance(rows, dict) else {}
@@ -164,6 +165,7 @@ def cells(table: TableConfig) -> Iterator[tuple[str, str, str, str, dict[str, An
     for row_name, row in table.rows.items():
         trained = [row.model] if isinstance(row.model, str) else row.model or []
         for column_name, column in table.columns.items():
+            # supervised training starts from the untrained twin of the row, every other protocol from its trained model
             models = ([row.fresh] if row.fresh else []) if column.fresh else trained
             protocol, options = _protocol(column, row.options.get(column_name, {}))
             if column.data is not None:
@@ -195,6 +197,7 @@ def check_cells(table: TableConfig, model_may_come: bool = False) -> None:
         raise ConfigError(f"results is {table.results}, but {existing} {problem}. Give a folder, with results=FOLDER.")
     seen = set()
     for row, column, model, protocol, options in cells(table):
+        # once for each model and data set: seeds and options of a column open the same files
         about = json.dumps([model, protocol, options.get("data")], sort_keys=True, default=str)
         if about in seen or finished(cell_file(table, model, protocol, options)):
             continue
@@ -217,6 +220,7 @@ def dry_run(name: str, arguments: Sequence[str] = ()) -> None:
 
 def cell_file(table: TableConfig, model: str, protocol: str, options: dict[str, Any]) -> Path:
     """Where a cell's result is kept: named by all that it depends on."""
+    # the order of keys means nothing; options may hold paths and tuples, which JSON has as text and lists
     about = json.dumps([fingerprint(model), protocol, options], sort_keys=True, default=str)
     return Path(table.results) / "cells" / f"{protocol}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
@@ -246,6 +250,7 @@ class Claim:
         self.cell.parent.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.cell.with_suffix(".lock"), "a")  # noqa: SIM115  held until `release`
         try:
+            # not waiting: what another job measures is passed over, and something else measured meanwhile
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.lock.close()
@@ -271,6 +276,7 @@ def claim(path: Path) -> tuple[str, dict[str, Any] | None, Claim | None]:
                 held.release()
         if result is not None:
             state = "done"
+    # one process looks: files may be there for one node a moment before they are for another
     state, result = broadcast_object([state, result])
     return state, result, held if state == "mine" else None
 
@@ -326,6 +332,7 @@ def _measure_cell(path: Path, model: str, protocol: str, options: dict[str, Any]
     from ssl_locat.runs.distributed import barrier, is_main
 
     progress_kept = progress_option(protocol, options, path.with_suffix(".progress.safetensors"))
+    # as `evaluate` does: an untrained timm:NAME is the same network in each cell and on every process
     torch.manual_seed(options.get("seed", 0))
     result = run_protocol(load_backbone(model).to(device), protocol, options | progress_kept, model)
     barrier()
@@ -372,6 +379,7 @@ def run(name: str, arguments: Sequence[str] = ()) -> tuple[Path, Exception | Non
 
 def _worst(failed: list[tuple[str, Exception]], total: int, folder: Path) -> Exception:
     """One error for all cells that failed, of the kind with the highest exit code."""
+    # an outage (4) is worth another try, a mistake (2) is not: whoever requeues must see the former
     where, error = max(failed, key=lambda one: one[1].exit_code)
     return type(error)(
         f"{len(failed)} of {total} cells of the table could not be measured; one of them: {where}: {error} All are listed in {folder / 'table.md'}."

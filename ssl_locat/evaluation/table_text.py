@@ -22,7 +22,7 @@ class Cell(NamedTuple):
         """Summary of our runs beside the published number."""
         if not values:
             return cls(None, None, 0, published)
-        spread = statistics.stdev(values) if len(values) > 1 else None
+        spread = statistics.stdev(values) if len(values) > 1 else None  # over n - 1: seeds are a sample
         return cls(statistics.fmean(values), spread, len(values), published)
 
     @property
@@ -56,6 +56,7 @@ def to_markdown(title: str, source: str, grid: Grid, failed: list[str]) -> str:
     header, parts = [""], {}
     for column in columns_of(grid):
         cells = [row[column] for row in grid.values()]
+        # a part that no row has gets no column
         parts[column] = ["ours"] if any(cell.mean is not None for cell in cells) else []
         parts[column] += ["published"] if any(cell.published is not None for cell in cells) else []
         parts[column] += ["difference"] if any(cell.difference is not None for cell in cells) else []
@@ -65,6 +66,7 @@ def to_markdown(title: str, source: str, grid: Grid, failed: list[str]) -> str:
         "",
         *([source, ""] if source else []),
         f"| {' | '.join(header)} |",
+        # names to the left, numbers to the right
         "|---" + "|---:" * (len(header) - 1) + "|",
     ]
     for name, row in grid.items():

@@ -63,20 +63,23 @@ def evaluate(
 def maps_and_metrics(backbone: nn.Module, images: Tensor, layer: int, patches: list | tuple) -> tuple[Tensor, dict[str, float]]:
     """-> maps [B, Q, rows, cols], one for the class token (if there is one) and one per chosen patch; the two numbers."""
     (weights,) = attention_maps(backbone, images, [layer])
+    # [B, heads, R + N, R + N], rows are queries -> [B, R + N, R + N]
     weights, prefix = weights.mean(1).cpu(), backbone.num_prefix_tokens
     height, width = patch_size(backbone)
     rows, cols = images.shape[2] // height, images.shape[3] // width
-    to_patches = weights[:, :, prefix:]
+    to_patches = weights[:, :, prefix:]  # [B, R + N, N]
     queries = [prefix + int(row * rows) * cols + int(col * cols) for row, col in patches]
     scores = {}
     dx, dy = patch_distances((rows, cols))
+    # [B, N, N]; what goes to prefix tokens has no distance, so the rest is made to sum to 1
     local = to_patches[:, prefix:] / to_patches[:, prefix:].sum(-1, keepdim=True)
     scores["patch_distance"] = (local * (dx.square() + dy.square()).sqrt()).sum(-1).mean().item()
     maps = to_patches[:, queries]
     if has_class_token(backbone):
+        # [B, 1, N]: the mean of Jumbo's class tokens
         cls = to_patches[:, : num_class_tokens(backbone)].mean(1, keepdim=True)
         share = cls / cls.sum(-1, keepdim=True)
-        scores["cls_entropy"] = -(share * share.clamp(min=1e-30).log2()).sum(-1).mean().item()
+        scores["cls_entropy"] = -(share * share.clamp(min=1e-30).log2()).sum(-1).mean().item()  # 0 log 0 is 0
         maps = torch.cat([cls, maps], dim=1)
     return maps.unflatten(-1, (rows, cols)), scores
 
@@ -114,6 +117,7 @@ def write(folder: Path, models: dict[str, nn.Module], found: dict, patches: list
         mean, std = (torch.tensor(value)[:, None, None] for value in normalisation(models[name]))
         for image in range(count):
             line = axes[image * len(found) + number]
+            # back to 0..1, and channels last for matplotlib
             line[0].imshow((images[image] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
             line[0].set_title(name if len(found) > 1 else "image", fontsize=9)
             size = images.shape[2:]

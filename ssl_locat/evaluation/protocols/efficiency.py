@@ -41,11 +41,13 @@ def evaluate(backbone: nn.Module, *, image_size: Count = 224, num_classes: Count
             f"{type(model).__name__} has no reset_classifier, by which timm's models get a classifier; give a timm model"
         )
     check_image_size(backbone, image_size)
+    # timm: no classifier, so that the backbone alone is counted
     model.reset_classifier(0)
     found = {"params_backbone": count_parameters(model)}
     model.reset_classifier(num_classes)
     found |= {"params": count_parameters(model), "gmacs": count_macs(model, image_size) / 1e9}
     published = published_for(backbone)
+    # at other sizes there is nothing to compare with
     if published and (image_size, num_classes) == (224, 1000):
         millions, gmacs = published
         found |= {"published_params_millions": millions, "published_gmacs": gmacs}
@@ -63,13 +65,14 @@ def count_macs(model: nn.Module, image_size: int) -> int:
     # the counter cannot look into kernels of our own, nor torch 2.11's into the CPU's fused attention
     with FlopCounterMode(display=False) as counter, forced_backend("sdpa"), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, model.in_chans, image_size, image_size))
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2  # the counter takes a multiply-accumulate for two operations
 
 
 def published_for(backbone: nn.Module) -> tuple[int, float] | None:
     """(millions of parameters, GMAC) of table 1 for a model by its name in timm's registry; None if the paper does not have it."""
     name = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture", "")
     locat = name.startswith("locat") and getattr(backbone, "has_gaug", False)
+    # the twin has its vanilla model's name behind `locat`; patch and window are the same within a family
     name = name.removeprefix("locat").replace("_patch16", "").removesuffix("_patch4_window7_224").removesuffix("_224")
     for family, sizes in PUBLISHED.items():
         for size, (vanilla, twin) in sizes.items():

@@ -31,14 +31,16 @@ def patch_frequencies(masks: Tensor, grid: tuple[int, int], num_classes: int, vo
 
     Void pixels belong to no class, or to `void_class` (the reference: 0).
     """
-    height, width = masks.shape[1] // grid[0], masks.shape[2] // grid[1]
+    height, width = masks.shape[1] // grid[0], masks.shape[2] // grid[1]  # pixels of a patch
+    # [B, rows, cols, height, width] -> [B, N, height * width]
     tiles = masks.long().unfold(1, height, height).unfold(2, width, width).reshape(len(masks), -1, height * width)
     if void_class is not None:
         tiles = torch.where(tiles == 255, void_class, tiles)
     tiles = torch.where(tiles == 255, num_classes, tiles)  # a bin of its own, cut off below
+    # [B, N, C + 1]: one added for each pixel, in the bin of its class
     counts = torch.zeros(*tiles.shape[:2], num_classes + 1, device=masks.device)
     counts.scatter_add_(2, tiles, torch.ones(1, device=masks.device).expand(tiles.shape))
-    return counts[..., :num_classes] / (height * width)
+    return counts[..., :num_classes] / (height * width)  # void lowers the sum below 1: such a patch votes with less weight
 
 
 def sample_patches(frequencies: Tensor, draws: Tensor, count: int) -> Tensor:
@@ -47,8 +49,8 @@ def sample_patches(frequencies: Tensor, draws: Tensor, count: int) -> Tensor:
     A patch scores, over the classes it holds, the number of patches of its image that hold that class; times luck; the smallest are kept,
     so that rare classes are remembered (the published sampling).
     """
-    holds = (frequencies > 0).float()
-    crowd = torch.einsum("bnc,bc->bn", holds, holds.sum(1))
+    holds = (frequencies > 0).float()  # [B, N, C]
+    crowd = torch.einsum("bnc,bc->bn", holds, holds.sum(1))  # holds.sum(1) [B, C]: in how many patches of the image a class is
     return (crowd * draws).topk(min(count, draws.shape[1]), dim=1, largest=False).indices
 
 
@@ -57,16 +59,19 @@ def retrieve(memory: Tensor, memory_labels: Tensor, queries: Tensor, neighbours:
 
     memory [M, D] L2-normalised, memory_labels [M, C]: this process's part. Every process must bring the same number of queries.
     """
+    # [W * Q, D], of all W processes: the memory is too large to be sent, queries are not
     everyone = all_gather_cat(F.normalize(queries, dim=1))
-    similarity, where = nearest(memory, everyone, neighbours)
+    similarity, where = nearest(memory, everyone, neighbours)  # [W * Q, k] each
     # each process answers all queries from its part, then keeps the answers to its own
-    labels = memory_labels[where.cpu()].to(queries.device)
+    labels = memory_labels[where.cpu()].to(queries.device)  # [W * Q, k, C]
     missing = neighbours - similarity.shape[1]  # a small share of a small set: gathering wants one shape
+    # a similarity of -inf has weight 0 below
     similarity, labels = F.pad(similarity, (0, missing), value=-torch.inf), F.pad(labels, (0, 0, 0, missing))
+    # [W, W * Q, k]: row w holds what the memory of process w found for all queries
     similarity, labels = all_gather_cat(similarity[None]), all_gather_cat(labels[None])
     mine = slice(rank() * len(queries), (rank() + 1) * len(queries))
-    similarity = similarity[:, mine].transpose(0, 1).flatten(1, 2)
-    labels = labels[:, mine].transpose(0, 1).flatten(1, 2)
+    similarity = similarity[:, mine].transpose(0, 1).flatten(1, 2)  # [Q, W * k]
+    labels = labels[:, mine].transpose(0, 1).flatten(1, 2)  # [Q, W * k, C]
     best, order = similarity.topk(min(neighbours, similarity.shape[1]), dim=1)
     labels = labels.gather(1, order[..., None].expand(-1, -1, labels.shape[2]))
     return torch.einsum("qk,qkc->qc", (best / beta).softmax(1), labels)
@@ -74,7 +79,7 @@ def retrieve(memory: Tensor, memory_labels: Tensor, queries: Tensor, neighbours:
 
 def paint(soft_labels: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """int64 [B, H, W]: soft labels [B, N, C] spread over the image bilinearly, and the strongest class of each pixel."""
-    maps = soft_labels.transpose(1, 2).unflatten(2, grid)
+    maps = soft_labels.transpose(1, 2).unflatten(2, grid)  # [B, C, rows, cols]
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False).argmax(1)
 
 
@@ -96,10 +101,11 @@ def build_memory(
         for batch in images:
             tokens = read(backbone, batch.images.to(device))
             frequencies = patch_frequencies(batch.masks.to(device), tokens.grid, num_classes, void_class)
+            # [B, N, D]
             rows, index = F.normalize(tokens.patches.float(), dim=2), batch.index
             if per_image is not None:
                 draws = torch.stack([_draws(seed, int(i), rows.shape[1]) for i in index]).to(device)
-                kept = sample_patches(frequencies, draws, per_image)[..., None]
+                kept = sample_patches(frequencies, draws, per_image)[..., None]  # [B, per_image, 1]
                 rows, frequencies = rows.take_along_dim(kept, 1), frequencies.take_along_dim(kept, 1)
             valid = batch.valid
             features.append(rows.cpu()[valid].flatten(0, 1))
@@ -159,6 +165,7 @@ def evaluate(
     train = dense_images(data, "train", augment_seed=seed if augment else None, **settings)
     test = dense_images(data, "test", **settings)
     num_classes = train.num_classes
+    # the same from every image, however many processes hold it
     per_image = None if memory_size is None else max(1, memory_size // len(train))
     memory, memory_labels = build_memory(
         backbone, train, num_classes, read=read, per_image=per_image, void_class=0 if paper_compat else None, seed=seed
@@ -169,6 +176,7 @@ def evaluate(
     with progress("hummingbird", total=len(test), unit="images") as bar:
         for batch in test:
             tokens = read(backbone, batch.images.to(device))
+            # [B * N, D] -> [B * N, C] -> [B, N, C] -> [B, H, W]
             soft = retrieve(memory, memory_labels, tokens.patches.float().flatten(0, 1), neighbours, beta)
             predicted = paint(soft.unflatten(0, tokens.patches.shape[:2]), tokens.grid, batch.masks.shape[1:]).cpu()
             truth = torch.where(batch.masks == 0, VOID, batch.masks) if keep_other else batch.masks

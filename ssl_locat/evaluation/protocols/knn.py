@@ -40,8 +40,9 @@ def _nearest(bank: Tensor, queries: Tensor, k: int, bank_rows: int) -> tuple[Ten
     best = queries.new_empty(len(queries), 0)
     where = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), bank_rows):
-        similarity = queries @ bank[start : start + bank_rows].to(queries.device, non_blocking=True).T
+        similarity = queries @ bank[start : start + bank_rows].to(queries.device, non_blocking=True).T  # [q, b]
         values, indices = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        # [q, 2k] -> [q, k]: the best so far against the best of this piece
         best, order = torch.cat([best, values], dim=1).topk(min(k, best.shape[1] + values.shape[1]), dim=1)
         where = torch.cat([where, indices + start], dim=1).gather(1, order)
     return best, where
@@ -61,9 +62,9 @@ def knn_scores(
     the reference's, so that a small temperature does not overflow; a class with no neighbour has 0.
     """
     similarity, where = nearest(bank, queries, max(k))
-    votes = bank_labels.to(where.device)[where]
+    votes = bank_labels.to(where.device)[where]  # [Q, k] class ids
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
-    empty = queries.new_zeros(len(queries), num_classes)
+    empty = queries.new_zeros(len(queries), num_classes)  # [Q, C]
     return {count: empty.scatter_add(1, votes[:, :count], weights[:, :count]) for count in k}
 
 
@@ -91,6 +92,7 @@ def score(
             for count, scores in knn_scores(bank_values, bank.labels, part, k, temperature, num_classes).items():
                 for top in (1, 5):
                     name = f"top{top}_k{count}{suffix}"
+                    # stays on the device: an .item() for each would wait for it
                     hits[name] = hits.get(name, 0) + top_hits(scores, labels, top).sum()
     names = [
         f"top{top}_k{count}" + (f"_t{t:g}" if len(temperatures) > 1 else "")
@@ -98,6 +100,7 @@ def score(
         for count in k
         for top in (1, 5)
     ]
+    # every process has every name, a process without queries too: the sum needs equal shapes
     local = torch.stack([torch.as_tensor(hits.get(name, 0), device=device) for name in names])
     total = all_reduce_sum_(local)
     return {name: 100 * count.item() / len(queries.labels) for name, count in zip(names, total, strict=True)}
@@ -107,6 +110,7 @@ def evaluate(
     backbone: nn.Module,
     *,
     data: LabelledData,
+    # k and temperature as DINO's eval_knn.py has them
     k: Count | Counts = (10, 20, 100, 200),
     temperature: Positive | Positives = 0.07,
     image_size: Count | None = None,
@@ -167,7 +171,7 @@ def raw_pixel_knn(
         )
         for name in ("train", "test")
     )
-    colours = bank.values.unflatten(1, (channels, -1))
+    colours = bank.values.unflatten(1, (channels, -1))  # [N, C, 32 * 32]
     mean, std = colours.mean((0, 2))[:, None], colours.std((0, 2))[:, None]
     for table in (bank, queries):  # in place: these tables are the memory that is needed
         table.values.unflatten(1, (channels, -1)).sub_(mean).div_(std)
@@ -203,6 +207,7 @@ def _cross_validate(
     """Mean over folds; each fold is classified by the others."""
     order = torch.randperm(len(table.labels), generator=torch.Generator().manual_seed(seed))
     fold_of = torch.empty_like(order)
+    # folds differ by one image at most
     fold_of[order] = torch.arange(len(order)) % folds
     num_classes = int(table.labels.max()) + 1
     results = []

@@ -81,6 +81,7 @@ class Layout(NamedTuple):
 
 def read_blocks(backbone: nn.Module, images: Tensor, blocks: int) -> Tensor:
     """[B, blocks * C + D]: class tokens of the last blocks, the last one at the end, then the mean of the last block's patches."""
+    # the norm and PRR of the last block serve the earlier ones too: DINOv2 reads them so
     refined = [refine(backbone, tokens) for tokens in last_blocks(backbone, images, blocks)]
     return torch.cat([class_token(backbone, tokens) for tokens in refined] + [refined[-1].patches.mean(1)], dim=1)
 
@@ -116,6 +117,7 @@ def train_heads(
             done = step // steps_per_epoch * steps_per_epoch if epoch_decay else step
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group["lr"] = annealed(done, steps, setting.lr * batch_size / 256)
+            # the classifiers share nothing: the gradient of the sum is the gradient of each
             loss = sum(
                 F.cross_entropy(head(layout.pick(features, setting)), labels)
                 for head, setting in zip(heads, settings, strict=True)
@@ -138,6 +140,7 @@ def accuracies(
 ) -> list[dict[str, float]]:
     """top1 and top5 in percent of each classifier."""
     hits = torch.zeros(len(settings), 2)
+    # 4096 rows at a time: one product of all test features with many classifiers would not fit
     for start in range(0, len(table.labels), 4096):
         features, labels = table.values[start : start + 4096].to(device), table.labels[start : start + 4096].to(device)
         for index, (head, setting) in enumerate(zip(heads, settings, strict=True)):
@@ -153,6 +156,7 @@ def batches_of_rows(total: int, batch_size: int, first: int, seed: int) -> Itera
     """
     per_epoch, mine = total // batch_size, batch_size // world_size()
     for epoch in itertools.count(first // per_epoch):
+        # every process draws the whole order and takes its part of each batch
         order = torch.randperm(total, generator=torch.Generator().manual_seed(mix64(seed, epoch) >> 1))
         for step in range(max(first - epoch * per_epoch, 0), per_epoch):
             start = step * batch_size + rank() * mine
@@ -190,10 +194,12 @@ class Task:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix64(seed, 1) >> 1))
         self.train = train
         if cut:
+            # ascending, so that neighbours are read together
             self.validation, self.train = (Chosen(train, part.sort().values.numpy()) for part in (order[:cut], order[cut:]))
         self.batch_size = min(batch_size, len(self.train) // world_size() * world_size())
         self.steps_per_epoch = len(self.train) // self.batch_size
         with torch.no_grad():
+            # widths by looking: Swin's stages and Jumbo's class token are not `embed_dim` wide
             tokens = last_blocks(backbone, torch.zeros(1, len(mean), size, size, device=self.device), blocks)[-1]
             tokens = refine(backbone, tokens)
             self.layout = Layout(blocks, class_token(backbone, tokens).shape[1], tokens.patches.shape[2])
@@ -235,6 +241,7 @@ class Task:
     ) -> nn.ModuleList:
         """Trained classifiers, one for each setting. purpose: what resume_file must belong to (heads.purpose_of)."""
         heads = make_heads(settings, self.layout, self.num_classes, self.seed).to(self.device)
+        # one group for each classifier: they differ in lr, which train_heads sets
         groups = [{"params": list(head.parameters())} for head in heads]
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0)
         steps = epochs * self.steps_per_epoch
@@ -276,6 +283,7 @@ def train_and_test(
     best, best_top1 = 0, None
     if held_out:
         validation = accuracies(heads, settings, task.layout, task.features(task.validation), task.device)
+        # max keeps the first of equals: fewer blocks, then the smaller lr
         best = max(range(len(settings)), key=lambda index: validation[index]["top1"])
         best_top1 = validation[best]["top1"]
     one = slice(best, best + 1)  # the test images are read once, after the choice

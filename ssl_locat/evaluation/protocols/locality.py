@@ -23,23 +23,26 @@ from ssl_locat.runs.distributed import all_reduce_sum_, is_main
 from ssl_locat.runs.log import progress
 
 PERCENTILES = (5, 25, 50, 75, 95)
-EDGES = torch.logspace(-6, 3, 9001)  # bins 0.1 % apart of sigma (in patches) and alpha: percentiles without keeping every value
+EDGES = torch.logspace(
+    -6, 3, 9001
+)  # bins 0.23 % apart (10^0.001) of sigma (in patches) and alpha: percentiles without keeping every value
 
 
 def locality_score(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """[B]: cosine similarity of each patch with its neighbours (8, fewer at the border), mean over those, then over patches.
 
     patches [B, N, D] row-major over grid (rows, cols). A single patch has no neighbour: NaN."""
-    unit = F.normalize(patches.float(), dim=-1).unflatten(1, grid)
+    unit = F.normalize(patches.float(), dim=-1).unflatten(1, grid)  # [B, rows, cols, D]
     total, count = unit.new_zeros(unit.shape[:3]), unit.new_zeros(grid)
     rows, cols = grid
     for dy in (-1, 0, 1):
         for dx in (-1, 0, 1):
             if dx == dy == 0:
                 continue
+            # two shifted views of one grid: each patch in `here` beside the one at (-dy, -dx) of it in `there`
             here = (slice(max(dy, 0), rows + min(dy, 0)), slice(max(dx, 0), cols + min(dx, 0)))
             there = (slice(max(-dy, 0), rows + min(-dy, 0)), slice(max(-dx, 0), cols + min(-dx, 0)))
-            total[:, *here] += (unit[:, *here] * unit[:, *there]).sum(-1)
+            total[:, *here] += (unit[:, *here] * unit[:, *there]).sum(-1)  # cosine, as rows have length 1
             count[here] += 1
     return (total / count).flatten(1).mean(1)
 
@@ -53,6 +56,7 @@ class Spread:
     """Mean and percentiles of a stream of positive values, in constant memory."""
 
     def __init__(self, device: torch.device):
+        # float64: beyond 2^24 values in a bin float32 would lose some
         self.counts = torch.zeros(len(EDGES) + 1, dtype=torch.float64, device=device)
         self.total = torch.zeros(1, dtype=torch.float64, device=device)
         self.edges = EDGES.to(device)
@@ -64,6 +68,7 @@ class Spread:
     def summary(self) -> dict[str, float]:
         """{"mean", "p5", ..., "p95"} over all processes."""
         counts, total = all_reduce_sum_(self.counts).cpu(), all_reduce_sum_(self.total).cpu()
+        # share of the values up to each edge; the first edge beyond a percentile is off by one bin at most
         below = counts.cumsum(0) / counts.sum()
         found = {"mean": (total / counts.sum()).item()}
         for percent in PERCENTILES:
@@ -116,6 +121,7 @@ def evaluate(
     """
     backbone.eval()
     device = next(backbone.parameters()).device
+    # a ViT has blocks, Swin stages
     depth = len(getattr(backbone, "blocks", getattr(backbone, "layers", ())))
     sums = torch.zeros(3, depth, dtype=torch.float64, device=device)  # locality, patch to class token, images
     has_class_token = False
@@ -123,6 +129,7 @@ def evaluate(
     with gaug_statistics(backbone) as spreads, progress("locality", total=images, unit="images") as bar:
         for batch in pictures(backbone, data, **views):
             valid = batch.valid.to(device)
+            # one forward pass gives the raw tokens of every layer
             for layer, tokens in enumerate(last_blocks(backbone, batch.images.to(device), depth)):
                 has_class_token = tokens.prefix.shape[1] > 0
                 sums[0, layer] += locality_score(tokens.patches, tokens.grid)[valid].sum()

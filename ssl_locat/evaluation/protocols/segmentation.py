@@ -47,6 +47,7 @@ def make_head(kind: str, width: int, hidden: int, num_classes: int, *, paper_com
         norm = nn.GroupNorm(1, hidden, eps=1e-5) if paper_compat else LayerNorm2d(hidden)
         head = nn.Sequential(nn.Conv2d(width, hidden, 1, bias=False), norm, nn.GELU(), nn.Conv2d(hidden, num_classes, 1))
         nn.init.kaiming_normal_(head[0].weight, mode="fan_out", nonlinearity="relu")
+    # mmseg's start of a classifier: nearly uniform scores
     nn.init.normal_(head[-1].weight, std=0.01)
     nn.init.zeros_(head[-1].bias)
     return head
@@ -61,6 +62,7 @@ def segmentation_loss(logits: Tensor, masks: Tensor, *, paper_compat: bool) -> T
     total = F.cross_entropy(logits, masks, ignore_index=VOID, reduction="sum")
     if paper_compat:
         return total / masks.numel()
+    # valid pixels of an average process: gradients are averaged later, so that dividing by all of them would divide twice
     count = all_reduce_sum_((masks != VOID).sum()) / world_size()
     return total / count.clamp(min=1)
 
@@ -129,7 +131,9 @@ def evaluate(
         tokens = last_patches(backbone, images, norm=norm, block=block)
         return to_map(tokens.patches.float(), tokens.grid)
 
+    # [1, D, rows, cols]
     width = read(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
+    # the head alone depends on the seed here; the caller's numbers go on as they were
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         probe = make_head(head, width, hidden, train.num_classes, paper_compat=paper_compat)
@@ -210,10 +214,12 @@ def test_whole(
             lost += len(damaged)
             height, width = image.shape[1:]
             bottom, right = -height % multiple, -width % multiple
+            # [1, C, rows, cols]
             maps = probe(read(F.pad(image[None].to(device), (0, right, 0, bottom))))
             resize = partial(F.interpolate, mode="bilinear", align_corners=False)
             padded = (height, width) if paper_compat else (height + bottom, width + right)
             logits = resize(maps, size=padded)[..., :height, :width]
+            # scores are enlarged, not classes: borders then lie between patches
             predicted = resize(logits, size=mask.shape).argmax(1)[0].cpu()
             confusion += confusion_matrix(predicted, mask, scenes.num_classes)
             bar.update(world_size())

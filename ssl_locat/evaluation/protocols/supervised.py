@@ -79,6 +79,7 @@ def seeded(seed: int) -> Iterator[None]:
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    # torch.manual_seed would reseed the GPUs too; numpy takes 32 bits
     torch.random.default_generator.manual_seed(seed >> 1)
     try:
         yield
@@ -108,6 +109,7 @@ def training_transform(
         raise ConfigError(
             f"auto_augment is {auto_augment!r}, which timm does not know; expected its notation, such as rand-m9-mstd0.5-inc1, or null."
         ) from None
+    # replaced in the built transform, so that all else stays as timm draws it
     for part in transform.transforms:
         for operation in getattr(part, "ops", []):
             if operation.name.startswith("Posterize"):
@@ -135,12 +137,15 @@ class Distillation:
         (mean, std), (theirs, spread) = (
             [torch.tensor(part, device=device)[:, None, None] for part in normalisation(one)] for one in (backbone, self.teacher)
         )
+        # x * std + mean is the picture, (picture - theirs) / spread what the teacher expects: one product and one sum
         self.gain, self.offset = std / spread, (mean - theirs) / spread
 
     def __call__(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
             targets = (self.teacher(images * self.gain + self.offset).float() / self.temperature).softmax(1)
+        # "batchmean" is the divergence as defined; "mean" would divide by the classes too
         agreement = F.kl_div((logits / self.temperature).log_softmax(1), targets, reduction="batchmean")
+        # T^2: gradients of softened targets shrink by 1 / T^2 (section 2)
         return (1 - self.weight) * loss + self.weight * self.temperature**2 * agreement
 
 
@@ -206,6 +211,7 @@ def evaluate(
     train, test = open_split(data, "train"), open_split(data, "test")
     same_classes(train, test)
     train, num_classes = labelled_for_training(train, test, data, train_fraction, seed, workers)
+    # a set smaller than a batch is one batch, of an even number on each process
     batch_size = min(batch_size, len(train) // (2 * world_size()) * 2 * world_size())
     per_epoch = len(train) // batch_size
     total, warmup = epochs * per_epoch, round(warmup_epochs * per_epoch)
@@ -214,6 +220,7 @@ def evaluate(
     backbone.reset_classifier(num_classes)
     backbone.to(device)
     set_drop_path(backbone, DROP_PATH.get(backbone.embed_dim, 0.1) if drop_path is None else drop_path)
+    # names of tokens and positions; biases and norms are exempt by their shape
     exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
     if layer_decay:
         groups = param_groups_layer_decay(backbone, weight_decay, exempt, layer_decay=layer_decay)
@@ -228,6 +235,7 @@ def evaluate(
     peak = lr or 5e-4 * batch_size / 512
     step, saved = load_progress(resume_file, backbone, optimizer, purpose, scaler)
     plan = plan_for(train, seed, batch_size, saved)
+    # after load_progress: DDP takes its first parameters from rank 0, and all have the same by then
     network = nn.parallel.DistributedDataParallel(backbone) if world_size() > 1 else backbone
 
     def save() -> None:
@@ -254,11 +262,13 @@ def evaluate(
             with torch.autocast(device.type, dtype=DTYPES[precision]) if DTYPES[precision] else nullcontext():
                 logits = network(images)
             logits = logits.float()
+            # Mixup smooths its targets itself; beside it smoothing would count twice
             loss = F.cross_entropy(logits, targets, label_smoothing=0.0 if mix else label_smoothing)
             if distillation:
                 loss = distillation(loss, logits, images)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
+            # before clipping: the norm is that of true gradients, not of those times the loss scale
             scaler.unscale_(optimizer)
             if clip_grad:
                 nn.utils.clip_grad_norm_(backbone.parameters(), clip_grad)

@@ -70,6 +70,7 @@ def evaluate(
             place = chosen_patches(tokens.patches.shape[1], patches, seed)
             rows = {"patches": tokens.patches[:, place], "classes": class_token(backbone, refine(backbone, tokens))}
             rows["crops"] = features(backbone, shown[:, 1:].flatten(0, 1)).unflatten(0, (-1, views)) if views else rows["classes"]
+            # repeats are dropped after gathering, which wants equal shapes
             valid = all_gather_cat(batch.valid.to(device))
             for name, values in rows.items():
                 found[name].append(all_gather_cat(values.float())[valid].cpu())

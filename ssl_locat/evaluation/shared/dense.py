@@ -52,12 +52,14 @@ def keep_aspect(image: np.ndarray, long_side: float, short_side: float) -> np.nd
     """The image at the largest size whose sides stay within the two given (mmseg's Resize with keep_ratio)."""
     height, width = image.shape[:2]
     factor = min(long_side / max(height, width), short_side / min(height, width))
+    # mmcv's rounding, so that scores at the published sizes compare
     size = max(1, int(width * factor + 0.5)), max(1, int(height * factor + 0.5))
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """int64 [height, width]: nearest neighbour, so that no class is invented."""
+    # cv2 resizes no int64; class ids and VOID fit into 8 bits
     return cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(np.int64)
 
 
@@ -66,6 +68,7 @@ def random_view(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndar
     rng = np.random.default_rng(seed)
     left, top, right, bottom = random_box(*image.shape[:2], (0.5, 2.0), rng)
     picture = Image.fromarray(image[top:bottom, left:right])
+    # torchvision on Pillow images, as the reference: its order and its rounding
     for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
         if rng.random() < 0.5:
             picture = adjust(picture, rng.uniform(0.9, 1.1))
@@ -113,6 +116,7 @@ class DenseImages:
         options = {"batch_size": self.batch_size, "workers": self.workers}
         for (images, masks), damaged in read_scenes(self.scenes, indices, prepare, self.data, **options):
             end, lost = start + len(images), lost + len(damaged)
+            # a damaged pair is known by its place, a repeat by `valid`
             readable = valid[start:end] & ~np.isin(indices[start:end], damaged)
             yield DenseBatch(images, masks, torch.from_numpy(indices[start:end]), torch.from_numpy(readable))
             start = end

@@ -53,6 +53,7 @@ def patch_size(backbone: nn.Module) -> tuple[int, int]:
 def stride(backbone: nn.Module) -> int:
     """Pixels from one of the last block's tokens to the next: a ViT's patch size, 32 for Swin."""
     try:
+        # not patch_embed's: Swin merges patches between stages
         return int(backbone.feature_info[-1]["reduction"])
     except (AttributeError, IndexError, KeyError, TypeError):
         raise UserError(
@@ -134,6 +135,7 @@ def reading(device: torch.device, precision: str | None) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     half = precision == "bf16" or (precision is None and device.type == "cuda")
     try:
+        # "high" is TF32, and a setting of the process: put back below, as training may go on after a probe
         torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             yield
@@ -198,6 +200,7 @@ def labelled_for_training(train, test, data: dict, train_fraction: float, seed: 
     Where the whole set is used and data.num_classes is given, no label need be known beforehand, and none is read: a pass over a large
     set costs as much as an epoch's reading. Raises DataError for classes of `test` that `train` lacks.
     """
+    # labels beyond num_classes are refused one by one, while training reads them (LabelledImage)
     if data.get("num_classes") and train_fraction == 1:
         return train, data["num_classes"]
     labels = read_labels(train, data | {"max_bad": MAX_BAD if data.get("max_bad") is None else data["max_bad"]}, workers)
@@ -215,5 +218,6 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     for label in labels[labels != NO_LABEL].unique().tolist():
         members = (labels == label).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(mix64(seed, label) >> 1)
+        # a generator for each class: which images it keeps does not depend on the other classes
         chosen.append(members[torch.randperm(len(members), generator=generator)[: max(1, round(fraction * len(members)))]])
     return torch.cat(chosen).sort().values

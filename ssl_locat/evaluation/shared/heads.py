@@ -33,6 +33,7 @@ def purpose_of(protocol: str, arguments: dict[str, Any]) -> dict[str, Any]:
     weights = hashlib.sha256()
     for name, tensor in arguments["backbone"].state_dict().items():
         weights.update(name.encode())
+        # as bytes: numpy has no bfloat16
         weights.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     named = {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}
     # through JSON, as the file keeps it: tuples become lists
@@ -61,6 +62,7 @@ def save_progress(
     if is_main():
         tensors = {f"module.{name}": tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
         for index, state in optimizer.state_dict()["state"].items():
+            # before its first step SGD's momentum is None
             tensors |= {
                 f"optimizer.{index}.{name}": torch.as_tensor(value).cpu() for name, value in state.items() if value is not None
             }
@@ -71,6 +73,7 @@ def save_progress(
         metadata = {"step": str(step), "purpose": json.dumps(purpose), "about": json.dumps(about)}
         save_file(tensors, part, metadata=metadata)
         part.replace(path)
+    # nobody trains on, and perhaps dies, before the file is whole
     barrier()
 
 
@@ -107,6 +110,7 @@ def load_progress(
         if kind == "optimizer":
             index, _, key = rest.partition(".")
             state.setdefault(int(index), {})[key] = tensor
+    # groups are as the arguments made them, and `purpose` says that those are the same
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if scaler is not None and about.get("scaler"):
         scaler.load_state_dict(about["scaler"])

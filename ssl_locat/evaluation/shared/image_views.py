@@ -18,6 +18,7 @@ def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, 
 
 def to_tensor(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [H, W, C] -> float32 [C, H, W], normalised."""
+    # a copy: Pillow's memory is read-only, which torch warns of, and a flip has negative strides, which it refuses
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
@@ -40,6 +41,7 @@ def centre_view(
 
     def shown(picture: Image.Image) -> Image.Image:
         if factor != 1:
+            # at least `size`: rounding must not leave a side one pixel short
             picture = picture.resize((max(size, round(width * factor)), max(size, round(height * factor))), BICUBIC)
         left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
         return picture.crop((left, top, left + size, top + size))
@@ -70,6 +72,7 @@ def random_box(height: int, width: int, scale: tuple[float, float], rng: np.rand
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
+        # in logarithms: 3/4 and 4/3 are equally likely
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:

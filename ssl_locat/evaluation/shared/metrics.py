@@ -21,7 +21,7 @@ def top_hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
 
 def wilson(percent: float, count: int) -> tuple[float, float]:
     """(low, high) in percent: the 95 % interval of a share that was measured on `count` images (Wilson 1927)."""
-    share, z = percent / 100, 1.959964
+    share, z = percent / 100, 1.959964  # the 97.5 % quantile of the normal distribution
     centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return 100 * (centre - spread) / (1 + z * z / count), 100 * (centre + spread) / (1 + z * z / count)
 
@@ -32,7 +32,7 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Ten
     Both inputs are integer tensors of one shape, any shape, with values in 0..C-1 where not ignored.
     """
     valid = labels != VOID
-    pairs = labels[valid].long() * num_classes + predicted[valid].long()
+    pairs = labels[valid].long() * num_classes + predicted[valid].long()  # each pair as one number, so that one bincount does
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -45,7 +45,7 @@ def class_ious(confusion: Tensor) -> Tensor:
     """float64 [C]: intersection over union per class as a fraction; NaN for a class that is in neither truth nor prediction."""
     confusion = confusion.double()
     hits = confusion.diagonal()
-    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)  # predicted + true - both
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, float]:
@@ -84,6 +84,7 @@ def best_assignment(cost: np.ndarray) -> np.ndarray:
     row_potential, column_potential = np.zeros(n), np.zeros(n + 1)
     row_of = np.full(n + 1, -1)  # column n is the virtual start of every path
     for row in range(n):
+        # a path starts at the new row, and alternates: free edge to a column, back along its match
         row_of[n], column = row, n
         shortest, previous = np.full(n, np.inf), np.full(n, n)
         visited = np.zeros(n + 1, dtype=bool)
@@ -93,13 +94,16 @@ def best_assignment(cost: np.ndarray) -> np.ndarray:
             reduced = cost[here] - row_potential[here] - column_potential[:n]
             better = free & (reduced < shortest)
             shortest[better], previous[better] = reduced[better], column
+            # Dijkstra: the nearest column not visited yet is final
             following = int(np.where(free, shortest, np.inf).argmin())
             step = shortest[following]
+            # potentials keep every reduced cost at 0 or above, and 0 along matches
             row_potential[row_of[visited]] += step
             column_potential[visited] -= step
             shortest[free] -= step
             column = following
         while column != n:
+            # an unmatched column was reached: every match on the path moves one step along it
             row_of[column] = row_of[previous[column]]
             column = int(previous[column])
     assigned = np.empty(n, dtype=np.int64)

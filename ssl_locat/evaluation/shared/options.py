@@ -117,6 +117,7 @@ def annotations(target: str) -> dict[str, Any]:
     found = {}
     for argument in function.args.kwonlyargs:
         text = ast.unparse(argument.annotation) if argument.annotation else "object"
+        # a class made for get_type_hints, which resolves annotations that are text
         holder = type("Options", (), {"__annotations__": {argument.arg: text}})
         try:
             found |= get_type_hints(holder, globals(), include_extras=True)
@@ -128,6 +129,7 @@ def annotations(target: str) -> dict[str, Any]:
 def _wrong(kind: Any, value: Any, key: tuple, loaded: LoadedYaml) -> Iterator[str]:
     """What is wrong with a value, and with the keys inside it."""
     name, place = ".".join(map(str, key)), loaded.place(key)
+    # by hand, not by pydantic: its message would not name the place, nor the nearest key
     section = next((part for part in (kind, *get_args(kind)) if is_typeddict(part)), None)
     if section is not None and isinstance(value, dict):
         kinds = get_type_hints(section, include_extras=True)

@@ -69,6 +69,7 @@ def pictures(
     for start, ((images,), damaged) in zip(
         starts, read_in_order(dataset, indices, prepare, StackReadable(prepare), **options), strict=True
     ):
+        # maps and statistics of a few images: each of them counts
         refuse_damage(damaged, 0.0)
         stop_if_asked("looking at images")
         yield Pictures(images, torch.from_numpy(valid[start : start + len(images)]))

@@ -41,6 +41,7 @@ NO_LABEL = -1
 
 def share(total: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(indices int64, valid bool) of one process's contiguous part; all are ceil(total / world_size) long, repeats marked invalid."""
+    # equal shares: processes gather after each batch, and one with fewer would leave the others waiting
     length = -(-total // world_size)
     positions = np.arange(rank * length, (rank + 1) * length)
     return positions.clip(max=total - 1), positions < total
@@ -169,6 +170,7 @@ class LabelledImage:
 
     def blank(self) -> tuple[Tensor, int]:
         """Stands in for a damaged sample: black, and no label."""
+        # any size will do, the view makes it the same as the others
         return self.view(np.zeros((64, 64, self.channels), np.uint8), 0), NO_LABEL
 
 
@@ -302,12 +304,14 @@ def read_labels(dataset, data: dict[str, Any], workers: int | None) -> Tensor:
             labels.append(batch)
             bar.update(len(batch) * world_size())
             stop_if_asked("reading labels")
+    # shares are contiguous and in the order of ranks: joined, they are in the order of the data
     labels = all_gather_cat(torch.cat(labels))[all_gather_cat(torch.from_numpy(valid))]
     damaged = int((labels == NO_LABEL).sum())
     check_damage(damaged, len(dataset), max_bad)
     if kept and is_main() and not damaged:
         with suppress(OSError):  # a full or read-only home: they are read again
             kept.parent.mkdir(parents=True, exist_ok=True)
+            # beside and renamed, as other jobs may read; np.save adds .npy to any other ending
             part = kept.with_name(f".{kept.name}.{os.getpid()}.npy")
             np.save(part, labels.numpy().astype(np.int32))
             part.replace(kept)
@@ -317,6 +321,7 @@ def read_labels(dataset, data: dict[str, Any], workers: int | None) -> Tensor:
 def _labels_file(dataset, label_key: str | None) -> Path | None:
     """Where the labels of these very shards are kept; None if it cannot be told whether they are still the same."""
     shards = [shard for part in getattr(dataset, "datasets", []) for shard in getattr(part, "shards", [None])]
+    # files of a folder, and stores that tell no version, may change unseen
     if not shards or not all(shard and shard.stat.version for shard in shards):
         return None
     about = [label_key, *([redact(shard.url), shard.stat.size, shard.stat.version, shard.digest] for shard in shards)]
@@ -328,6 +333,7 @@ def _kept_labels(path: Path | None, count: int) -> np.ndarray | None:
     if path is None:
         return None
     try:
+        # nothing is unpickled, whoever wrote the file
         labels = np.load(path, allow_pickle=False)
     except (OSError, ValueError):
         return None

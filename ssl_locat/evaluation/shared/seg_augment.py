@@ -17,6 +17,7 @@ def augment(
 
     scale: (long, short) side limits in pixels, times U(0.5, 2), that the image is resized into before the crop.
     """
+    # one generator for image and mask: what moves the one moves the other
     rng = np.random.default_rng(seed)
     factor = rng.uniform(0.5, 2.0)
     image = keep_aspect(image, factor * scale[0], factor * scale[1])
@@ -44,6 +45,7 @@ def _crop(image: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generat
         top, left = rng.integers(0, max(height - size, 0) + 1), rng.integers(0, max(width - size, 0) + 1)
         inside = mask[top : top + size, left : left + size]
         counts = np.bincount(inside[inside != VOID])
+        # after the last try the crop stays as it is
         if (counts > 0).sum() > 1 and counts.max() / counts.sum() < CATEGORY_SHARE:
             break
     return image[top : top + size, left : left + size], inside
@@ -58,6 +60,7 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     coin = lambda: rng.random() < 0.5  # noqa: E731
     if coin():
         image = shift(image, offset=rng.uniform(-32, 32))
+    # before or after the colours, as PhotoMetricDistortion draws it
     contrast_first = coin()
     if contrast_first and coin():
         image = shift(image, gain=rng.uniform(0.5, 1.5))
@@ -67,6 +70,7 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     if coin():
         hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
+        # cv2 keeps hue in 0..179 for uint8, two degrees a step; it wraps
         hsv[..., 0] = (hsv[..., 0].astype(int) + rng.integers(-18, 18)) % 180
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     if not contrast_first and coin():

@@ -84,6 +84,7 @@ def _cityscapes(root: Path, split: str) -> list[tuple[Path, Path]]:
 # COCO's 91 things have 11 ids that were never used; stuff follows; stored as id - 1
 _COCO_UNUSED = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
 _COCO_STUFF = {stored: new for new, stored in enumerate(i for i in range(182) if i not in _COCO_UNUSED)}
+# the 19 labelIds that Cityscapes scores, in the order of its trainIds
 _CITYSCAPES = {
     stored: new for new, stored in enumerate((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))
 }
@@ -143,6 +144,7 @@ class FilePairs:
 
     def _read(self, image: Path, mask: Path) -> RawSample | Damage:
         try:
+            # the names only say what is what: decoders go by the bytes
             return RawSample({"jpg": image.read_bytes(), "seg.png": mask.read_bytes()}, str(mask), self.name)
         except OSError as error:
             return Damage(str(mask), self.name, f"cannot be read: {error.strerror or error}")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from ssl_locat.errors import Preempted
 from ssl_locat.runs.distributed import StopFlag
 
+# one for the process: handing it through every protocol would put it into their signatures, which are the YAML
 _flag: StopFlag | None = None
 
 
@@ -27,6 +28,7 @@ def stoppable() -> Iterator[None]:
 
 def asked_to_stop() -> bool:
     """On all processes alike, at the same call."""
+    # agreed, not seen: a process that stopped alone would leave the others in a collective
     return _flag is not None and _flag.agreed()
 
 

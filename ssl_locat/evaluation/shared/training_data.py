@@ -59,6 +59,7 @@ def training_batches(
         plan,
         prepare,
         stack,
+        # the number of steps done is the whole state: the plan turns it into samples
         start_samples=first * batch_size,
         global_batch_size=batch_size,
         rank=rank(),
