@@ -41,6 +41,10 @@ class CorruptSample(Told):
         super().__init__(self.reason)
 
 
+class MissingMember(CorruptSample):
+    """A sample lacks what is needed of it, by the names of its members: nothing that its bytes could mend."""
+
+
 class DataBudgetExceeded(Told, RuntimeError):
     """More samples were damaged than `data.max_bad` allows."""
 

@@ -22,7 +22,7 @@ import simplejpeg
 from PIL import Image
 
 from ssl_locat.data.images.headers import check_bytes, check_jpeg, check_memory, check_pixels, jpeg_scans
-from ssl_locat.errors import CorruptSample
+from ssl_locat.errors import CorruptSample, MissingMember
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: above the largest photographs, far below a decompression bomb
 MAX_LABEL = 9_999_999  # scores are kept per class: one mistaken id must not ask for all memory, nor overflow
@@ -191,7 +191,7 @@ def find_image(members: dict[str, bytes], image_key: str | None = None) -> bytes
                 return members[names[name]]
     if ARRAY_EXTENSION in names:
         return members[names[ARRAY_EXTENSION]]
-    raise CorruptSample(f"no image among the members {_list(members)}; name the one to use with image_key")
+    raise MissingMember(f"no image among the members {_list(members)}; name the one to use with image_key")
 
 
 def find_label(members: dict[str, bytes], label_key: str | None = None) -> int:
@@ -202,11 +202,11 @@ def find_label(members: dict[str, bytes], label_key: str | None = None) -> int:
     else:
         found = next((key for key in LABEL_KEYS if key in names), None)
         if found is None and len(names) == 1:  # an image and nothing beside it: mostly from a folder
-            raise CorruptSample(
+            raise MissingMember(
                 "no label. Labels come from class folders, such as cats/ and dogs/; in shards from a .cls file beside each image"
             )
         if found is None:
-            raise CorruptSample(f"no label ({', '.join(LABEL_KEYS)}) among the members {_list(members)}; name it with label_key")
+            raise MissingMember(f"no label ({', '.join(LABEL_KEYS)}) among the members {_list(members)}; name it with label_key")
         text = members[names[found]]
     try:
         label = int(bytes(text[:32]).decode("ascii").strip())
@@ -228,16 +228,16 @@ def find_mask(members: dict[str, bytes], mask_key: str | None = None) -> bytes:
         if key in names:
             return members[names[key]]
     if len(names) == 1:
-        raise CorruptSample(
+        raise MissingMember(
             "no mask. Masks are looked for in masks/ (or annotations/, labels/) beside images/, under the image's name with .png; in shards "
             "as .seg.png or .mask.png beside each image"
         )
-    raise CorruptSample(f"no mask ({', '.join(MASK_KEYS)}) among the members {_list(members)}; name it with mask_key")
+    raise MissingMember(f"no mask ({', '.join(MASK_KEYS)}) among the members {_list(members)}; name it with mask_key")
 
 
 def _member(members: dict[str, bytes], names: dict[str, str], key: str, option: str) -> bytes:
     if key not in names:
-        raise CorruptSample(f"{option} is {key!r}, but the members are {_list(members)}")
+        raise MissingMember(f"{option} is {key!r}, but the members are {_list(members)}")
     return members[names[key]]
 
 

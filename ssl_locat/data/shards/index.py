@@ -31,7 +31,7 @@ from ssl_locat.data.images.names import has_extension, warn_of_unread
 from ssl_locat.data.shards.shard_index import Shard, load_block, load_key_crcs, open_shards, scan_shard, write_sidecars
 from ssl_locat.data.shards.tar import COMPRESSED, DAMAGED, Damage, RawSample, parse
 from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, scheme_of
-from ssl_locat.data.stores.store import Store
+from ssl_locat.data.stores.store import Store, anew
 from ssl_locat.errors import ConfigError, CorruptSample, DataError, Outage
 from ssl_locat.text.shown import redact, shown
 
@@ -110,8 +110,8 @@ class ShardDataset:
         if isinstance(found, Damage) and self.remote and crc != DAMAGED:
             # bytes that the store sent once may be wrong (a proxy's error page): a sample is given up if they come twice
             shard, size = self.shards[slot.number], end - start
-            with suppress(Gone):
-                again = self.store.read_again(shard.url, slot.at, slot.at + size, shard.stat)
+            with suppress(Gone), anew():
+                again = self.store.read(shard.url, slot.at, slot.at + size, shard.stat)
                 found = parse(again, 0, size, crc, slot.shard)
         return found
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ssl_locat.data.stores import private
 from ssl_locat.data.stores.objects import Stat, scheme_of
-from ssl_locat.data.stores.store import Store
+from ssl_locat.data.stores.store import Store, is_anew
 from ssl_locat.text.shown import redact
 
 log = logging.getLogger(__name__)
@@ -63,18 +63,17 @@ class CachedStore(Store):
             or not self._own_folder()
         ):
             return super().read(url, start, end, stat)
+        pages = range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1)
+        if is_anew():
+            for number in pages:
+                self._path(url, number, stat).unlink(missing_ok=True)
+            return super().read(url, start, end, stat)
         pieces = []
-        for number in range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1):
+        for number in pages:
             first = number * PAGE_BYTES
             page = self._page(url, number, stat)
             pieces.append(page[max(0, start - first) : end - first])
         return b"".join(pieces)
-
-    def read_again(self, url: str, start: int, end: int, stat: Stat | None = None) -> bytes:
-        if stat is not None and self._usable:
-            for number in range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1):
-                self._path(url, number, stat).unlink(missing_ok=True)
-        return super().read(url, start, end, stat)
 
     def _path(self, url: str, number: int, stat: Stat) -> Path:
         name = hashlib.blake2b(f"{redact(url)}\0{stat.size}\0{stat.version}\0{number}".encode(), digest_size=16).hexdigest()

@@ -17,8 +17,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
@@ -36,12 +36,26 @@ _CREDENTIALS = re.compile("Credential|Token|SSO|Login|Profile|MFA")
 _PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
-_reading = threading.local()  # what only reading threads have: `stopped`, an event that ends their patience
+_reading = threading.local()  # of one thread: `stopped`, an event that ends its patience; `anew`, whether caches are passed by
 
 
 def stop_waiting_when(stopped: threading.Event) -> None:
     """For a thread that reads ahead: once the event is set, it no longer waits for a store, so that the process can end."""
     _reading.stopped = stopped
+
+
+@contextmanager
+def anew() -> Iterator[None]:
+    """What this thread reads within it comes from the store itself, and leaves the cache, which may hold a wrong answer of before."""
+    _reading.anew = True
+    try:
+        yield
+    finally:
+        _reading.anew = False
+
+
+def is_anew() -> bool:
+    return getattr(_reading, "anew", False)
 
 
 class Store:
@@ -103,10 +117,6 @@ class Store:
                 raise
             time.sleep(random.uniform(0.2, 0.6))
             return self._retry(attempt, url)
-
-    def read_again(self, url: str, start: int, end: int, stat: Stat | None = None) -> bytes:
-        """As `read`, from the store itself, where what was read makes no sense."""
-        return self.read(url, start, end, stat)
 
     def stat(self, url: str) -> Stat:
         return self._retry(lambda: self._backend(url).stat(url), url)

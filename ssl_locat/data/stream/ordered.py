@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stores.store import stop_waiting_when
+from ssl_locat.data.stream.prepared import prepared, read_again
 from ssl_locat.data.stream.workers import Failure, as_is, context, next_of, start_worker, starting, stop_workers
-from ssl_locat.errors import CorruptSample, DataBudgetExceeded, Outage, UserError
+from ssl_locat.errors import DataBudgetExceeded, Outage, UserError
 
 READ_BYTES = 3 << 20  # of one range read
 AHEAD_BYTES = 32 << 20  # read ahead by each worker, besides the batch that it decodes
@@ -77,13 +78,8 @@ class _Batches(IterableDataset):
         return [(int(piece[0]), pool.submit(self.dataset.fetch, int(piece[0]), int(piece[-1]) + 1)) for piece in pieces]
 
     def _item(self, index: int, entry) -> Any:
-        raw = self.dataset.parse(entry)
-        if isinstance(raw, RawSample):
-            try:
-                return self.prepare(raw, index)
-            except CorruptSample as error:
-                raw = Damage(raw.key, raw.shard, error.reason)
-        return Unread(index, raw.shard, raw.key, raw.reason)
+        found = prepared(self.dataset.parse(entry), self.prepare, index, lambda: read_again(self.dataset, index))
+        return Unread(index, found.shard, found.key, found.reason) if isinstance(found, Damage) else found[1]
 
 
 def _told(first: int, read) -> Iterator[tuple[int, Any]]:

@@ -94,7 +94,7 @@ class Received:
         while missing:
             try:
                 run = self._receive()
-            except EOFError:
+            except (EOFError, OSError):  # OSError: it was lost in the middle of a message
                 raise Outage(
                     "the process that reads for the data workers was lost. If the machine ran out of memory (see 'dmesg'), lower "
                     "data.read_memory_gb or data.workers. Then start the same command again: nothing is lost."

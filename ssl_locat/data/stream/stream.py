@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stream.plan import MEMORY_BYTES, Plan, Slot, micro_batch_size
+from ssl_locat.data.stream.prepared import prepared, read_again
 from ssl_locat.data.stream.quarantine import Quarantine, QuarantineEntry
 from ssl_locat.data.stream.read_ahead import ReadAhead, ReadCounts, Share
 from ssl_locat.data.stream.reader_process import SWITCH_SECONDS, ReaderProcess, Received
 from ssl_locat.data.stream.workers import Failure, as_is, next_of, start_worker, starting, stop_workers
 from ssl_locat.data.stream.workers import context as workers_context
-from ssl_locat.errors import EXPECTED, CorruptSample, DataBudgetExceeded, Outage, UserError
+from ssl_locat.errors import EXPECTED, DataBudgetExceeded, Outage, UserError
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +70,14 @@ class Samples:
         return [self._prepared(position, *rest, damaged) for position, *rest in zip(positions, raw, seeds, strict=True)]
 
     def _prepared(self, position: int, raw: RawSample | Damage, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
-        if isinstance(raw, RawSample):
-            try:
-                return raw.key, self.prepare(raw, seed)
-            except CorruptSample as error:
-                raw = Damage(raw.key, raw.shard, error.reason)
-        return self._search(position, raw, seed, damaged)
+        found = prepared(raw, self.prepare, seed, lambda: self._again(position))
+        return self._search(position, found, seed, damaged) if isinstance(found, Damage) else found
 
-    def _search(self, position: int, raw: RawSample | Damage, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
+    def _again(self, position: int) -> RawSample | Damage | None:
+        dataset, number, _ = self.plan.locate(position)
+        return read_again(self.datasets[dataset], number)
+
+    def _search(self, position: int, damage: Damage, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
         """What stands in for a damaged sample: the rest of its window, and then the lane's next windows, one by one.
 
         The same for every world size, since it depends on the plan and the data only. Each candidate is a read of its own: what was read
@@ -87,14 +88,13 @@ class Samples:
         for tried, number in enumerate(self._candidates(slot)):
             if tried:  # the first is the damaged one
                 raw = dataset.read(number, number + 1)[0]
-                if isinstance(raw, RawSample):
-                    try:
-                        return raw.key, self.prepare(raw, seed)
-                    except CorruptSample as error:
-                        raw = Damage(raw.key, raw.shard, error.reason)
-            damaged.append(QuarantineEntry(position, dataset.name, number, raw.shard, raw.key, raw.reason))
+                found = prepared(raw, self.prepare, seed, partial(read_again, dataset, number))
+                if not isinstance(found, Damage):
+                    return found
+                damage = found
+            damaged.append(QuarantineEntry(position, dataset.name, number, damage.shard, damage.key, damage.reason))
         raise DataBudgetExceeded(
-            f"all {len(damaged)} samples tried for position {position} are damaged; the last: {raw.shard} {raw.key}: {raw.reason}. "
+            f"all {len(damaged)} samples tried for position {position} are damaged; the last: {damage.shard} {damage.key}: {damage.reason}. "
             + ("'ssl-locat shards check' lists all damage." if dataset.by_range else "Replace or remove such files.")
         )
 

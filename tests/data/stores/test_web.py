@@ -1,23 +1,33 @@
 """Reading ranges over HTTP: credentials, proxies and certificates of the environment, redirects, kept connections, slow answers."""
 
 import base64
+import shutil
 import ssl
 import subprocess
 import threading
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from servers import program
 from shards import write_shard
+from simplejpeg import encode_jpeg
 
+from ssl_locat.data.images.decode import decode_image, find_image, find_label
+from ssl_locat.data.shards import pack
 from ssl_locat.data.shards.index import open_dataset
-from ssl_locat.data.shards.tar import RawSample
+from ssl_locat.data.shards.tar import RawSample, members
 from ssl_locat.data.stores import web as web_module
+from ssl_locat.data.stores.cache import CachedStore
 from ssl_locat.data.stores.remote import Http
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stores.web import Web
+from ssl_locat.data.stream.ordered import Unread, read_in_order
+from ssl_locat.data.stream.plan import choose_plan
+from ssl_locat.data.stream.stream import TrainStream
 from ssl_locat.errors import Outage
 
 CONTENT = bytes(range(256)) * 1000
@@ -280,3 +290,96 @@ def test_a_single_wrong_answer_costs_no_sample(tmp_path, monkeypatch, wrong):
                 f"{i:03d}" for i in range(6)
             ]
             assert lies == [wrong]
+
+
+# --- payloads -------------------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int, broken: set[int] = frozenset()) -> list[tuple[str, dict[str, bytes]]]:
+    rng = np.random.default_rng(0)
+    coded = [encode_jpeg(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)) for _ in range(count)]
+    return [(f"{i:03d}", {"jpg": data[:200] if i in broken else data}) for i, data in enumerate(coded)]
+
+
+def decoded(raw: RawSample, seed: int) -> tuple[str, int, int]:
+    return raw.key, int(decode_image(find_image(raw.members)).sum()), seed
+
+
+def serve_with_lies(content: bytes, lies: list):
+    """Answers ranges of a shard; while `lies` holds something, the next chunk is sent with other payloads behind its right headers."""
+    headers = [m.data - 512 for m in members(lambda at, n: content[at : at + n], 0, len(content)) if m.name]
+
+    def answer(handler):
+        if not handler.path.endswith("a.tar"):
+            return handler.send_error(404)
+        start, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+        body = bytearray(content[start : end + 1])
+        if lies:
+            lies.pop()
+            spoilt = bytearray(b"<html>not now</html>" * (len(content) // 20 + 1))[: len(content)]
+            for at in headers:
+                spoilt[at : at + 512] = content[at : at + 512]
+            body = spoilt[start : end + 1]
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
+        handler.send_header("ETag", '"one"')
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return server(answer)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cached", [False, True])
+def test_wrong_payloads_behind_right_headers_cost_no_sample(tmp_path, monkeypatch, workers, cached):
+    """A cache on the way sends other bytes once: the run sees what it sees of a truthful store, and quarantines nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "a.tar"
+    pack.write_shard(path, pictures(48))
+    lies: list = []
+    with serve_with_lies(path.read_bytes(), lies) as (url, _, _):
+        store = CachedStore(tmp_path / "pages", 1 << 30, 20) if cached else Store(20, 5)
+        dataset = open_dataset(f"{url}/a.tar", store=store)
+        plan = choose_plan([dataset], [1.0], 0, 16)
+        local = open_dataset(str(path))
+        options = {"start_samples": 0, "global_batch_size": 16, "quarantine_path": tmp_path / "quarantine.jsonl"}
+        expected = []
+        with TrainStream([local], plan, decoded, list, **options) as stream:
+            for batch in islice(stream, 3):
+                expected += batch.payload
+        shutil.rmtree(tmp_path / "pages", ignore_errors=True)  # which indexing filled
+        lies.append("once")
+        with TrainStream([dataset], plan, decoded, list, workers=workers, **options) as stream:
+            found = [sample for batch in islice(stream, 3) for sample in batch.payload]
+        assert not lies, "the lie was told"
+        assert found == expected and not (tmp_path / "quarantine.jsonl").exists()
+        if cached:  # what the lie left in the cache is gone as well
+            with TrainStream([dataset], plan, decoded, list, workers=workers, **options) as stream:
+                assert [sample for batch in islice(stream, 3) for sample in batch.payload] == expected
+        shutil.rmtree(tmp_path / "pages", ignore_errors=True)
+        lies.append("once")
+        kept = list(read_in_order(dataset, np.arange(48), decoded, list, batch_size=48, workers=workers))
+        assert not any(isinstance(item, Unread) for batch in kept for item in batch) and not lies
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_sample_costs_one_small_request_more(tmp_path, monkeypatch, workers):
+    """Its own bytes are asked for again, not those of the chunk around it; what lacks a member is not asked for at all."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pack.write_shard(tmp_path / "a.tar", pictures(96, broken={7, 40, 41}))
+    with serve_with_lies((tmp_path / "a.tar").read_bytes(), []) as (url, seen, _):
+        dataset = open_dataset(f"{url}/a.tar", store=Store(20, 5))
+
+        def ranges(prepare) -> list[int]:
+            """Bytes of each request for one pass."""
+            begun = len(seen)
+            options = {"batch_size": 32, "workers": workers}
+            for _ in read_in_order(dataset, np.arange(96), prepare, list, **options):
+                pass
+            limits = [headers["Range"].removeprefix("bytes=").split("-") for _, headers in seen[begun:]]
+            return sorted(int(end) + 1 - int(start) for start, end in limits)
+
+        whole = ranges(lambda raw, seed: raw.key)
+        assert ranges(decoded) == sorted([*whole, *(dataset._block(0)[0][i + 1] - dataset._block(0)[0][i] for i in (7, 40, 41))])
+        assert ranges(lambda raw, seed: find_label(raw.members)) == whole

@@ -21,6 +21,7 @@ from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import Plan, choose_plan, resume_plan
 from ssl_locat.data.stream.quarantine import Quarantine, QuarantineEntry
 from ssl_locat.data.stream.read_ahead import ReadAhead, Share
+from ssl_locat.data.stream.reader_process import Received
 from ssl_locat.data.stream.stream import TrainStream
 from ssl_locat.errors import CorruptSample, DataBudgetExceeded, Outage, UserError
 
@@ -459,6 +460,14 @@ def test_a_lost_reader_says_what_to_do(shards):
             for _ in range(100):
                 next(batches)
     assert not [child for child in multiprocessing.active_children() if child.name == "reader"]
+
+
+def test_a_reader_lost_in_the_middle_of_a_message_is_lost():
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    os.write(sending.fileno(), (1000).to_bytes(4, "big") + b"the beginning")
+    sending.close()
+    with pytest.raises(Outage, match="the process that reads for the data workers was lost"):
+        next(Received(receiving, Share(0, 24, 0, 1)).batch(0))
 
 
 @pytest.mark.slow
