@@ -95,7 +95,7 @@ class MultiCrop:
             if not 0 < low <= high <= 1:
                 raise ConfigError(f"crops.{name} is [{low}, {high}]; expected two fractions of the area, 0 < low <= high <= 1")
         self.global_size, self.local_size, self.num_local = global_size, local_size, num_local
-        self.global_scale, self.local_scale = tuple(global_scale), tuple(local_scale)
+        self.global_scale, self.local_scale = (global_scale[0], global_scale[1]), (local_scale[0], local_scale[1])
         self.flip_prob, self.gray_prob = flip_prob, gray_prob
         self.jitter, self.jitter_prob = tuple(jitter), jitter_prob
         self.blur_prob, self.blur_sigma, self.solarize_prob = tuple(blur_prob), tuple(blur_sigma), tuple(solarize_prob)
@@ -111,7 +111,8 @@ class MultiCrop:
 
     def cut(self, image: np.ndarray, seed: int) -> Sample:
         """uint8 [H, W, C] -> what is done with it in the worker."""
-        draws = self.draw(*image.shape[:2], seed)
+        height, width = image.shape[:2]
+        draws = self.draw(height, width, seed)
         table = np.array(draws, np.float32)
         if self.mode == "device":
             return Sample([image], table)
@@ -142,7 +143,9 @@ class MultiCrop:
         """Payload of `collate` -> normalised float32 crops on `device`. Reads nothing back from the device."""
         if self.mode == "device":
             return Crops(*self._finish_images(payload, device))
-        return Crops(self._finish_views(payload, "global", device), self._finish_views(payload, "local", device))
+        global_crops = self._finish_views(payload, "global", device)
+        assert global_crops is not None  # there are always two of an image
+        return Crops(global_crops, self._finish_views(payload, "local", device))
 
     def _finish_views(self, payload: dict[str, Tensor], name: str, device: torch.device | str) -> Tensor | None:
         if name not in payload:
@@ -169,7 +172,9 @@ class MultiCrop:
             crops = crops_device.assemble(buckets, crops_device.to_device(draws, device), size)
             crops = crops_device.photometric(crops, draws.transpose(0, 1).flatten(0, 1))
             finished.append(self._normalize(crops))
-        return tuple(finished)
+        global_crops, local_crops = finished
+        assert global_crops is not None  # there are always two of an image
+        return global_crops, local_crops
 
     def _normalize(self, crops: Tensor) -> Tensor:
         """float [N, C, H, W] in 0..255, overwritten."""
@@ -186,8 +191,8 @@ class MultiCrop:
         order, factors = -1, (1.0, 1.0, 1.0, 0.0)
         if uniform() < self.jitter_prob:
             order = int(uniform() * len(JITTER_ORDERS))
-            factors = [max(0.0, 1 - s) + uniform() * (1 + s - max(0.0, 1 - s)) for s in self.jitter[:3]]
-            factors.append((2 * uniform() - 1) * self.jitter[3])
+            brightness, contrast, saturation = (max(0.0, 1 - s) + uniform() * (1 + s - max(0.0, 1 - s)) for s in self.jitter[:3])
+            factors = brightness, contrast, saturation, (2 * uniform() - 1) * self.jitter[3]
         gray = uniform() < self.gray_prob
         low, high = self.blur_sigma
         sigma = low + uniform() * (high - low) if uniform() < self.blur_prob[view] else 0.0

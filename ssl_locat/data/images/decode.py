@@ -297,7 +297,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     rows = max(1, _STRIP // width)
     if width * height <= _WHOLE:
         return _strip_to_rgb(image, lambda: _range(image))
-    found = _range(image) if image.mode in ("I", "F") else None
+    found = _range(image) if image.mode in ("I", "F") else (0.0, 0.0)  # of other modes it is not asked for
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         bottom = min(height, top + rows)

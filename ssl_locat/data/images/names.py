@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 log = logging.getLogger(__name__)
 
-UNREAD = (
+UNREAD: tuple[str, ...] = (
     "heic",
     "heif",
     "avif",

@@ -97,7 +97,7 @@ class _Found:
     repeated: int = 0
 
 
-def _check_one(store: Store, url: str, decode) -> tuple[Counter, _Found]:
+def _check_one(store: Store, url: str, decode: Callable[[RawSample], object] | None) -> tuple[Counter, _Found]:
     """({extensions of a sample: how many}, damage) of one shard."""
     kinds: Counter = Counter()
     found, keys = _Found(), set()

@@ -18,11 +18,11 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,7 +37,10 @@ from ssl_locat.text.shown import redact, shown
 
 log = logging.getLogger(__name__)
 
-_OPENERS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".tbz2": bz2.open, ".xz": lzma.open, ".txz": lzma.open}
+_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
+    **{".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open},
+    **{".tbz2": bz2.open, ".xz": lzma.open, ".txz": lzma.open},
+}
 _BLOCKS = 256  # shards whose offsets one process keeps
 
 
@@ -53,10 +56,10 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def fetch(self, start: int, stop: int) -> list:
+    def fetch(self, start: int, stop: int) -> list[Any]:
         """Bytes of the samples start..stop, one entry each for `parse`. Raises Outage; never fewer entries."""
 
-    def parse(self, entry) -> RawSample | Damage: ...
+    def parse(self, entry: Any) -> RawSample | Damage: ...
 
     def read(self, start: int, stop: int) -> list[RawSample | Damage]:
         """Samples start..stop: fetched and parsed."""
@@ -87,10 +90,10 @@ class ShardDataset:
         self._blocks: OrderedDict[int, tuple[array, array]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_blocks": OrderedDict(), "_lock": None}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"_lock": threading.Lock()}
 
     def __len__(self) -> int:
@@ -198,8 +201,8 @@ class FolderDataset:
     def _path(self, index: int) -> bytes:
         return self._paths[self._ends[index] : self._ends[index + 1]]
 
-    def _read_one(self, path: bytes) -> RawSample | Damage:
-        path = path.decode("utf-8", "surrogateescape")
+    def _read_one(self, encoded: bytes) -> RawSample | Damage:
+        path = encoded.decode("utf-8", "surrogateescape")
         key, _, extension = path.rpartition(".")
         try:
             members = {extension.lower(): self.store.read_all(join(self.folder, path))}
@@ -243,7 +246,7 @@ def open_dataset(
     return dataset
 
 
-def open_mix(spec, *, store: Store | None = None) -> tuple[list, list[float]]:
+def open_mix(spec: Any, *, store: Store | None = None) -> tuple[list[ShardDataset | FolderDataset], list[float]]:
     """(datasets, weights) of a `data.train` value: one source, or a list of {shards: ..., weight: ...}."""
     parts = spec if isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec) else [{"shards": spec}]
     for part in parts:

@@ -17,9 +17,10 @@ import shutil
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -67,7 +68,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
 def pack_command(source: str, out: str, overrides: list[str]) -> None:
     """`ssl-locat shards pack`: the overrides are the keyword arguments of `pack`."""
     known = ("max_shard_mb", "workers", "labels", "masks", "resize", "max_pixels", "seed")
-    options = {}
+    options: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key not in known:
@@ -107,10 +108,10 @@ def pack(
 
     Returns {"samples", "shards", "classes", "ignored", "skipped", "out"}. Raises DataError or UserError for what cannot be packed.
     """
-    max_shard_mb = _number("max_shard_mb", max_shard_mb, 0.001, whole=False)
-    workers = None if workers is None else _number("workers", workers, 1)
-    resize = None if resize is None else _number("resize", resize, 1)
-    max_pixels, seed = _number("max_pixels", max_pixels, 1), _number("seed", seed, 0)
+    max_shard_mb = _number("max_shard_mb", max_shard_mb, 0.001)
+    workers = None if workers is None else _whole("workers", workers, 1)
+    resize = None if resize is None else _whole("resize", resize, 1)
+    max_pixels, seed = _whole("max_pixels", max_pixels, 1), _whole("seed", seed, 0)
     out = _make_folder(out)
     unpacked = out / ".unpacked"
     listing = list_source(source, unpacked)
@@ -149,12 +150,17 @@ def pack(
     return result
 
 
-def _number(name: str, value: object, least: float, whole: bool = True) -> int | float:
-    """The value of an option; 1e8 is a whole number too."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 1 << 63
-    if not number or (whole and value != int(value)):
-        raise UserError(f"{name} is {value!r}; expected a {'whole ' * whole}number from {least}, as in {name}={max(1, least)}")
-    return int(value) if whole else value
+def _number(name: str, value: object, least: float, whole: bool = False) -> float:
+    """The value of an option."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else least - 1
+    if least <= number < 1 << 63 and (not whole or number == int(number)):
+        return number
+    raise UserError(f"{name} is {value!r}; expected a {'whole ' * whole}number from {least}, as in {name}={max(1, least)}")
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    """A whole number; 1e8 is one too."""
+    return int(_number(name, value, least, whole=True))
 
 
 def _make_folder(out: str | Path) -> Path:
@@ -196,7 +202,7 @@ def _write_info(out: Path, info: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _run(jobs: list[tuple], workers: int):
+def _run(jobs: list[tuple], workers: int) -> Iterator[int]:
     """Yields the number of samples of each shard as it gets done."""
     if workers <= 1 or len(jobs) <= 1:
         yield from (_pack_shard(*job) for job in jobs)
@@ -220,7 +226,7 @@ def _pack_shard(path: Path, samples: list[Source], files: dict[int, str], resize
     """Returns how many samples were read; those that `resize` could not decode are listed beside the shard."""
     skipped: list[str] = []
 
-    def members():
+    def members() -> Iterator[tuple[str, dict[str, bytes]]]:
         for sample in samples:
             content = {place.extension: _read(files[place.file], place) for place in sample.places}
             try:
@@ -261,7 +267,7 @@ def _resized(content: dict[str, bytes], size: int, max_pixels: int) -> dict[str,
         reduced = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
         if "seg.png" in content:
             turned = image_orientation(content[name])
-            mask = decode_mask(content["seg.png"], orientation=turned, max_pixels=max_pixels).astype(np.uint16)
+            mask: np.ndarray = decode_mask(content["seg.png"], orientation=turned, max_pixels=max_pixels).astype(np.uint16)
             mask = cv2.resize(mask, shape, interpolation=cv2.INTER_NEAREST_EXACT)
             mask = mask.astype(np.uint8) if mask.max() < 256 else mask
             content["seg.png"] = cv2.imencode(".png", mask)[1].tobytes()

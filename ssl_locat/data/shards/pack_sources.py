@@ -5,9 +5,9 @@ import logging
 import os
 import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS, LABEL_KEYS
 from ssl_locat.data.images.names import has_extension, warn_of_unread
@@ -72,7 +72,10 @@ def _is_archive(path: Path) -> bool:
 
 
 def _list_folder(folder: str, extensions: tuple[str, ...]) -> Listing:
-    files, samples, ignored, broken = [], [], 0, []
+    files: list[str] = []
+    samples: list[Source] = []
+    broken: list[str] = []
+    ignored = 0
     # the files that training on this folder finds, folder by folder
     names = sorted(Store().walk(folder), key=lambda name: (name.split("/")[:-1], name))
     warn_of_unread(folder, names)
@@ -98,7 +101,9 @@ def _list_folder(folder: str, extensions: tuple[str, ...]) -> Listing:
 
 
 def _list_tars(paths: list[str], unpacked: Path) -> Listing:
-    files, samples, ignored = [], [], 0
+    files: list[str] = []
+    samples: list[Source] = []
+    ignored = 0
     for path in paths:
         if path.lower().endswith(COMPRESSED):
             path = _unpack(path, unpacked)
@@ -131,7 +136,7 @@ def _list_tar(path: str, file: int) -> tuple[list[Source], int]:
     return samples, ignored
 
 
-def _members(stream, start: int, name: str) -> Iterator[tuple[str, int, int]]:
+def _members(stream: BinaryIO, start: int, name: str) -> Iterator[tuple[str, int, int]]:
     """(name, offset in the outermost file, size) of the regular files of the tar that starts at byte `start`."""
     stream.seek(start)
     end = os.fstat(stream.fileno()).st_size
@@ -152,7 +157,8 @@ def _members(stream, start: int, name: str) -> Iterator[tuple[str, int, int]]:
 def _group(found: list[tuple[str, int, int]], file: int, inner: str | None) -> tuple[list[Source], int]:
     """Neighbours that share their name up to the first dot become one sample, as in WebDataset."""
     samples: list[Source] = []
-    ignored, last, places = 0, None, []
+    places: list[Place] = []
+    ignored, last = 0, ""  # no member's name is empty
 
     def close() -> int:
         if not any(place.extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION) for place in places):
@@ -191,7 +197,14 @@ def _unpack(path: str, folder: Path) -> str:
     import shutil
     import zlib
 
-    openers = {"gz": gzip.open, "tgz": gzip.open, "bz2": bz2.open, "tbz2": bz2.open, "xz": lzma.open, "txz": lzma.open}
+    openers: dict[str, Callable[[str], Any]] = {
+        "gz": gzip.open,
+        "tgz": gzip.open,
+        "bz2": bz2.open,
+        "tbz2": bz2.open,
+        "xz": lzma.open,
+        "txz": lzma.open,
+    }
     opener = openers.get(path.lower().rpartition(".")[2])
     if opener is None:
         raise DataError(f"{path}: this compression is not read here; known: {', '.join(openers)}. Decompress it first.")

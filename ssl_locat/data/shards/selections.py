@@ -7,11 +7,15 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import numpy as np
 
+from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.seeds import mix64, mix64_array
+
+AnyDataset = TypeVar("AnyDataset", bound=Dataset)
 
 _BY_KEY = 0x6B6579  # one stream of random numbers for this purpose
 _GAP_BYTES = 1 << 18  # read along with their neighbours instead of asked for anew: a request to a store costs more
@@ -20,7 +24,7 @@ _GAP_BYTES = 1 << 18  # read along with their neighbours instead of asked for an
 class Joined:
     """Samples of several datasets, one dataset after the other."""
 
-    def __init__(self, datasets: Sequence):
+    def __init__(self, datasets: Sequence[Dataset]):
         self.datasets = list(datasets)
         self.ends = list(accumulate(map(len, self.datasets)))
         self.name = ", ".join(dataset.name for dataset in self.datasets)
@@ -29,13 +33,13 @@ class Joined:
         self.by_range = all(dataset.by_range for dataset in self.datasets)
         self.remote = any(dataset.remote for dataset in self.datasets)
         self.store = self.datasets[0].store
-        self.classes = next((dataset.classes for dataset in self.datasets if getattr(dataset, "classes", [])), [])
+        self.classes: list[str] = next((found for part in self.datasets if (found := getattr(part, "classes", []))), [])
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def fetch(self, start: int, stop: int) -> list:
-        found = []
+        found: list[Any] = []
         while start < stop:
             number = bisect_right(self.ends, start)
             before = self.ends[number - 1] if number else 0
@@ -45,11 +49,12 @@ class Joined:
             start = end
         return found
 
-    def parse(self, entry) -> RawSample | Damage:
+    def parse(self, entry: Any) -> RawSample | Damage:
         if isinstance(entry, RawSample | Damage):
             return entry
         *rest, (number, place) = entry
-        return self.datasets[number].parse((*rest, place))
+        part: Dataset = self.datasets[number]
+        return part.parse((*rest, place))
 
     def read(self, start: int, stop: int) -> list[RawSample | Damage]:
         return [self.parse(entry) for entry in self.fetch(start, stop)]
@@ -58,18 +63,18 @@ class Joined:
         return np.concatenate([dataset.key_crcs() for dataset in self.datasets])
 
 
-def _with_place(entry, number: int):
+def _with_place(entry: Any, number: int) -> Any:
     return entry if isinstance(entry, RawSample | Damage) else (*entry[:-1], (number, entry[-1]))
 
 
 class Chosen:
     """The samples `indices` (ascending) of a dataset, numbered from 0."""
 
-    def __init__(self, dataset, indices: np.ndarray):
+    def __init__(self, dataset: Dataset, indices: np.ndarray):
         self.dataset, self.indices = dataset, np.asarray(indices, dtype=np.int64)
         assert (np.diff(self.indices) > 0).all(), "indices of a selection must ascend"
         self.name, self.mean_bytes, self.remote, self.store = dataset.name, dataset.mean_bytes, dataset.remote, dataset.store
-        self.classes = getattr(dataset, "classes", [])
+        self.classes: list[str] = getattr(dataset, "classes", [])
         self.manifest_hash = _digest(dataset.manifest_hash, hashlib.blake2b(self.indices.tobytes(), digest_size=8).hexdigest())
         # where neighbours lie too far apart to share a read, each is read by itself, many at a time
         self.gap = 1 + int(_GAP_BYTES / max(1, dataset.mean_bytes)) if dataset.by_range else 1
@@ -81,24 +86,25 @@ class Chosen:
 
     def fetch(self, start: int, stop: int) -> list:
         wanted = self.indices[start:stop]
-        found = []
+        found: list[Any] = []
         for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > self.gap) + 1) if len(wanted) else []:
             first = int(run[0])
             entries = self.dataset.fetch(first, int(run[-1]) + 1)
             found += [entries[index - first] for index in run.tolist()]
         return found
 
-    def parse(self, entry) -> RawSample | Damage:
+    def parse(self, entry: Any) -> RawSample | Damage:
         return self.dataset.parse(entry)
 
     def read(self, start: int, stop: int) -> list[RawSample | Damage]:
         return [self.parse(entry) for entry in self.fetch(start, stop)]
 
     def key_crcs(self) -> np.ndarray:
-        return self.dataset.key_crcs()[self.indices]
+        crcs: np.ndarray = self.dataset.key_crcs()[self.indices]
+        return crcs
 
 
-def choose_by_key(dataset, count: int | None) -> np.ndarray:
+def choose_by_key(dataset: Dataset, count: int | None) -> np.ndarray:
     """int64 [min(count, N)], ascending: the samples whose keys have the smallest hashes; all of them for None.
 
     A function of the keys alone: the same images whatever the order, the shards or the place of the data. No sample is read for it.
@@ -109,7 +115,7 @@ def choose_by_key(dataset, count: int | None) -> np.ndarray:
     return np.sort(np.argsort(hashes, kind="stable")[:count])
 
 
-def some(dataset, count: int | None):
+def some(dataset: AnyDataset, count: int | None) -> AnyDataset | Chosen:
     """The dataset, or `count` of its samples, chosen by their keys."""
     return dataset if count is None or count >= len(dataset) else Chosen(dataset, choose_by_key(dataset, count))
 

@@ -46,7 +46,7 @@ class Shard(NamedTuple):
 
     url: str
     stat: Stat
-    count: int  # slots, the damaged ones included
+    count: int  # type: ignore[assignment]  # slots, the damaged ones included; hides tuple.count, which nobody calls
     damaged: int
     digest: str  # of name, offsets and key crcs: the same wherever the shard lies
     source: str  # the index file with its block
@@ -61,7 +61,8 @@ class IndexFile:
     """Writes an index, block by block; nothing is at `path` before `close`."""
 
     def __init__(self, path: Path):
-        self.path, self.lines = path, []
+        self.path = path
+        self.lines: list[list[str | int]] = []
         self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self.temporary.unlink(missing_ok=True)
         self.file = open(private.create(self.temporary), "wb")  # noqa: SIM115
@@ -169,13 +170,12 @@ def open_shards(store: Store, found: dict[str, Stat | None], cache_dir: Path | N
     known: dict[str, Shard] = {}
     # a listing or a local stat tells whether a shard is still the indexed one; asking a remote store for each would cost a request
     ask = [url for url, stat in found.items() if stat is None and (scheme_of(url) == "file" or url not in beside)]
-    found = found | _stat_all(store, ask)
+    found = {**found, **_stat_all(store, ask)}
     for url, shard in beside.items():
-        size = found[url].size if found[url] else shard.stat.size
+        now = found[url]
+        size = now.size if now else shard.stat.size
         if size <= shard.stat.size:  # a shorter shard was cut after indexing: what it lost is damage, and shows when read
-            known[url] = shard._replace(
-                stat=Stat(shard.stat.size, found[url].version if found[url] and size == shard.stat.size else "")
-            )
+            known[url] = shard._replace(stat=Stat(shard.stat.size, now.version if now and size == shard.stat.size else ""))
         else:
             log.warning(
                 "%s does not match %s beside it, and is indexed anew: run 'ssl-locat shards index' again", shown(url), SIDECAR
@@ -192,7 +192,7 @@ def open_shards(store: Store, found: dict[str, Stat | None], cache_dir: Path | N
                 for url in rest
                 if names[url] in cached and cached[names[url]].stat == found[url]
             }
-            if missing := {url: found[url] for url in rest if url not in known}:
+            if missing := {url: stat for url in rest if url not in known and (stat := found[url])}:
                 known |= _scan_all(store, missing, [known[url] for url in rest if url in known], path)
     for url, shard in known.items():
         if shard.damaged:

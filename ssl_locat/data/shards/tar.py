@@ -21,6 +21,8 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.z
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _ENDINGS = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz", "zstd": ".zst"}
 
+Fetch = Callable[[int, int], bytes]  # (at, n) -> n bytes of the archive, or what there is up to its end
+
 DAMAGED = 0  # crc of a flagged slot; no key has it
 
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes inside a shard
@@ -152,7 +154,7 @@ def _readable(block: bytes) -> str:
     return name if name.isprintable() and split_name(name) else ""
 
 
-def members(fetch: Callable[[int, int], bytes], at: int, end: int) -> Iterator[Member]:
+def members(fetch: Fetch, at: int, end: int) -> Iterator[Member]:
     """Regular members from byte `at` to `end`; a zero block ends it too, and is yielded last as a member without a name.
 
     Raises CorruptTar at the first thing that is neither. A member whose data runs past `end` is yielded before that: its name tells
@@ -191,7 +193,9 @@ def members(fetch: Callable[[int, int], bytes], at: int, end: int) -> Iterator[M
         raise CorruptTar(start, "the archive ends in the middle of a member")
 
 
-def _extended(fetch, kind: int, start: int, data: int, length: int, at: int, known: tuple) -> tuple[bytes | None, int | None]:
+def _extended(
+    fetch: Fetch, kind: int, start: int, data: int, length: int, at: int, known: tuple[bytes | None, int | None]
+) -> tuple[bytes | None, int | None]:
     """(name, size) of the next member, whose own header is at byte `at`: what this extended header says, else what was known."""
     name, size = known
     limit = MAX_NAME + 1 if kind == b"L"[0] else _MAX_PAX  # a GNU name ends in a zero
@@ -210,7 +214,7 @@ def _extended(fetch, kind: int, start: int, data: int, length: int, at: int, kno
             if any(field.startswith("GNU.sparse") for field in fields):
                 reason = "sparse tar members are not supported"
             elif len(name or b"") > MAX_NAME:
-                reason = f"name of {len(name)} bytes, more than {MAX_NAME}"
+                reason = f"name of {len(name or b'')} bytes, more than {MAX_NAME}"
         except ValueError:
             reason = "unreadable pax header"
     if reason is None:
@@ -224,8 +228,8 @@ def _extended(fetch, kind: int, start: int, data: int, length: int, at: int, kno
     raise CorruptTar(start, reason, _text((name or found)[:MAX_NAME]), after)
 
 
-def scan(fetch: Callable[[int, int], bytes], size: int) -> Scan:
-    """Slots of the whole archive of `size` bytes. `fetch(at, n)` returns n bytes, or what there is up to the end.
+def scan(fetch: Fetch, size: int) -> Scan:
+    """Slots of the whole archive of `size` bytes.
 
     Raises CorruptSample if it does not begin as a tar at all. Damage further on never ends the scan: it goes on at the next valid header.
     A missing end marker counts as damage. Flagged is the sample whose member is damaged, if a name can still be read and the sample before
@@ -239,17 +243,21 @@ def scan(fetch: Callable[[int, int], bytes], size: int) -> Scan:
             )
         raise CorruptSample(f"not a tar archive ({size} bytes, beginning with {fetch(0, 24)!r})")
     starts, crcs = array("Q"), array("I")
-    key, extensions, at = None, set(), 0
+    key: str | None = None
+    extensions: set[str] = set()
+    at = 0
     usual: set[str] | None = None  # extensions of the sample before the last one
     while at < size:
-        resume, damaged = size, None  # no end marker; if one is met, the offset of what follows it
+        damaged: CorruptTar | None = None
+        resume = size  # no end marker; if one is met, the offset of what follows it
         try:
             for member in members(fetch, at, size):
                 if not member.name:
-                    resume = _after_zeros(fetch, member.start, size)
-                    if resume is None:
+                    following = _after_zeros(fetch, member.start, size)
+                    if following is None:
                         starts.append(member.start)
                         return Scan(starts, crcs)
+                    resume = following
                 elif parts := split_name(member.name):
                     if parts[0] != key or parts[1] in extensions:  # a repeated extension: another sample of the same name
                         usual = extensions if key is not None else None
@@ -275,7 +283,7 @@ def scan(fetch: Callable[[int, int], bytes], size: int) -> Scan:
     return Scan(starts, crcs)
 
 
-def _after_zeros(fetch, at: int, size: int) -> int | None:
+def _after_zeros(fetch: Fetch, at: int, size: int) -> int | None:
     """Offset of the first non-zero block after `at`; None if zeros fill the rest, as behind an end marker."""
     while at < size:
         piece = fetch(at, 1 << 16)
@@ -285,7 +293,7 @@ def _after_zeros(fetch, at: int, size: int) -> int | None:
     return None
 
 
-def _next_header(fetch, at: int, size: int) -> int:
+def _next_header(fetch: Fetch, at: int, size: int) -> int:
     """Offset of the first valid header at or after `at` on the grid of blocks; `size` if there is none."""
     at = -(-at // BLOCK) * BLOCK
     while at + BLOCK <= size:

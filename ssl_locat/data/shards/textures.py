@@ -12,7 +12,7 @@ Members of a sample: jpg, cls (0..9), seg.png (0 background, class + 1 on the ob
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -81,7 +81,7 @@ def make_textures(
     return result
 
 
-def _samples(labels: np.ndarray, start: int, image_size: int, rng: np.random.Generator):
+def _samples(labels: np.ndarray, start: int, image_size: int, rng: np.random.Generator) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields (key, members) for `write_shard`."""
     images, masks = draw_scenes(labels, image_size, rng)
     for index, (image, mask, label) in enumerate(zip(images, masks, labels, strict=True)):
@@ -118,7 +118,9 @@ def draw_scenes(labels: np.ndarray, size: int, rng: np.random.Generator) -> tupl
     return np.clip(image, 0, 255).astype(np.uint8), masks
 
 
-def _pattern_plane(x, y, size: int, uniform: Callable, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _pattern_plane(
+    x: np.ndarray, y: np.ndarray, size: int, uniform: Callable[[float, float], np.ndarray], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates [n, size, size] in periods of the pattern: scaled, turned, shifted and bent for each image."""
     bend = (_smooth(rng, len(uniform(0, 1)), size, cells=3, channels=2) - 0.5) * 14
     period, angle = uniform(7, 10.5), uniform(-np.pi / 6, np.pi / 6)
@@ -127,20 +129,24 @@ def _pattern_plane(x, y, size: int, uniform: Callable, rng: np.random.Generator)
     return cosine * px - sine * py + uniform(0, 8), sine * px + cosine * py + uniform(0, 8)
 
 
-def _outline(x, y, size: int, uniform: Callable, rng: np.random.Generator) -> np.ndarray:
+def _outline(
+    x: np.ndarray, y: np.ndarray, size: int, uniform: Callable[[float, float], np.ndarray], rng: np.random.Generator
+) -> np.ndarray:
     """bool [n, size, size]: a rounded star or blob covering about 60 % of the image."""
     dx = x - size * uniform(0.42, 0.58)
     dy = y - size * uniform(0.42, 0.58)
     lobes = np.floor(uniform(2, 6))
     radius = size * uniform(0.40, 0.52) * (1 + uniform(0.0, 0.16) * np.cos(lobes * np.arctan2(dy, dx) + uniform(0, 2 * np.pi)))
-    return np.hypot(dx, dy) < radius
+    inside: np.ndarray = np.hypot(dx, dy) < radius
+    return inside
 
 
 def _smooth(rng: np.random.Generator, count: int, size: int, cells: int, channels: int) -> np.ndarray:
     """[n, size, size, channels] in 0..1: random values on a coarse grid, enlarged bicubically, clipped."""
     coarse = rng.random((count, cells, cells, channels)).astype(np.float32)
     fields = [cv2.resize(field, (size, size), interpolation=cv2.INTER_CUBIC).reshape(size, size, channels) for field in coarse]
-    return np.clip(np.stack(fields), 0, 1)
+    smooth: np.ndarray = np.clip(np.stack(fields), 0, 1)
+    return smooth
 
 
 # --- the textures: coordinates in periods -> about -1 (dark) .. 1 (bright) ------------------------------------------------
@@ -148,54 +154,56 @@ def _smooth(rng: np.random.Generator, count: int, size: int, cells: int, channel
 
 def _edge(distance: np.ndarray) -> np.ndarray:
     """Signed distance in periods -> -1 .. 1 with a soft edge of about a pixel."""
-    return np.clip(distance * 8, -1, 1)
+    edge: np.ndarray = np.clip(distance * 8, -1, 1)
+    return edge
 
 
 def _cell(value: np.ndarray) -> np.ndarray:
     """Distance from the middle of the cell, -0.5 .. 0.5."""
-    return value - np.floor(value) - 0.5
+    distance: np.ndarray = value - np.floor(value) - 0.5
+    return distance
 
 
-def _stripes(u, v):
+def _stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _edge(0.25 - np.abs(_cell(u)))
 
 
-def _checks(u, v):
+def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _edge(_cell(u) * _cell(v) * 4)
 
 
-def _dots(u, v):
+def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _edge(0.3 - np.hypot(_cell(u), _cell(v)))
 
 
-def _rings(u, v):
+def _rings(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _edge(0.11 - np.abs(np.hypot(_cell(u), _cell(v)) - 0.33))
 
 
-def _bricks(u, v):
+def _bricks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     row = np.floor(v * 1.3)
     return _edge(np.minimum(0.5 - np.abs(_cell(v * 1.3)), 1.2 * (0.5 - np.abs(_cell(u * 0.65 + row / 2)))) - 0.12)
 
 
-def _zigzag(u, v):
+def _zigzag(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _edge(0.25 - np.abs(_cell(v * 1.2 + 0.9 * np.abs(_cell(u * 0.8)))))
 
 
-def _crosses(u, v):
+def _crosses(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     a, b = np.abs(_cell(u)), np.abs(_cell(v))
     return _edge(np.maximum(np.minimum(0.12 - a, 0.4 - b), np.minimum(0.12 - b, 0.4 - a)))
 
 
-def _triangles(u, v):
+def _triangles(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     row = v * 0.9
     return _edge(0.45 * (_cell(row) + 0.5) - np.abs(_cell(u * 0.8 + np.floor(row) / 2)))
 
 
-def _grid(u, v):
+def _grid(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _edge(0.12 - np.minimum(np.abs(_cell(u)), np.abs(_cell(v))))
 
 
-def _scales(u, v):
+def _scales(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     row = np.floor(v * 1.4)
     return _edge(np.hypot(_cell(u * 0.8 + row / 2), (_cell(v * 1.4) + 0.5) * 0.55) - 0.42)
 

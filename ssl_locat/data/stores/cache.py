@@ -13,6 +13,7 @@ import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ssl_locat.data.stores import private
 from ssl_locat.data.stores.objects import Stat, scheme_of
@@ -49,7 +50,7 @@ class CachedStore(Store):
         self._usable = not reason
         return self._usable
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"folder": str(self.folder), "limit_bytes": self.limit_bytes, "budget_seconds": self.budget_seconds}
 
     def read(self, url: str, start: int, end: int, stat: Stat | None = None) -> bytes:

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ _MAX_OPEN = 128  # descriptors; a process may often have 1024
 class Local:
     """Files, through a bounded number of open descriptors."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -44,7 +45,9 @@ class Local:
 
     def walk(self, folder: str) -> dict[str, Stat | None]:
         """Links are followed, but each folder counts once: a link to a parent would lead round and round."""
-        found, seen, starts = {}, set(), [folder]
+        found: dict[str, Stat | None] = {}
+        seen: set[str] = set()
+        starts = [folder]
         for start in starts:  # grows: links come last, so that a folder is met under its own name first
             for path, folders, names in os.walk(start):
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -80,7 +83,7 @@ class _Descriptor:
             _check_mounted(url)
             raise
 
-    def __del__(self, close=os.close):
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         with suppress(AttributeError):  # was never opened
             close(self.number)
 

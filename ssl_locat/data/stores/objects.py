@@ -5,7 +5,7 @@ Only the schemes below are ever opened: URLs are never executed.
 
 import os
 import re
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ssl_locat.errors import DataError, Outage, did_you_mean
 from ssl_locat.text.shown import MARK, shown
@@ -17,6 +17,20 @@ EXTRAS = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http", "hf": "http"
 class Stat(NamedTuple):
     size: int
     version: str  # ETag, generation or modification time: another one means another object. '' if the store tells none
+
+
+class Backend(Protocol):
+    """What `Store` asks of one kind of store. Errors are those of the library behind it; the store reads them."""
+
+    def stat(self, url: str) -> Stat: ...
+
+    def walk(self, folder: str) -> dict[str, Stat | None]:
+        """{path below the folder: Stat, None where a listing does not tell}, at any depth."""
+
+    def read(self, url: str, start: int, end: int) -> tuple[bytes, Stat]:
+        """Bytes start..end, perhaps fewer, and what the answer said of the whole object."""
+
+    def write(self, url: str, data: bytes) -> None: ...
 
 
 class Gone(Exception):

@@ -6,12 +6,14 @@ Range, its s3 and gs readers do not tell which version of the object answered, a
 
 import re
 import threading
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import fsspec
 from fsspec.asyn import sync
 
-from ssl_locat.data.stores.objects import Gone, Stat
+from ssl_locat.data.stores.objects import Backend, Gone, Stat
 from ssl_locat.data.stores.web import Response, Web
 from ssl_locat.errors import DataError
 from ssl_locat.text.shown import shown
@@ -20,9 +22,10 @@ _MAX_WHOLE = 64 << 20  # bytes taken at most from a server that ignores Range an
 _CONNECTIONS = 64
 
 
-def open_backend(scheme: str, timeout: float):
+def open_backend(scheme: str, timeout: float) -> Backend:
     """Raises ImportError if the scheme's package is not installed."""
-    return {"memory": Memory, "s3": S3, "gs": Gcs, "hf": Hub}.get(scheme, Http)(timeout)
+    kinds: dict[str, Callable[[float], Backend]] = {"memory": Memory, "s3": S3, "gs": Gcs, "hf": Hub}
+    return kinds.get(scheme, Http)(timeout)
 
 
 class _Listing:
@@ -32,7 +35,7 @@ class _Listing:
 
     def stat(self, url: str) -> Stat:
         self.fs.invalidate_cache()
-        return self._from_info(self.fs.info(url))
+        return _stat(self.fs.info(url))
 
     def walk(self, folder: str) -> dict[str, Stat | None]:
         self.fs.invalidate_cache()
@@ -43,8 +46,13 @@ class _Listing:
     def write(self, url: str, data: bytes) -> None:
         self.fs.pipe_file(url, data)
 
-    def _from_info(self, info: dict) -> Stat:
-        return Stat(info["size"], str(info.get("ETag") or info.get("etag") or info.get("created") or "").strip('"'))
+    def _from_info(self, info: dict) -> Stat | None:
+        return _stat(info)
+
+
+def _stat(info: dict) -> Stat:
+    """Of what fsspec tells of an object, in each store's words."""
+    return Stat(info["size"], str(info.get("ETag") or info.get("etag") or info.get("created") or "").strip('"'))
 
 
 class Memory(_Listing):
@@ -77,7 +85,7 @@ class S3(_Listing):
     def read(self, url: str, start: int, end: int) -> tuple[bytes, Stat]:
         bucket, key, _ = self.fs.split_path(url)
 
-        async def get():
+        async def get() -> tuple[dict[str, Any], bytes]:
             answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
             async with answer["Body"] as body:
                 if "ContentRange" not in answer:
@@ -188,7 +196,8 @@ class Hub(Http):
         from huggingface_hub import HfFileSystem
 
         self.fs = self.hub = HfFileSystem()
-        self.addresses, self.lock = {}, threading.Lock()
+        self.addresses: dict[str, str] = {}
+        self.lock = threading.Lock()
 
     def _address(self, url: str) -> tuple[str, dict]:
         from huggingface_hub import hf_hub_url
@@ -196,7 +205,7 @@ class Hub(Http):
 
         with self.lock:
             if url not in self.addresses:
-                at = self.hub.resolve_path(url)
+                at: Any = self.hub.resolve_path(url)  # of a repository
                 self.addresses[url] = hf_hub_url(
                     at.repo_id, at.path_in_repo, repo_type=at.repo_type, revision=at.revision, endpoint=self.hub.endpoint
                 )

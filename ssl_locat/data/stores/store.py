@@ -17,17 +17,20 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its types forget the error
 
 from ssl_locat.data.stores.local import Local
-from ssl_locat.data.stores.objects import EXTRAS, Denied, Gone, Stat, join, normalise, scheme_of
+from ssl_locat.data.stores.objects import EXTRAS, Backend, Denied, Gone, Stat, join, normalise, scheme_of
 from ssl_locat.errors import DataError, Outage
 from ssl_locat.text.shown import shown
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # botocore's errors that a network or a busy service may cause. Its others tell of credentials, or of settings that cannot be
 _HEALING = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ChecksumError", "FlexibleChecksumError"}
@@ -69,16 +72,16 @@ class Store:
     def __init__(self, budget_seconds: float = 300.0, timeout_seconds: float = 30.0):
         self.budget_seconds, self.timeout_seconds = budget_seconds, timeout_seconds
         self._process: int | None = None
-        self._backends: dict = {}
+        self._backends: dict[str, Backend] = {}
         self._versions: dict[str, str] = {}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"budget_seconds": self.budget_seconds, "timeout_seconds": self.timeout_seconds}
 
-    def __setstate__(self, state):
-        self.__init__(**state)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # of the subclass that gave this state
 
-    def _backend(self, url: str):
+    def _backend(self, url: str) -> Backend:
         if self._process != os.getpid():  # event loops and sockets of a parent do not survive a fork
             self._process, self._backends, self._lock = os.getpid(), {}, threading.Lock()
         scheme = scheme_of(url)
@@ -153,9 +156,10 @@ class Store:
         if scheme_of(url) == "file" and os.path.exists(url):
             return {url: None}
         if scheme_of(url) == "file":
-            found = dict.fromkeys(sorted(glob.glob(url, recursive=True)))
+            found: dict[str, Stat | None] = dict.fromkeys(sorted(glob.glob(url, recursive=True)))
         else:  # list the part before the first wildcard, match the rest
-            folder = url[: _has_glob(url).start()].rpartition("/")[0]
+            wildcard = _has_glob(url)
+            folder = url[: wildcard.start() if wildcard else None].rpartition("/")[0]
             pattern = url.removeprefix(folder + "/")
             found = {join(folder, name): stat for name, stat in self.walk(folder).items() if _matches(name, pattern)}
         if not found:
@@ -164,7 +168,7 @@ class Store:
             )
         return found
 
-    def _retry(self, attempt, url: str):
+    def _retry(self, attempt: Callable[[], T], url: str) -> T:
         deadline, pause, warned = time.monotonic() + self.budget_seconds, 0.25, False
         while True:
             try:
@@ -244,7 +248,7 @@ def _from_network(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "aiobotocore", "gcsfs", "s3fs", "fsspec", "google")
 
 
-def _open_backend(scheme: str, timeout: float):
+def _open_backend(scheme: str, timeout: float) -> Backend:
     if scheme == "file":
         return Local()
     try:

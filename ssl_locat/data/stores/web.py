@@ -8,6 +8,7 @@ Proxies (http_proxy, no_proxy ...), ~/.netrc (or NETRC), credentials in the URL 
 import netrc
 import os
 import select
+import socket
 import ssl
 import threading
 import time
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 _REDIRECTS = 10
@@ -93,7 +94,8 @@ class Web:
         self.timeout = timeout
         self._idle: dict[tuple, list[HTTPConnection]] = {}
         self._proxies: dict[tuple, str | None] = {}
-        self._lock, self._tls = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._tls: ssl.SSLContext | None = None
 
     @contextmanager
     def get(self, url: str, headers: dict[str, str]) -> Iterator[Response]:
@@ -116,7 +118,7 @@ class Web:
     @contextmanager
     def _exchange(self, url: str, headers: dict[str, str], deadline: float) -> Iterator[Response]:
         parts = urlsplit(url)
-        server = (parts.scheme, parts.hostname)
+        server = (parts.scheme, parts.hostname or "")
         if server not in self._proxies:
             self._proxies[server] = _proxy(*server)
         where = (*server, parts.port, self._proxies[server])
@@ -168,13 +170,15 @@ class Web:
         return connection, True
 
 
-def _target(parts, proxy: str | None) -> str:
+def _target(parts: SplitResult, proxy: str | None) -> str:
     path = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE)}" if parts.query else "")
     return f"http://{parts.netloc.rpartition('@')[2]}{path}" if proxy and parts.scheme == "http" else path
 
 
-def _headers(parts, proxy: str | None) -> dict[str, str]:
-    headers = {"User-Agent": "ssl_locat", "Accept": "*/*"} | _basic("Authorization", *(_user(parts) or _netrc(parts.hostname)))
+def _headers(parts: SplitResult, proxy: str | None) -> dict[str, str]:
+    headers = {"User-Agent": "ssl_locat", "Accept": "*/*"} | _basic(
+        "Authorization", *(_user(parts) or _netrc(parts.hostname or ""))
+    )
     return headers | _basic("Proxy-Authorization", *_user(urlsplit(proxy))) if proxy and parts.scheme == "http" else headers
 
 
@@ -182,7 +186,7 @@ def _basic(header: str, *user_and_password: str) -> dict[str, str]:
     return {header: "Basic " + b64encode(":".join(user_and_password).encode()).decode()} if user_and_password else {}
 
 
-def _user(parts) -> tuple[str, ...]:
+def _user(parts: SplitResult) -> tuple[str, ...]:
     """(user, password) of a URL; () if it has none."""
     return () if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
 
@@ -202,7 +206,7 @@ def _proxy(scheme: str, host: str) -> str | None:
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def _readable(sock) -> bool:
+def _readable(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))

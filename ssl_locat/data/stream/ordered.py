@@ -8,7 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stores.store import stop_waiting_when
 from ssl_locat.data.stream.prepared import prepared, read_again
@@ -31,7 +32,7 @@ _THREADS, _LOCAL_THREADS = 32, 4
 class Unread(NamedTuple):
     """Stands where a damaged sample should be."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # in the dataset; hides tuple.index, which nobody calls
     shard: str
     key: str
     reason: str
@@ -43,7 +44,7 @@ class Unread(NamedTuple):
 class _Batches(IterableDataset):
     """What runs in a worker: batch k belongs to worker k % workers."""
 
-    def __init__(self, dataset, indices: np.ndarray, prepare: Callable, collate: Callable, batch_size: int):
+    def __init__(self, dataset: Dataset, indices: np.ndarray, prepare: Callable, collate: Callable, batch_size: int):
         self.dataset, self.indices, self.prepare, self.collate = dataset, indices, prepare, collate
         self.batch_size = batch_size
         self.per_read = max(1, int(READ_BYTES / max(1, dataset.mean_bytes))) if dataset.by_range else 1
@@ -77,17 +78,17 @@ class _Batches(IterableDataset):
         pieces = [run[at : at + self.per_read] for run in runs for at in range(0, len(run), self.per_read)]
         return [(int(piece[0]), pool.submit(self.dataset.fetch, int(piece[0]), int(piece[-1]) + 1)) for piece in pieces]
 
-    def _item(self, index: int, entry) -> Any:
+    def _item(self, index: int, entry: Any) -> Any:
         found = prepared(self.dataset.parse(entry), self.prepare, index, lambda: read_again(self.dataset, index))
         return Unread(index, found.shard, found.key, found.reason) if isinstance(found, Damage) else found[1]
 
 
-def _told(first: int, read) -> Iterator[tuple[int, Any]]:
+def _told(first: int, read: Future) -> Iterator[tuple[int, Any]]:
     return enumerate(read.result(), start=first)
 
 
 def read_in_order(
-    dataset,
+    dataset: Dataset,
     indices: np.ndarray,
     prepare: Callable[[RawSample, int], Any],
     collate: Callable[[list], Any],
@@ -103,7 +104,8 @@ def read_in_order(
     """
     source = _Batches(dataset, np.asarray(indices, dtype=np.int64), prepare, collate, batch_size)
     workers = min(workers, -(-len(source.indices) // batch_size))  # one without a batch would only start
-    options, stopping = {}, None
+    options: dict[str, Any] = {}
+    stopping = None
     if workers:
         method = context()
         stopping = torch.multiprocessing.get_context(method).Event()

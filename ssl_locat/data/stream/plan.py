@@ -5,13 +5,15 @@ it window by window. A window is a shuffled handful of `chunk`s of neighbouring 
 permuted over the whole dataset, anew in each pass. Who computes a position (rank, worker, batch size) does not enter anywhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssl_locat.data.shards.index import Dataset
 from ssl_locat.errors import CheckpointError, ConfigError
 from ssl_locat.seeds import mix64, mix64_array
 
@@ -45,7 +47,7 @@ class Plan:
     chunk: int  # samples
     version: int = field(default=VERSION)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.version != VERSION:
             raise CheckpointError(
                 f"the data plan has version {self.version}, this release reads version {VERSION}: the sample order would change. "
@@ -91,7 +93,8 @@ class Plan:
         moved = [self._permute_chunk(chunk, dataset, epoch) for chunk in range(first, int(chunks.max()) + 1)]
         places = np.array(moved, dtype=np.int64)[chunks - first] * self.chunk + within
         # turning the whole circle by a random step gives a sample new chunk mates in every pass
-        return (places + mix64(self.seed, _ROTATION, dataset, epoch) % size) % size
+        samples: np.ndarray = (places + mix64(self.seed, _ROTATION, dataset, epoch) % size) % size
+        return samples
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """(dataset, sample, pass) at a position. For tests and tools: readers ask for whole windows."""
@@ -110,7 +113,8 @@ class Plan:
         return mix64(self.seed, _AUGMENT, position)
 
     def augment_seeds(self, positions: range) -> list[int]:
-        return mix64_array(mix64(self.seed, _AUGMENT), np.arange(positions.start, positions.stop)).tolist()
+        seeds: list[int] = mix64_array(mix64(self.seed, _AUGMENT), np.arange(positions.start, positions.stop)).tolist()
+        return seeds
 
     def readers_per_lane(self, micro_batch: int, world_size: int, workers: int) -> float:
         """In how many processes, on average, a lane is read: 1.0 is best, 2.0 doubles the traffic.
@@ -129,7 +133,8 @@ class Plan:
 
     @staticmethod
     def from_dict(saved: dict) -> "Plan":
-        return Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+        return Plan(**values)
 
     # lanes, mixing and permutation ------------------------------------------------------------------------------------------
 
@@ -188,14 +193,15 @@ _RETURN = (
 _RANKS = 64  # up to which a lane belongs to one rank, if the batch is a multiple of it
 
 
-def choose_plan(datasets, weights, seed: int, global_batch_size: int, memory_bytes: int = MEMORY_BYTES) -> Plan:
+def choose_plan(
+    datasets: Sequence[Dataset], weights: Sequence[float], seed: int, global_batch_size: int, memory_bytes: int = MEMORY_BYTES
+) -> Plan:
     """Parameters for a new run; a resumed run takes `resume_plan`.
 
     World size, accumulation and workers do not enter: the same config gives the same order however many processes run it. So a single
     rank must be able to hold the windows of all lanes in its memory.
 
     Args:
-        datasets: objects with `len()`, `manifest_hash`, `mean_bytes` (per sample) and `by_range` (neighbours share a range read).
         weights: share of each dataset; need not sum to one.
         memory_bytes: raw samples that one rank may hold.
     """
@@ -240,7 +246,7 @@ def micro_batch_size(global_batch_size: int, world_size: int, accumulate_steps: 
     return global_batch_size // parts
 
 
-def choose_quotas(weights) -> tuple[int, ...]:
+def choose_quotas(weights: Sequence[float]) -> tuple[int, ...]:
     """Integers in the proportion of `weights`, to a thousandth, none zero: (0.7, 0.29, 0.01) -> (70, 29, 1)."""
     if not all(weight > 0 for weight in weights):
         raise ConfigError(f"data.train has weights {list(weights)}: each must be above 0. Leave out what should not be read.")
@@ -252,7 +258,7 @@ def choose_quotas(weights) -> tuple[int, ...]:
     return tuple(int(quota) // divisor for quota in quotas)
 
 
-def resume_plan(saved: dict, datasets, weights, seed: int) -> Plan:
+def resume_plan(saved: dict, datasets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Plan:
     """The plan of a checkpoint, for today's datasets. Raises CheckpointError if they, the weights or the seed are not the same."""
     plan = Plan.from_dict(saved)
     manifests = tuple(dataset.manifest_hash for dataset in datasets)

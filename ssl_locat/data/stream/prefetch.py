@@ -1,14 +1,23 @@
 """From the stream's payloads to finished crops on the device, one batch ahead of the one that trains."""
 
 from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from ssl_locat.data.images.crops import Crops, MultiCrop
 from ssl_locat.data.stream.stream import Batch, TrainStream
 
+Finished = TypeVar("Finished", bound=tuple)  # of tensors and None
+Finished_co = TypeVar("Finished_co", bound=tuple, covariant=True)
 
-def prefetch(stream: TrainStream, crops: MultiCrop, device: torch.device) -> Iterator[tuple[Batch, Crops]]:
+
+class Finisher(Protocol[Finished_co]):
+    """The last step on the device: `MultiCrop`'s, or that of a protocol that trains."""
+
+    def finish(self, payload: Any, device: torch.device) -> Finished_co: ...
+
+
+def prefetch(stream: TrainStream, crops: Finisher[Finished], device: torch.device) -> Iterator[tuple[Batch, Finished]]:
     """Batches with their crops, `MultiCrop.finish`ed.
 
     On a GPU the next batch is copied and finished on a CUDA stream of its own while this one trains: copying, jitter and blur overlap
@@ -28,7 +37,7 @@ def prefetch(stream: TrainStream, crops: MultiCrop, device: torch.device) -> Ite
         ready = coming
 
 
-def _taken(batch: Batch, finished: Crops, event: torch.cuda.Event, stream: torch.cuda.Stream) -> tuple[Batch, Crops]:
+def _taken(batch: Batch, finished: Finished, event: torch.cuda.Event, stream: torch.cuda.Stream) -> tuple[Batch, Finished]:
     stream.wait_event(event)
     for tensor in finished:
         if tensor is not None:

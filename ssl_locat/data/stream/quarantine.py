@@ -6,7 +6,7 @@ Each damaged sample is listed once, whichever rank meets it, in whichever pass, 
 import fcntl
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ssl_locat.errors import DataBudgetExceeded
 from ssl_locat.text.shown import to_json
@@ -19,7 +19,7 @@ class QuarantineEntry(NamedTuple):
 
     position: int  # in the stream
     dataset: str
-    index: int  # in the dataset
+    index: int  # type: ignore[assignment]  # in the dataset; a tuple has a method of this name, which nobody calls here
     shard: str
     key: str
     error: str
@@ -77,7 +77,7 @@ class Quarantine:
         self.known.update((entry.dataset, entry.index) for entry in new)
         self.added += len(new)
 
-    def _catch_up(self, file) -> bytes:
+    def _catch_up(self, file: BinaryIO) -> bytes:
         """Take in the lines appended since; returns what follows the last whole line (a kill may cut one short)."""
         file.seek(self._read_up_to)
         lines, newline, partial = file.read().rpartition(b"\n")

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, MutableSequence, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -141,7 +141,8 @@ class ReadAhead:
     def _take(self, runs: deque) -> tuple[int, list[tuple[_Window, int, int]]]:
         """(dataset, (window, read, entry) of each sample) of the next runs, together while they are small: the lock costs as much as a few
         small samples."""
-        dataset, taken, size = runs[0][0].name[0], [], 0.0
+        dataset, size = runs[0][0].name[0], 0.0
+        taken: list[tuple[_Window, int, int]] = []
         while runs and runs[0][0].name[0] == dataset and (not taken or size < _TOGETHER):
             window, offsets = runs.popleft()
             taken += [(window, *window.places[offset]) for offset in offsets]
@@ -232,7 +233,7 @@ class ReadAhead:
         return entries
 
 
-def _alone(entry):
+def _alone(entry: Any) -> Any:
     """A shard's entry with bytes of its own: those of a whole range would stay until its last sample is used."""
     if isinstance(entry, RawSample | Damage):
         return entry
@@ -240,7 +241,7 @@ def _alone(entry):
     return bytes(memoryview(data)[start:end]), 0, end - start, crc, shard
 
 
-def entry_bytes(entry) -> int:
+def entry_bytes(entry: Any) -> int:
     if isinstance(entry, Damage):
         return 0
     return sum(map(len, entry.members.values())) if isinstance(entry, RawSample) else entry[2] - entry[1]

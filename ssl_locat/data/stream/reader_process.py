@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.stream.plan import Plan
@@ -45,8 +45,8 @@ class ReaderProcess:
         share: Share,
         memory_bytes: int,
         workers: int,
-        context,
-        stopping,
+        context: Any,
+        stopping: Any,
     ):
         self.counts = context.RawArray("q", len(ReadCounts._fields))
         pipes = [context.Pipe(duplex=False) for _ in range(workers)]
@@ -119,13 +119,24 @@ class Received:
         self.connection.close()
 
 
-def _serve(datasets, plan, share, memory_bytes, connections, counts, stopping, trainer: int) -> None:
+def _serve(
+    datasets: Sequence[Dataset],
+    plan: Plan,
+    share: Share,
+    memory_bytes: int,
+    connections: list[Connection],
+    counts: Any,
+    stopping: Any,
+    trainer: int,
+) -> None:
     start_worker(stopping, trainer, 0)
     sys.setswitchinterval(SWITCH_SECONDS)
     ahead = ReadAhead(datasets, plan, share, memory_bytes, counts)
     for worker, connection in enumerate(connections):
         threading.Thread(target=_send, args=(ahead, connection, worker, len(connections)), daemon=True).start()
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])  # until the trainer is gone, however it went
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in a child
+    multiprocessing.connection.wait([parent.sentinel])  # until the trainer is gone, however it went
     os._exit(0)
 
 

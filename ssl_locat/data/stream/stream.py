@@ -67,7 +67,7 @@ class Samples:
         """`take` for each position of a micro-batch, whose raw entries come in `runs` of (dataset, entries)."""
         raw = (self.datasets[number].parse(entry) for number, entries in runs for entry in entries)
         seeds = self.plan.augment_seeds(positions)
-        return [self._prepared(position, *rest, damaged) for position, *rest in zip(positions, raw, seeds, strict=True)]
+        return [self._prepared(*one, damaged) for one in zip(positions, raw, seeds, strict=True)]
 
     def _prepared(self, position: int, raw: RawSample | Damage, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
         found = prepared(raw, self.prepare, seed, lambda: self._again(position))
@@ -109,7 +109,15 @@ class Samples:
 class _MicroBatches(IterableDataset):
     """What runs in a worker: micro-batch k of this rank belongs to worker k % workers. Without workers it reads for itself."""
 
-    def __init__(self, datasets, plan, prepare, collate, share: Share, memory_bytes: int):
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        plan: Plan,
+        prepare: Callable[[RawSample, int], Any],
+        collate: Callable[[list], Any],
+        share: Share,
+        memory_bytes: int,
+    ):
         self.datasets, self.plan, self.prepare, self.collate = datasets, plan, prepare, collate
         self.share, self.memory_bytes = share, memory_bytes
         self.connections: list = []  # one for each worker, set before they start
@@ -146,12 +154,12 @@ class _MicroBatches(IterableDataset):
             raw.close()
 
 
-def _stop_helpers(batches, reader: ReaderProcess, stopping) -> None:
+def _stop_helpers(batches: Any, reader: ReaderProcess, stopping: Any) -> None:
     stop_workers(batches, stopping)
     reader.stop()
 
 
-def _check_shared_memory(payload) -> None:
+def _check_shared_memory(payload: Any) -> None:
     """Raise UserError if a batch does not fit: torch would lose it in a thread of the worker, and the trainer would wait for ever."""
     try:
         free = shutil.disk_usage("/dev/shm").free
@@ -165,7 +173,7 @@ def _check_shared_memory(payload) -> None:
         )
 
 
-def _tensor_bytes(payload) -> int:
+def _tensor_bytes(payload: Any) -> int:
     if isinstance(payload, torch.Tensor):
         return payload.nbytes
     parts = payload.values() if isinstance(payload, dict) else payload if isinstance(payload, list | tuple) else ()
@@ -221,7 +229,7 @@ class TrainStream:
         share = Share(start_samples, micro_batch, rank, world_size)
         self._source = _MicroBatches(datasets, plan, prepare, collate, share, memory_bytes)
         self._context = context or workers_context()
-        self._loader_options = {"pin_memory": pin_memory}
+        self._loader_options: dict[str, Any] = {"pin_memory": pin_memory}
         if workers:
             self._stopping = torch.multiprocessing.get_context(self._context).Event()
             self._loader_options |= {
@@ -267,7 +275,7 @@ class TrainStream:
         with starting():
             reader = self._start_reader() if self.workers else None
             # a generator of its own: starting must not draw from the trainer's, whose numbers a resumed run draws again
-            options = {"generator": torch.Generator(), **self._loader_options}
+            options: dict[str, Any] = {"generator": torch.Generator(), **self._loader_options}
             batches = iter(DataLoader(self._source, batch_size=None, collate_fn=as_is, in_order=True, **options))
         if reader:  # also when the trainer forgets or fails: processes that ignore SIGTERM must be told
             reader.close_connections()
@@ -283,8 +291,10 @@ class TrainStream:
         return reader
 
     def _next(self) -> Batch:
+        assert self._batches is not None  # __iter__ has started them
         try:
-            return next_of(self._batches)
+            batch: Batch = next_of(self._batches)
+            return batch
         except EXPECTED:
             self.close()
             raise
@@ -302,5 +312,5 @@ class TrainStream:
     def __enter__(self) -> "TrainStream":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

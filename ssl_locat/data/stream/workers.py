@@ -21,7 +21,7 @@ class Failure(NamedTuple):
     error: Exception
 
 
-def as_is(batch):
+def as_is(batch: Any) -> Any:
     """In place of torch's conversion of arrays and tuples."""
     return batch
 
@@ -40,10 +40,10 @@ def choose_workers(asked: int | None) -> int:
     return 0 if share < 2 else min(share, MOST_WORKERS)
 
 
-def start_worker(stopping, trainer: int, worker: int) -> None:
+def start_worker(stopping: Any, trainer: int, worker: int) -> None:
     """Signals reach the whole process group (Ctrl-C, Slurm's warnings), but only the trainer decides when its workers stop."""
 
-    def terminate(*_):
+    def terminate(*_: object) -> None:
         if stopping.is_set() or os.getppid() != trainer:
             os._exit(0)
 
@@ -52,7 +52,7 @@ def start_worker(stopping, trainer: int, worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-def stop_workers(batches, stopping) -> None:
+def stop_workers(batches: Any, stopping: Any) -> None:
     stopping.set()
     batches._shutdown_workers()
 
