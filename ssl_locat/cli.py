@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -47,7 +48,7 @@ def _examples(*commands: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
-def _among(folder: str):
+def _among(folder: str) -> Callable[[str], list[str]]:
     """Completes shipped names; where none fits, the shell goes on with files."""
     return lambda incomplete: [name for name in names(folder) if name.startswith(incomplete)]
 
@@ -55,12 +56,12 @@ def _among(folder: str):
 class _Evaluate(TyperCommand):
     """`evaluate PROTOCOL --help` ends with the protocol's keys."""
 
-    def parse_args(self, ctx, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # --help is answered before arguments are parsed: the protocol is looked for among the raw words
         ctx.meta["protocol"] = next((word for word in args if not word.startswith("-")), None)
         return super().parse_args(ctx, args)
 
-    def format_epilog(self, ctx, formatter) -> None:
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         super().format_epilog(ctx, formatter)
         if protocol := ctx.meta.get("protocol"):
             from ssl_locat.evaluation.evaluate import describe_keys
@@ -432,7 +433,7 @@ def jobs(
 
 
 # click's base of all usage errors; newer typer carries a copy of click of its own, so it is reached through a public name
-_Usage = typer.BadParameter.__mro__[2]
+_Usage: Any = typer.BadParameter.__mro__[2]
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -513,7 +514,7 @@ def run_command(arguments: list[str]) -> int:
 def leave(code: int) -> NoReturn:
     """End the process as Python does, up to the last exit handler: threads are waited for, children ended, streams flushed. What comes after,
     taking torch apart module by module, is left out: it took half of the CPU time of a short command (docs/performance.md)."""
-    threading._shutdown()  # waits for threads, those of executors too; multiprocessing's own children end like this
+    threading._shutdown()  # type: ignore[attr-defined]  # private; waits for threads, those of executors too; multiprocessing's own children end like this
     with suppress(Exception):  # a handler's error is printed, and changes no exit code
         atexit._run_exitfuncs()
     logging.shutdown()

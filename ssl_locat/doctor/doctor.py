@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ssl_locat.config.schema import Config, load
 from ssl_locat.doctor.early import check_config
@@ -17,6 +17,14 @@ from ssl_locat.errors import UserError
 from ssl_locat.measure.machine import Load, band
 from ssl_locat.runs.history import explain, is_run, open_run
 from ssl_locat.runs.log import console, duration, progress
+
+if TYPE_CHECKING:  # these import torch
+    from collections.abc import Sequence
+
+    from ssl_locat.data.shards.index import Dataset
+    from ssl_locat.measure.images import DataSample
+    from ssl_locat.measure.step import StepTimes
+    from ssl_locat.pretraining.parts import Length
 
 
 class Advice(NamedTuple):
@@ -101,7 +109,8 @@ def _attention_lines() -> list[str]:
         # [1 image, 2 heads, a class token and 4 x 4 patches, 32 channels]: enough for a kernel to start or refuse
         q = torch.randn(1, 2, 17, 32, device=device)
         # [1, 2, 16] each: variances and height of every patch's Gaussian
-        coefficients = Gaussian(*(torch.rand(1, 2, 16, device=device) for _ in range(3)))
+        ax, ay, alpha = torch.rand(3, 1, 2, 16, device=device)
+        coefficients = Gaussian(ax, ay, alpha)
         try:
             gaussian_attention(q, q, q, coefficients, (4, 4), 1, backend=backend)
             works.append(backend)
@@ -181,7 +190,7 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
 STOPPER = 100.0  # worth of an advice without which the run fails
 
 
-def _data_lines(config: Config, datasets, sample) -> list[str]:
+def _data_lines(config: Config, datasets: "Sequence[Dataset]", sample: "DataSample") -> list[str]:
     lines = []
     for dataset in datasets:
         size = dataset.mean_bytes * len(dataset)
@@ -201,7 +210,7 @@ def _data_lines(config: Config, datasets, sample) -> list[str]:
     return [*lines, *(f"  {line}" for line in sample.damaged[:5])]
 
 
-def _reading(config: Config, datasets, weights: list[float], ranks: int) -> tuple[list[str], list[Advice]]:
+def _reading(config: Config, datasets: "Sequence[Dataset]", weights: list[float], ranks: int) -> tuple[list[str], list[Advice]]:
     """How often samples would be fetched, and what lies in memory meanwhile: counted from the plan of a new run, local data or remote."""
     from ssl_locat.data.stream.plan import choose_plan
 
@@ -228,7 +237,7 @@ def _reading(config: Config, datasets, weights: list[float], ranks: int) -> tupl
     return lines, advice
 
 
-def _data_advice(config: Config, sample, datasets) -> list[Advice]:
+def _data_advice(config: Config, sample: "DataSample", datasets: "Sequence[Dataset]") -> list[Advice]:
     advice = []
     share = len(sample.damaged) / sample.looked_at
     if share > config.data.max_bad:
@@ -261,7 +270,7 @@ def _data_advice(config: Config, sample, datasets) -> list[Advice]:
     return advice
 
 
-def _probe_lines(config: Config, length, datasets) -> tuple[list[str], list[Advice]]:
+def _probe_lines(config: Config, length: "Length", datasets: "Sequence[Dataset]") -> tuple[list[str], list[Advice]]:
     """What the probes will read, and whether that is more than they are worth."""
     from ssl_locat.evaluation.probe_options import own_data
     from ssl_locat.evaluation.shared.samples import open_split
@@ -284,7 +293,7 @@ def _probe_lines(config: Config, length, datasets) -> tuple[list[str], list[Advi
 
 
 def _run_section(
-    config: Config, length, ranks: int, micro_batch: int, sample, times, load_before: Load
+    config: Config, length: "Length", ranks: int, micro_batch: int, sample: "DataSample", times: "StepTimes", load_before: Load
 ) -> tuple[list[str], list[Advice]]:
     import torch
 

@@ -22,7 +22,7 @@ from ssl_locat.measure.images import kind_of, sample_data
 from ssl_locat.measure.machine import Load, band
 from ssl_locat.measure.step import step_device
 from ssl_locat.pretraining.step_times import seconds_per_image, step_times
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import console, next_steps, progress
 from ssl_locat.text.shown import carries_credentials
 
@@ -36,7 +36,7 @@ SAVE_SECONDS = 300  # from one checkpoint to the next: what a kill may cost
 class DataStats(NamedTuple):
     """What the images are like, by a sample spread over all of them."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     short_sides: list[int]  # pixels
     ratios: list[float]  # longer side over shorter
     formats: list[str]
@@ -93,6 +93,7 @@ def init(source: str, out: str | None = None, then_pretrain: bool = False) -> Pa
         say(unlabelled, markup=False)
     if seen.damage:
         say(f"{100 * seen.damaged:.0f} % of those looked at cannot be read, such as {seen.damage}", markup=False)
+    assert config.optim.epochs is not None  # fit_time has written them
     total = config.optim.epochs * seconds
     say(
         f"Wrote {target}: {config.optim.epochs:g} epochs, {band(total, load_before)} on this machine{load_before.words()}; a checkpoint every "
@@ -142,7 +143,8 @@ def usable_test(train: str, test: str | None) -> tuple[str | None, str]:
 def inspect_data(source: str) -> DataStats:
     """Open the data and read a sample of it."""
     dataset = open_dataset(source)
-    pixels, sides, ratios, formats, labels, damaged, gray = [], [], [], [], [], [], 0
+    pixels: list[np.ndarray] = []  # of each image [n, C]
+    sides, ratios, formats, labels, damaged, gray = [], [], [], [], [], 0
     # evenly over the set: its start may be one class, one camera, one year
     places = np.linspace(0, len(dataset) - 1, min(NUM_SAMPLED, len(dataset))).round().astype(int).tolist()
     for place in places:
@@ -345,6 +347,7 @@ def expected_seconds(config: Config) -> tuple[float, int]:
     datasets, _, length = check(config)
     sample = sample_data(datasets, config, step_device(config.device), 32)
     # one micro-batch, as the run will have it
+    assert sample.payload is not None  # inspect_data has read some of these images
     times = step_times(config, sample.payload, config.optim.global_batch_size // config.optim.accumulate_steps)
     per_image = seconds_per_image(config, sample, times)
     return per_image * length.steps_per_epoch * config.optim.global_batch_size, length.steps_per_epoch
@@ -355,7 +358,9 @@ def fit_time(path: Path, epoch_seconds: float, steps_per_epoch: int, load_before
     in a shorter run five times."""
     text = path.read_text(encoding="utf-8")
     # as text, not as YAML: dumping it would lose the comments that are the point of the file
-    epochs = int(re.search(r"^  epochs: (\d+)$", text, re.M)[1])
+    written = re.search(r"^  epochs: (\d+)$", text, re.M)
+    assert written is not None  # by compose
+    epochs = int(written[1])
     if not torch.cuda.is_available():
         epochs = int(min(400, max(10, CPU_HOURS * 3600 // max(epoch_seconds, 1e-3))))
         for key in ("warmup_epochs", "every_epochs"):

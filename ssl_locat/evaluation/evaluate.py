@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ssl_locat.config.models import check_exists
 from ssl_locat.config.signatures import keyword_names
@@ -20,9 +20,12 @@ from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.shared.options import annotations, check_arguments, describe
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import console, say
 from ssl_locat.text.shown import redacted, to_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DUMP = "ssl_locat.evaluation.protocols.dump:dump"  # `ssl-locat features`
 CARD_START, CARD_END = "<!-- scores -->", "<!-- end of scores -->"
@@ -152,7 +155,7 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
     own, overrides = divide(overrides)
     name, options = load_protocol(protocol, overrides)
     # `divide` made sure of both: step is a number, which one of two words
-    chosen = dict(item.split("=", 1) for item in own)
+    chosen: dict[str, Any] = dict(item.split("=", 1) for item in own)
     if "step" in chosen:
         chosen["step"] = int(chosen["step"])
 
@@ -211,7 +214,7 @@ def forget_progress(file: str | None) -> None:
         Path(file).unlink(missing_ok=True)
 
 
-def run_protocol(backbone, protocol: str, options: dict[str, Any], model: str) -> dict[str, Any]:
+def run_protocol(backbone: "nn.Module", protocol: str, options: dict[str, Any], model: str) -> dict[str, Any]:
     """One protocol on a loaded backbone, as the dict that `run` returns."""
     began = time.monotonic()
     metrics = function_of(protocol)(backbone, **options)
@@ -226,7 +229,7 @@ def run_protocol(backbone, protocol: str, options: dict[str, Any], model: str) -
     }
 
 
-def evaluate(model, protocol: str = "knn", **options) -> dict[str, float]:
+def evaluate(model: "str | os.PathLike | nn.Module", protocol: str = "knn", **options: Any) -> dict[str, float]:
     """Evaluate a backbone from Python: `evaluate(backbone, "knn", data={"train": ..., "test": ...}, k=[20])` -> metrics.
 
     `model` is a timm-like module, or anything that `load_backbone` opens. Options are the protocol's YAML keys; what is not given comes from
@@ -243,7 +246,7 @@ def evaluate(model, protocol: str = "knn", **options) -> dict[str, float]:
         given.data["data"] = data
     check_arguments(PROTOCOLS[name], given.data, given)
     _check_data(name, given)
-    backbone = load_backbone(model) if isinstance(model, str | os.PathLike) else model
+    backbone = load_backbone(model if isinstance(model, str) else Path(model)) if isinstance(model, str | os.PathLike) else model
     return function_of(name)(backbone, **given.data)
 
 

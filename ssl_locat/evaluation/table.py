@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pydantic import Field
 
@@ -34,9 +34,12 @@ from ssl_locat.evaluation.evaluate import (
 )
 from ssl_locat.evaluation.shared.options import check_arguments
 from ssl_locat.evaluation.table_text import Cell, write_table
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import console, progress, say
 from ssl_locat.text.shown import to_json
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -141,15 +144,15 @@ def _check(table: TableConfig, loaded: LoadedYaml) -> None:
                 )
     for name, row in table.rows.items():
         for section in ("published", "options"):
-            for column in getattr(row, section):
-                if column not in table.columns:
+            for key in getattr(row, section):
+                if key not in table.columns:
                     raise ConfigError(
-                        f"{loaded.place(('rows', name, section, column))}: rows.{name}.{section} names the column {column!r}; "
-                        f"known: {', '.join(table.columns)}.{did_you_mean(column, table.columns)}"
+                        f"{loaded.place(('rows', name, section, key))}: rows.{name}.{section} names the column {key!r}; "
+                        f"known: {', '.join(table.columns)}.{did_you_mean(key, table.columns)}"
                     )
-        for column, options in row.options.items():
-            protocol, _ = _protocol(table.columns[column], {})
-            check_arguments(PROTOCOLS[protocol], options, loaded, ("rows", name, "options", column))
+        for key, options in row.options.items():
+            protocol, _ = _protocol(table.columns[key], {})
+            check_arguments(PROTOCOLS[protocol], options, loaded, ("rows", name, "options", key))
 
 
 def _protocol(column: Column, row_options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -174,7 +177,8 @@ def cells(table: TableConfig) -> Iterator[tuple[str, str, str, str, dict[str, An
                 if "test" not in given:
                     continue  # the user has not said where this set lies
             for model in models:
-                for seed in column.seeds or [None]:
+                seeds: Sequence[int | None] = column.seeds or [None]
+                for seed in seeds:
                     yield row_name, column_name, model, protocol, options if seed is None else {**options, "seed": seed}
 
 
@@ -243,7 +247,8 @@ class Claim:
     """A cell that this job measures, and no other that works on the same table: the kernel frees the claim when the process ends."""
 
     def __init__(self, cell: Path):
-        self.cell, self.lock = cell, None
+        self.cell = cell
+        self.lock: TextIO | None = None
 
     def take(self) -> bool:
         """False while another job measures the cell."""
@@ -260,6 +265,7 @@ class Claim:
     def release(self) -> None:
         # whoever waits looks for the result once more before measuring, so that the file may go
         self.cell.with_suffix(".lock").unlink(missing_ok=True)
+        assert self.lock is not None  # taken
         self.lock.close()
 
 
@@ -270,7 +276,8 @@ def claim(path: Path) -> tuple[str, dict[str, Any] | None, Claim | None]:
     state, result, held = "busy", None, None
     if is_main():
         result = finished(path)
-        if result is None and (held := Claim(path)).take():
+        held = Claim(path)
+        if result is None and held.take():
             result, state = finished(path), "mine"  # another job may have finished it a moment ago
             if result is not None:
                 held.release()
@@ -310,7 +317,7 @@ def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], lis
                 busy = 0
                 bar.update()
                 try:
-                    if state == "mine":
+                    if result is None:  # "mine"
                         result = _measure_cell(path, model, protocol, options, device, table.columns[column])
                     found.setdefault((row, column), []).append(_number(result, column, protocol, table.columns[column]))
                 except CELL_ERRORS as error:
@@ -324,7 +331,9 @@ def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], lis
     return found, failed
 
 
-def _measure_cell(path: Path, model: str, protocol: str, options: dict[str, Any], device, column: Column) -> dict[str, Any]:
+def _measure_cell(
+    path: Path, model: str, protocol: str, options: dict[str, Any], device: "torch.device", column: Column
+) -> dict[str, Any]:
     """The result of one cell, kept in its file; its training resumes from the file beside."""
     import torch
 
@@ -380,7 +389,7 @@ def run(name: str, arguments: Sequence[str] = ()) -> tuple[Path, Exception | Non
 def _worst(failed: list[tuple[str, Exception]], total: int, folder: Path) -> Exception:
     """One error for all cells that failed, of the kind with the highest exit code."""
     # an outage (4) is worth another try, a mistake (2) is not: whoever requeues must see the former
-    where, error = max(failed, key=lambda one: one[1].exit_code)
+    where, error = max(failed, key=lambda one: getattr(one[1], "exit_code", 0))
     return type(error)(
         f"{len(failed)} of {total} cells of the table could not be measured; one of them: {where}: {error} All are listed in {folder / 'table.md'}."
     )

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 
 
 class Cell(NamedTuple):

@@ -54,13 +54,15 @@ def evaluate(
         found[name] = (batch.images, *maps_and_metrics(model, batch.images.to(device), layer, patches))
     if out is not None and is_main():
         write(Path(out), models, found, patches, layer)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, (_, _, scores) in found.items():
         metrics |= {f"{key}{'' if name == 'model' else '_beside'}": value for key, value in scores.items()}
     return metrics
 
 
-def maps_and_metrics(backbone: nn.Module, images: Tensor, layer: int, patches: list | tuple) -> tuple[Tensor, dict[str, float]]:
+def maps_and_metrics(
+    backbone: nn.Module, images: Tensor, layer: int, patches: Sequence[tuple[float, float]]
+) -> tuple[Tensor, dict[str, float]]:
     """-> maps [B, Q, rows, cols], one for the class token (if there is one) and one per chosen patch; the two numbers."""
     (weights,) = attention_maps(backbone, images, [layer])
     # [B, heads, R + N, R + N], rows are queries -> [B, R + N, R + N]
@@ -93,7 +95,7 @@ def num_class_tokens(backbone: nn.Module) -> int:
     return backbone.cls_token.shape[1]
 
 
-def write(folder: Path, models: dict[str, nn.Module], found: dict, patches: list | tuple, layer: int) -> None:
+def write(folder: Path, models: dict[str, nn.Module], found: dict, patches: Sequence[tuple[float, float]], layer: int) -> None:
     """attention.json and attention.png."""
     from matplotlib.figure import Figure
 

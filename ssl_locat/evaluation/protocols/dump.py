@@ -6,9 +6,10 @@ are written where samples have them. Each process writes the files of its own sh
 
 import json
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from ssl_locat.evaluation.shared.features import check_image_size, default_resiz
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
 from ssl_locat.evaluation.shared.options import Count, Flag, Probability, Shards, Text, Whole
 from ssl_locat.evaluation.shared.samples import NO_LABEL, StackReadable, open_spec, share
+from ssl_locat.models.grid import Grid
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
 from ssl_locat.runs.distributed import all_reduce_sum_, barrier, is_main, rank, world_size
 from ssl_locat.runs.folder import save_tensors
@@ -37,7 +39,7 @@ FORMATS = ("safetensors", "npy", "parquet")
 class _Image:
     """(tensor, key, label or -1) of a sample."""
 
-    def __init__(self, view, image_key: str | None, label_key: str | None, channels: int):
+    def __init__(self, view: Callable[[np.ndarray, int], Tensor], image_key: str | None, label_key: str | None, channels: int):
         self.view, self.image_key, self.label_key, self.channels = view, image_key, label_key, channels
 
     def __call__(self, raw: RawSample, index: int) -> tuple[Tensor, str, int]:
@@ -104,7 +106,7 @@ def dump(
     indices, prepare = indices[valid], _Image(view, image_key, label_key, len(mean))
     table: dict[str, list] = {"class": [], "patches": [], "key": [], "label": []}
     left_out: list[str] = []
-    number, width, grid = 0, 0, (0, 0)
+    number, width, grid = 0, 0, Grid(0, 0)
 
     def flush() -> None:
         nonlocal number
@@ -115,7 +117,7 @@ def dump(
             for column in table.values():
                 column.clear()
 
-    options = {"batch_size": batch_size, "workers": choose_workers(workers)}
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": choose_workers(workers)}
     with progress("features", total=len(dataset), unit="images") as bar:
         for (images, names, labels), damaged in read_in_order(dataset, indices, prepare, StackReadable(prepare), **options):
             if damaged and not max_bad:
@@ -140,7 +142,7 @@ def dump(
             table["patches"].append((refined if norm else raw).patches.half().cpu() if patches else torch.empty(0))
             table["key"] += names
             table["label"] += labels.tolist()
-            width, grid = raw.patches.shape[2], tuple(raw.grid)
+            width, grid = raw.patches.shape[2], raw.grid
             if len(table["key"]) >= rows:
                 flush()
     flush()

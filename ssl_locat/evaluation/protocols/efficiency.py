@@ -43,7 +43,7 @@ def evaluate(backbone: nn.Module, *, image_size: Count = 224, num_classes: Count
     check_image_size(backbone, image_size)
     # timm: no classifier, so that the backbone alone is counted
     model.reset_classifier(0)
-    found = {"params_backbone": count_parameters(model)}
+    found: dict[str, float] = {"params_backbone": count_parameters(model)}
     model.reset_classifier(num_classes)
     found |= {"params": count_parameters(model), "gmacs": count_macs(model, image_size) / 1e9}
     published = published_for(backbone)

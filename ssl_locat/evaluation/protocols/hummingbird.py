@@ -6,8 +6,9 @@ No training. The memory holds L2-normalised patch features of the training image
 attends to its nearest 30. Each process keeps the memory of its own images, and all search together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from ssl_locat.evaluation.shared.image_views import normalisation
 from ssl_locat.evaluation.shared.metrics import confusion_matrix, hungarian_scores, segmentation_scores
 from ssl_locat.evaluation.shared.options import Count, Flag, FromEnd, Positive, SceneData, Whole
 from ssl_locat.evaluation.shared.seg_datasets import VOID, zero_is_other
+from ssl_locat.models.tokens import Tokens
 from ssl_locat.runs.distributed import all_gather_cat, all_reduce_sum_, rank, world_size
 from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
@@ -77,10 +79,10 @@ def retrieve(memory: Tensor, memory_labels: Tensor, queries: Tensor, neighbours:
     return torch.einsum("qk,qkc->qc", (best / beta).softmax(1), labels)
 
 
-def paint(soft_labels: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def paint(soft_labels: Tensor, grid: tuple[int, int], size: Sequence[int]) -> Tensor:
     """int64 [B, H, W]: soft labels [B, N, C] spread over the image bilinearly, and the strongest class of each pixel."""
     maps = soft_labels.transpose(1, 2).unflatten(2, grid)  # [B, C, rows, cols]
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False).argmax(1)
+    return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=False).argmax(1)
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def build_memory(
     images: DenseImages,
     num_classes: int,
     *,
-    read: Callable,
+    read: Callable[[nn.Module, Tensor], Tokens],
     per_image: int | None,
     void_class: int | None,
     seed: int,
@@ -160,7 +162,7 @@ def evaluate(
     read = partial(last_patches, norm=norm, block=block)
     mean, std = HUMMINGBIRD if paper_compat else normalisation(backbone)
     keep_other = paper_compat and zero_is_other(data)
-    settings = {"image_size": image_size, "mean": mean, "std": std, "batch_size": batch_size, "workers": workers}
+    settings: dict[str, Any] = {"image_size": image_size, "mean": mean, "std": std, "batch_size": batch_size, "workers": workers}
     settings["other_is_a_class"] = keep_other
     train = dense_images(data, "train", augment_seed=seed if augment else None, **settings)
     test = dense_images(data, "test", **settings)

@@ -4,7 +4,7 @@ ssl-locat evaluate knn MODEL data.train=... data.test=...
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,12 @@ def evaluate(
     image_size = check_image_size(backbone, image_size)
     device = next(backbone.parameters()).device
 
-    settings = {"image_size": image_size, "resize_size": resize_size, "batch_size": batch_size, "workers": workers}
+    settings: dict[str, Any] = {
+        "image_size": image_size,
+        "resize_size": resize_size,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
     if folds:
         train = labelled_images(backbone, data, "train", **settings)
         return _cross_validate(extract(backbone, train, precision=precision), folds, ks, temperatures, seed, device)
@@ -160,7 +165,7 @@ def raw_pixel_knn(
     """
     pixels = _Pixels(channels)
     data = data | {f"{name}_images": _least(data.get(f"{name}_images"), most_images) for name in ("train", "test")}
-    settings = {"image_size": 32, "resize_size": 32, "batch_size": 512, "workers": workers}
+    settings: dict[str, Any] = {"image_size": 32, "resize_size": 32, "batch_size": 512, "workers": workers}
     bank, queries = (
         extract(
             pixels,

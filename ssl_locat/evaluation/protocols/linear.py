@@ -8,7 +8,7 @@ Features are what the head saw: each block that is read goes through final norm 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_locat.data.shards.selections import Chosen
+from ssl_locat.data.shards.selections import Chosen, Joined
 from ssl_locat.data.stream.plan import Plan
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.shared.features import (
@@ -118,7 +118,7 @@ def train_heads(
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group["lr"] = annealed(done, steps, setting.lr * batch_size / 256)
             # the classifiers share nothing: the gradient of the sum is the gradient of each
-            loss = sum(
+            loss: Any = sum(
                 F.cross_entropy(head(layout.pick(features, setting)), labels)
                 for head, setting in zip(heads, settings, strict=True)
             )
@@ -167,7 +167,7 @@ class Task:
     """The data of a linear protocol on one backbone: which images train, which choose, which test, and their features."""
 
     def __init__(
-        self, backbone: nn.Module, data: dict, *, blocks: int, image_size: int | None, resize_size: int | None, train_fraction: float,
+        self, backbone: nn.Module, data: Mapping[str, Any], *, blocks: int, image_size: int | None, resize_size: int | None, train_fraction: float,
         held_out: float, augment: bool, batch_size: int, workers: int | None, seed: int, precision: str | None,
     ):  # fmt: skip
         size = check_image_size(backbone, image_size)
@@ -204,9 +204,10 @@ class Task:
             tokens = refine(backbone, tokens)
             self.layout = Layout(blocks, class_token(backbone, tokens).shape[1], tokens.patches.shape[2])
 
-    def features(self, dataset) -> Features:
+    def features(self, dataset: Joined | Chosen) -> Features:
         """Of centre crops. Among training images some may be damaged, unless data.max_bad says otherwise."""
-        max_bad = self.data.get("max_bad") if self.data.get("max_bad") is not None else 0.0 if dataset is self.test else MAX_BAD
+        given = self.data.get("max_bad")
+        max_bad = given if given is not None else 0.0 if dataset is self.test else MAX_BAD
         images = Pass(dataset, self.plain, batch_size=self.batch_size, workers=self.workers, max_bad=max_bad)
         return extract(self.backbone, images, partial(read_blocks, blocks=self.blocks), self.precision)
 
@@ -216,7 +217,7 @@ class Task:
         if not self.augment:
             yield self._kept(first)
             return
-        options = {
+        options: dict[str, Any] = {
             "first": first,
             "batch_size": self.batch_size,
             "device": self.device,
@@ -353,6 +354,7 @@ def sweep(
         raise ConfigError(f"held_out is {held_out}; expected a share of the training images in (0, 1) to choose by, such as 0.1.")
     settings = [Setting(count, mean, lr) for count in blocks for mean in patch_mean for lr in lrs]
     scores, chosen, validation_top1 = train_and_test("linear_sweep", arguments, settings, held_out=held_out, epoch_decay=False)
+    assert validation_top1 is not None  # there are images held out
     return {
         **scores,
         "validation_top1": validation_top1,

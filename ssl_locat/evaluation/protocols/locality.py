@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ssl_locat.evaluation.shared.options import Count, LabelledData, Text, Whole
 from ssl_locat.evaluation.shared.pictures import pictures
+from ssl_locat.models.attention import Gaussian
 from ssl_locat.models.gaug import GAug
 from ssl_locat.models.tokens import Tokens, last_blocks
 from ssl_locat.runs.distributed import all_reduce_sum_, is_main
@@ -87,7 +89,7 @@ def gaug_statistics(backbone: nn.Module) -> Iterator[list[dict[str, Spread]]]:
     modules = [module for module in backbone.modules() if isinstance(module, GAug)]
     spreads = [{"sigma": Spread(device), "alpha": Spread(device)} for _ in modules]
 
-    def count(module, _inputs, coefficients, *, into):
+    def count(module: GAug, _inputs: Any, coefficients: Gaussian, *, into: dict[str, Spread]) -> None:
         into["sigma"].add(torch.stack(module.deviation(coefficients)))
         into["alpha"].add(coefficients.alpha)
 
@@ -125,7 +127,13 @@ def evaluate(
     depth = len(getattr(backbone, "blocks", getattr(backbone, "layers", ())))
     sums = torch.zeros(3, depth, dtype=torch.float64, device=device)  # locality, patch to class token, images
     has_class_token = False
-    views = {"limit": images, "image_size": image_size, "resize_size": resize_size, "batch_size": batch_size, "workers": workers}
+    views: dict[str, Any] = {
+        "limit": images,
+        "image_size": image_size,
+        "resize_size": resize_size,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
     with gaug_statistics(backbone) as spreads, progress("locality", total=images, unit="images") as bar:
         for batch in pictures(backbone, data, **views):
             valid = batch.valid.to(device)
@@ -144,7 +152,7 @@ def evaluate(
         result["patch_cls"] = (similarity / count).tolist()
     if out is not None and is_main():
         write(Path(out), result)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name in ("locality", "patch_cls"):
         if name in result:
             metrics[name] = result[name][-1]

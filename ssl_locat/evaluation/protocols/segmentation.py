@@ -5,8 +5,9 @@
 Images are augmented as mmseg does and tested whole, at their own size. The head alone learns; the backbone stays in eval mode.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from ssl_locat.runs.distributed import SyncBatchNorm, all_reduce_sum_, rank, wor
 from ssl_locat.runs.log import progress
 
 HEADS = ("mlp", "linear")
+Scale = tuple[int, int]  # (long, short) side limits, pixels
+Channels = tuple[float, ...]  # a number for each
 SAVE_EVERY = 1000  # iterations
 RISE, DIV = 0.25, 1e4  # of the one-cycle schedule: share of the run that rises; peak / start, and start / end
 
@@ -141,8 +144,8 @@ def evaluate(
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay)
     step, saved = load_progress(resume_file, probe, optimizer, purpose)
     plan = plan_for(train.dataset, seed, batch_size, saved)
-    prepare = PreparedScene(train, partial(_training_view, size=image_size, scale=tuple(scale), mean=mean, std=std))
-    options = {"first": step, "batch_size": batch_size, "device": device, "workers": workers, "data": data}
+    prepare = PreparedScene(train, partial(_training_view, size=image_size, scale=(scale[0], scale[1]), mean=mean, std=std))
+    options: dict[str, Any] = {"first": step, "batch_size": batch_size, "device": device, "workers": workers, "data": data}
     with (
         training_batches(train.dataset, plan, prepare, **options, progress_file=resume_file) as batches,
         progress("segmentation", total=iterations, unit="iterations", start=step) as bar,
@@ -165,7 +168,7 @@ def evaluate(
             if stop:
                 raise stopped(f"segmentation, iteration {step} of {iterations}")
     confusion = test_whole(
-        read, probe, test, data, tuple(scale), mean, std, stride(backbone), workers, device, paper_compat=paper_compat
+        read, probe, test, data, (scale[0], scale[1]), mean, std, stride(backbone), workers, device, paper_compat=paper_compat
     )
     scores = segmentation_scores(confusion)
     if per_class:
@@ -173,25 +176,29 @@ def evaluate(
     return scores
 
 
-def _training_view(image: np.ndarray, mask: np.ndarray, seed: int, *, size: int, scale, mean, std) -> tuple[Tensor, Tensor]:
+def _training_view(
+    image: np.ndarray, mask: np.ndarray, seed: int, *, size: int, scale: Scale, mean: Channels, std: Channels
+) -> tuple[Tensor, Tensor]:
     colour = np.round(255 * np.array(mean)).astype(np.uint8)  # zero after normalisation
     image, mask = pad(*augment(image, mask, seed, crop=size, scale=scale), size, colour)
     return to_tensor(image, mean, std), torch.from_numpy(mask)
 
 
-def _test_view(image: np.ndarray, mask: np.ndarray, seed: int, *, scale, mean, std) -> tuple[Tensor, Tensor]:
+def _test_view(
+    image: np.ndarray, mask: np.ndarray, seed: int, *, scale: Scale, mean: Channels, std: Channels
+) -> tuple[Tensor, Tensor]:
     return to_tensor(keep_aspect(image, *scale), mean, std), torch.from_numpy(mask)
 
 
 @torch.no_grad()
 def test_whole(
-    read,
+    read: Callable[[Tensor], Tensor],
     probe: nn.Module,
     scenes: Scenes,
-    data: dict,
-    scale,
-    mean,
-    std,
+    data: Mapping[str, Any],
+    scale: Scale,
+    mean: Channels,
+    std: Channels,
     multiple: int,
     workers: int | None,
     device: torch.device,

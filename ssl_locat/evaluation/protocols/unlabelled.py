@@ -8,6 +8,7 @@ docs/label-free.md. The measures themselves are in ssl_locat/label_free/, one fi
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,12 @@ def evaluate(
 
     stack = partial(centre_and_crops, centre=centre, crop=crop, views=views, seed=seed)
     section = data if data.get("test") else {**data, "test": data.get("train")}
-    options = {"limit": images, "image_size": size, "batch_size": max(1, batch_size // (1 + views)), "workers": workers}
+    options: dict[str, Any] = {
+        "limit": images,
+        "image_size": size,
+        "batch_size": max(1, batch_size // (1 + views)),
+        "workers": workers,
+    }
     found: dict[str, list[Tensor]] = {"patches": [], "classes": [], "crops": []}
     with progress("label-free measures", total=images, unit="images") as bar:
         for batch in pictures(backbone, section, **options, spread=True, view=stack):
@@ -76,7 +82,8 @@ def evaluate(
                 found[name].append(all_gather_cat(values.float())[valid].cpu())
             bar.update(int(valid.sum()))
     # the same on every rank; computed once
-    return broadcast_object(measure(*(torch.cat(parts) for parts in found.values()), views, seed) if is_main() else None)
+    patches_, classes, crops = (torch.cat(parts) for parts in found.values())
+    return broadcast_object(measure(patches_, classes, crops, views, seed) if is_main() else None)
 
 
 def centre_and_crops(image: np.ndarray, index: int, *, centre: Callable, crop: Callable, views: int, seed: int) -> Tensor:

@@ -1,8 +1,8 @@
 """What dense protocols share: the patches they read, and finite passes over scenes, resized and normalised for a backbone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -30,7 +30,7 @@ HUMMINGBIRD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.255))  # a slip in the re
 class DenseBatch(NamedTuple):
     images: Tensor  # [B, 3, H, W] float32, normalised
     masks: Tensor  # [B, H, W] int64, class ids or 255
-    index: Tensor  # [B] position in the set
+    index: Tensor  # type: ignore[assignment]  # [B] position in the set
     valid: Tensor  # [B] bool; False on the repeats that make all processes' shares equally long, and on damaged pairs
 
 
@@ -66,7 +66,8 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 def random_view(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Hummingbird's augmentation of the memory: colours by up to 0.1, each half the time, and a random crop of 0.5..2 of the area."""
     rng = np.random.default_rng(seed)
-    left, top, right, bottom = random_box(*image.shape[:2], (0.5, 2.0), rng)
+    height, width = image.shape[:2]
+    left, top, right, bottom = random_box(height, width, (0.5, 2.0), rng)
     picture = Image.fromarray(image[top:bottom, left:right])
     # torchvision on Pillow images, as the reference: its order and its rounding
     for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
@@ -91,9 +92,15 @@ class PreparedScene:
         return self.prepare(np.zeros((64, 64, 3), np.uint8), np.full((64, 64), VOID, np.int64), 0)
 
 
-def read_scenes(scenes: Scenes, indices: np.ndarray, prepare: PreparedScene, data: dict, *, batch_size: int, workers: int | None):
+def read_scenes(
+    scenes: Scenes, indices: np.ndarray, prepare: PreparedScene, data: Mapping[str, Any], *, batch_size: int, workers: int | None
+) -> Iterator[tuple[tuple[Any, Any], list[int]]]:
     """((images, masks), indices of damaged pairs) of each batch of `indices`, in order. DataError for damage unless data.max_bad allows some."""
-    options = {"batch_size": batch_size, "workers": choose_workers(workers), "pin_memory": torch.cuda.is_initialized()}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "workers": choose_workers(workers),
+        "pin_memory": torch.cuda.is_initialized(),
+    }
     for columns, damaged in read_in_order(scenes.dataset, indices, prepare, StackReadable(prepare), **options):
         refuse_damage(damaged, data.get("max_bad") or 0.0)
         yield columns, [item.index for item in damaged]
@@ -102,7 +109,7 @@ def read_scenes(scenes: Scenes, indices: np.ndarray, prepare: PreparedScene, dat
 class DenseImages:
     """A finite pass over a labelled set: this process's share, every image at one size. Iterates DenseBatch; len() is the whole set."""
 
-    def __init__(self, scenes: Scenes, prepare: Callable, data: dict, *, batch_size: int, workers: int | None):
+    def __init__(self, scenes: Scenes, prepare: Callable, data: Mapping[str, Any], *, batch_size: int, workers: int | None):
         self.scenes, self.prepare, self.data = scenes, prepare, data
         self.batch_size, self.workers = batch_size, workers
         self.num_classes = scenes.num_classes
@@ -113,7 +120,7 @@ class DenseImages:
     def __iter__(self) -> Iterator[DenseBatch]:
         indices, valid = share(len(self.scenes), rank(), world_size())
         prepare, start, lost = PreparedScene(self.scenes, self.prepare), 0, 0
-        options = {"batch_size": self.batch_size, "workers": self.workers}
+        options: dict[str, Any] = {"batch_size": self.batch_size, "workers": self.workers}
         for (images, masks), damaged in read_scenes(self.scenes, indices, prepare, self.data, **options):
             end, lost = start + len(images), lost + len(damaged)
             # a damaged pair is known by its place, a repeat by `valid`
@@ -125,7 +132,7 @@ class DenseImages:
 
 
 def dense_images(
-    data: dict,
+    data: Mapping[str, Any],
     name: str,
     *,
     image_size: int,
@@ -146,7 +153,9 @@ def dense_images(
     return DenseImages(scenes, prepare, data, batch_size=batch_size, workers=workers)
 
 
-def _squashed(image: np.ndarray, mask: np.ndarray, index: int, *, size: int, mean, std, augment_seed: int | None):
+def _squashed(
+    image: np.ndarray, mask: np.ndarray, index: int, *, size: int, mean: tuple, std: tuple, augment_seed: int | None
+) -> tuple[Tensor, Tensor]:
     if augment_seed is not None:
         image, mask = random_view(image, mask, mix64(augment_seed, index))
     image, mask = squash(image, mask, size)

@@ -4,15 +4,15 @@
 What is read is what the head saw in pretraining: final norm, PRR where attached, then the class token (models/tokens.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from ssl_locat.data.shards.selections import Chosen
+from ssl_locat.data.shards.selections import Chosen, Joined
 from ssl_locat.errors import ConfigError, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
 from ssl_locat.evaluation.shared.options import LabelledData
@@ -32,7 +32,7 @@ class Features(NamedTuple):
     labels: Tensor  # [N] int64
 
 
-def split(data: dict, name: str, known: tuple[str, ...] = DATA_KEYS) -> str | list:
+def split(data: Mapping[str, Any], name: str, known: tuple[str, ...] = DATA_KEYS) -> str | list:
     """The DATA spec of `data.train` or `data.test`, after a check of the section's keys."""
     for key in data:
         if key not in known:
@@ -101,7 +101,7 @@ def default_resize(image_size: int) -> int:
 
 def labelled_images(
     backbone: nn.Module,
-    data: dict,
+    data: Mapping[str, Any],
     name: str,
     *,
     image_size: int,
@@ -194,7 +194,9 @@ def check_classes(train_labels: Tensor, test_labels: Tensor, num_classes: int | 
     return num_classes or highest
 
 
-def labelled_for_training(train, test, data: dict, train_fraction: float, seed: int, workers: int | None):
+def labelled_for_training(
+    train: Joined | Chosen, test: Joined | Chosen, data: Mapping[str, Any], train_fraction: float, seed: int, workers: int | None
+) -> tuple[Joined | Chosen, int]:
     """(the part of `train` to train on, number of classes).
 
     Where the whole set is used and data.num_classes is given, no label need be known beforehand, and none is read: a pass over a large
@@ -203,7 +205,7 @@ def labelled_for_training(train, test, data: dict, train_fraction: float, seed: 
     # labels beyond num_classes are refused one by one, while training reads them (LabelledImage)
     if data.get("num_classes") and train_fraction == 1:
         return train, data["num_classes"]
-    labels = read_labels(train, data | {"max_bad": MAX_BAD if data.get("max_bad") is None else data["max_bad"]}, workers)
+    labels = read_labels(train, {**data, "max_bad": MAX_BAD if data.get("max_bad") is None else data["max_bad"]}, workers)
     num_classes = check_classes(labels, read_labels(test, data, workers), data.get("num_classes"))
     if train_fraction == 1:
         return train, num_classes

@@ -60,7 +60,8 @@ def training_view(
 ) -> Tensor:
     """float32 [C, size, size]: a random resized crop (bilinear, antialiased), flipped half the time, normalised."""
     rng = np.random.default_rng(seed)
-    box = random_box(*image.shape[:2], scale, rng)
+    height, width = image.shape[:2]
+    box = random_box(height, width, scale, rng)
     pixels = as_picture(image, lambda picture: picture.resize((size, size), BILINEAR, box=box))
     return to_tensor(pixels[:, ::-1] if rng.random() < 0.5 else pixels, mean, std)
 

@@ -4,7 +4,6 @@ The signature is read from the source, not by importing it: a wrong value is ans
 """
 
 import ast
-import importlib.util
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from ssl_locat.config.schema import WeightedShards
-from ssl_locat.config.signatures import check_options
+from ssl_locat.config.signatures import check_options, source_of
 from ssl_locat.config.yaml_files import LoadedYaml
 from ssl_locat.errors import ConfigError, did_you_mean
 
@@ -112,9 +111,14 @@ def check_arguments(target: str, options: dict[str, Any], loaded: LoadedYaml, ke
 def annotations(target: str) -> dict[str, Any]:
     """Keyword-only argument -> its type. An argument without one, or with a type that is not of this file, may hold anything."""
     module, _, name = target.partition(":")
-    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-    (function,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
-    found = {}
+    source = source_of(module)
+    assert source is not None, f"{target} has no source"
+    (function,) = (
+        node
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    )
+    found: dict[str, Any] = {}
     for argument in function.args.kwonlyargs:
         text = ast.unparse(argument.annotation) if argument.annotation else "object"
         # a class made for get_type_hints, which resolves annotations that are text

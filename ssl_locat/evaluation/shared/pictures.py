@@ -1,8 +1,8 @@
 """Images without labels, for protocols that only look: one ordered pass, centre crops as the backbone was trained to see them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class Pictures(NamedTuple):
 class _View:
     """The image alone, in a view."""
 
-    def __init__(self, view, data: dict, channels: int):
+    def __init__(self, view: Callable[[np.ndarray, int], Tensor], data: Mapping[str, Any], channels: int):
         self.view, self.image_key, self.channels = view, data.get("image_key"), channels
 
     def __call__(self, raw: RawSample, index: int) -> tuple[Tensor]:
@@ -39,7 +39,7 @@ class _View:
 
 def pictures(
     backbone: nn.Module,
-    data: dict,
+    data: Mapping[str, Any],
     *,
     limit: int | None,
     image_size: int | None,
@@ -64,7 +64,7 @@ def pictures(
     if spread:
         indices = indices * len(dataset) // count
     prepare = _View(view, data, len(mean))
-    options = {"batch_size": batch_size, "workers": choose_workers(workers)}
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": choose_workers(workers)}
     starts = range(0, len(indices), batch_size)
     for start, ((images,), damaged) in zip(
         starts, read_in_order(dataset, indices, prepare, StackReadable(prepare), **options), strict=True

@@ -10,7 +10,7 @@ import json
 import logging
 import lzma
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
-from ssl_locat.data.shards.index import is_compressed, open_dataset, open_mix
+from ssl_locat.data.shards.index import Dataset, FolderDataset, is_compressed, open_dataset, open_mix
 from ssl_locat.data.shards.selections import Chosen, Joined, some
 from ssl_locat.data.shards.shard_index import default_cache_dir
 from ssl_locat.data.shards.tar import Damage, RawSample, parse, scan
@@ -82,37 +82,40 @@ class CompressedShard:
         return np.array(self.crcs, dtype=np.uint32)
 
 
-def open_store(data: dict[str, Any]) -> Store:
+def open_store(data: Mapping[str, Any]) -> Store:
     """The store of a `data` section: through the page cache if data.cache names one, patient for data.retry_minutes."""
     budget, cache = 60.0 * (data.get("retry_minutes") or 5), data.get("cache")
     return CachedStore(cache["folder"], int(cache.get("max_gb", 50) * 1e9), budget) if cache else Store(budget)
 
 
-def open_spec(spec: str | list, store: Store | None = None) -> Joined:
+def open_spec(spec: str | Path | Sequence[Any], store: Store | None = None) -> Joined:
     """A DATA spec as one dataset (a mix is one after the other); compressed shards, which training refuses, are read as well."""
     store = store or Store()
-    parts = [part["shards"] if isinstance(part, dict) else part for part in (spec if isinstance(spec, list) else [spec])]
+    parts: list[Any] = [
+        part["shards"] if isinstance(part, dict) else part for part in (spec if isinstance(spec, list) else [spec])
+    ]
     urls = list(store.expand(parts)) if all(isinstance(part, str) for part in parts) else []
     if any(map(is_compressed, urls)):
         return Joined([CompressedShard(url, store) if is_compressed(url) else open_dataset(url, store=store) for url in urls])
     return Joined(open_mix(spec, store=store)[0])
 
 
-def open_split(data: dict[str, Any], name: str) -> Joined | Chosen:
+def open_split(data: Mapping[str, Any], name: str) -> Joined | Chosen:
     """`data.train` or `data.test`, or those of its samples that data.train_images or data.test_images keep, chosen by their keys."""
     return some(open_spec(data[name], open_store(data)), data.get(f"{name}_images"))
 
 
-def set_name(dataset: Joined | Chosen) -> str:
+def set_name(dataset: Dataset) -> str:
     """Which set it is, in a few words for a progress bar: the last two parts of its path."""
-    while isinstance(dataset, Chosen):
-        dataset = dataset.dataset
-    parts = dataset.datasets
+    whole: Dataset = dataset
+    while isinstance(whole, Chosen):
+        whole = whole.dataset
+    parts = whole.datasets if isinstance(whole, Joined) else [whole]
     first = parts[0].name.rstrip("/").split("/")
     return "/".join(first[-2:]) + (f" and {len(parts) - 1} more" if len(parts) > 1 else "")
 
 
-class Members(Sequence):
+class Members:
     """`members[i]` is the undecoded sample i of a DATA spec, for looking at a few. Damage is an error."""
 
     def __init__(self, spec: str | list, store: Store | None = None):
@@ -133,7 +136,7 @@ class Members(Sequence):
         return " Check the set with `ssl-locat shards check`." if shards else ""
 
 
-def same_classes(train, test) -> None:
+def same_classes(train: Joined | Chosen, test: Joined | Chosen) -> None:
     """Class folders are numbered in sorted order, each set by itself: unless both have the same ones, the numbers mean different things."""
     for name in sorted({*train.classes} ^ {*test.classes}) if train.classes and test.classes else []:
         has, lacks = ("data.train", "data.test") if name in train.classes else ("data.test", "data.train")
@@ -152,7 +155,7 @@ class LabelledImage:
     def __init__(
         self,
         view: Callable[[np.ndarray, int], Tensor],
-        data: dict[str, Any],
+        data: Mapping[str, Any],
         channels: int = 3,
         num_classes: int | None = None,
     ):
@@ -188,12 +191,12 @@ def _column(values: list) -> Tensor | list:
 class StackReadable:
     """`stack`, with the prepared sample's `blank` where one is damaged; (columns, the damaged)."""
 
-    def __init__(self, prepare):
+    def __init__(self, prepare: Any):
         self.prepare = prepare
 
     def __call__(self, items: list) -> tuple[tuple, list[Unread]]:
         damaged = [item for item in items if isinstance(item, Unread)]
-        blank = self.prepare.blank() if damaged else None
+        blank = self.prepare.blank() if damaged else ()  # only asked for where something is damaged
         return stack([blank if isinstance(item, Unread) else item for item in items]), damaged
 
 
@@ -217,7 +220,7 @@ def check_damage(count: int, total: int, max_bad: float, first: str = "") -> Non
 class Batch(NamedTuple):
     images: Tensor  # [B, 3, H, W]
     labels: Tensor  # [B] int64
-    index: Tensor  # [B] in the dataset
+    index: Tensor  # type: ignore[assignment]  # [B] in the dataset
     valid: Tensor  # [B] bool; False on repeats, and on damaged images where they may be left out
 
 
@@ -230,7 +233,7 @@ class Pass:
 
     def __init__(
         self,
-        dataset,
+        dataset: Joined | Chosen,
         prepare: LabelledImage,
         positions: Tensor | None = None,
         *,
@@ -282,33 +285,34 @@ def first_label(members: Members, label_key: str | None) -> int:
         raise DataError(f"{sample.shard}: {sample.key}: {error.reason}.") from None
 
 
-def read_labels(dataset, data: dict[str, Any], workers: int | None) -> Tensor:
+def read_labels(dataset: Dataset, data: Mapping[str, Any], workers: int | None) -> Tensor:
     """int64 [N]: the label of every sample, NO_LABEL of damaged ones that data.max_bad lets pass. Nothing is decoded.
 
     Class folders tell it by their names. Else one pass over the data, read by all processes together and kept in the user's cache.
     """
     label_key, max_bad = data.get("label_key"), data.get("max_bad") or 0.0
     parts = dataset.datasets if isinstance(dataset, Joined) else []
-    if parts and label_key is None and all(getattr(part, "classes", []) for part in parts):
-        return torch.from_numpy(np.concatenate([part.labels for part in parts]))
+    folders = [part for part in parts if isinstance(part, FolderDataset) and part.classes]
+    if parts and label_key is None and len(folders) == len(parts):
+        return torch.from_numpy(np.concatenate([folder.labels for folder in folders]))
     kept = _labels_file(dataset, label_key)
     found = _kept_labels(kept, len(dataset)) if is_main() else None
     if broadcast_object(found is not None):
-        return torch.tensor(broadcast_object(found.tolist() if is_main() else None), dtype=torch.int64)
+        return torch.tensor(broadcast_object(found.tolist() if found is not None else None), dtype=torch.int64)
     indices, valid = share(len(dataset), rank(), world_size())
-    prepare, labels = _Label(label_key), []
-    options = {"batch_size": 1024, "workers": choose_workers(workers)}
+    prepare, pieces = _Label(label_key), []
+    options: dict[str, Any] = {"batch_size": 1024, "workers": choose_workers(workers)}
     with progress(f"labels of {set_name(dataset)}", total=len(dataset), unit="images") as bar:
         for (batch,), damaged in read_in_order(dataset, indices, prepare, StackReadable(prepare), **options):
             refuse_damage(damaged, max_bad)
-            labels.append(batch)
+            pieces.append(batch)
             bar.update(len(batch) * world_size())
             stop_if_asked("reading labels")
     # shares are contiguous and in the order of ranks: joined, they are in the order of the data
-    labels = all_gather_cat(torch.cat(labels))[all_gather_cat(torch.from_numpy(valid))]
-    damaged = int((labels == NO_LABEL).sum())
-    check_damage(damaged, len(dataset), max_bad)
-    if kept and is_main() and not damaged:
+    labels = all_gather_cat(torch.cat(pieces))[all_gather_cat(torch.from_numpy(valid))]
+    lost = int((labels == NO_LABEL).sum())
+    check_damage(lost, len(dataset), max_bad)
+    if kept and is_main() and not lost:
         with suppress(OSError):  # a full or read-only home: they are read again
             kept.parent.mkdir(parents=True, exist_ok=True)
             # beside and renamed, as other jobs may read; np.save adds .npy to any other ending
@@ -318,7 +322,7 @@ def read_labels(dataset, data: dict[str, Any], workers: int | None) -> Tensor:
     return labels
 
 
-def _labels_file(dataset, label_key: str | None) -> Path | None:
+def _labels_file(dataset: Dataset, label_key: str | None) -> Path | None:
     """Where the labels of these very shards are kept; None if it cannot be told whether they are still the same."""
     shards = [shard for part in getattr(dataset, "datasets", []) for shard in getattr(part, "shards", [None])]
     # files of a folder, and stores that tell no version, may change unseen

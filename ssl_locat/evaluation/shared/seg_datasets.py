@@ -9,14 +9,15 @@ A set is a dataset of undecoded pairs and a table from stored ids to class ids. 
 
 import hashlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from ssl_locat.data.images.decode import decode_image, decode_mask, find_image, find_mask, image_orientation
+from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.selections import some
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stores.store import Store
@@ -156,7 +157,9 @@ class Scenes:
     dataset: of the undecoded pairs (data/shards/index.py); `decode` makes a scene of one of its samples.
     """
 
-    def __init__(self, dataset, num_classes: int, table: np.ndarray, image_key: str | None = None, mask_key: str | None = None):
+    def __init__(
+        self, dataset: Dataset, num_classes: int, table: np.ndarray, image_key: str | None = None, mask_key: str | None = None
+    ):
         self.dataset, self.num_classes, self.table = dataset, num_classes, table
         self.image_key, self.mask_key = image_key, mask_key
         if not len(dataset):
@@ -218,13 +221,13 @@ def id_table(
     return table
 
 
-def zero_is_other(data: dict) -> bool:
+def zero_is_other(data: Mapping[str, Any]) -> bool:
     """Whether id 0 of a set means "none of the classes", by its layout or by data.reduce_zero_label."""
-    layout = LAYOUTS.get(data.get("layout"))
+    layout = LAYOUTS.get(data.get("layout") or "")
     return layout.reduce_zero_label if layout else bool(data.get("reduce_zero_label"))
 
 
-def open_scenes(data: dict, name: str, *, other_is_a_class: bool = False) -> Scenes:
+def open_scenes(data: Mapping[str, Any], name: str, *, other_is_a_class: bool = False) -> Scenes:
     """The scenes of `data.train` or `data.test` (name: 'train' or 'test').
 
     other_is_a_class: where id 0 means "other", ids stay as stored, 0..C, instead of 0 becoming void and the rest moving down.
@@ -249,10 +252,9 @@ def open_scenes(data: dict, name: str, *, other_is_a_class: bool = False) -> Sce
         num_classes = known.num_classes + other
         table = id_table(num_classes, remap=known.remap, reduce_zero_label=reduce_zero_label, ignore_index=ignore)
         return Scenes(some(pairs, limit), num_classes, table)
-    num_classes = data.get("num_classes")
-    if not num_classes:
+    if not data.get("num_classes"):
         raise ConfigError("data.num_classes is missing: masks cannot tell how many classes there are. Give it, or data.layout.")
-    num_classes += other
+    num_classes = data["num_classes"] + other
     table = id_table(num_classes, reduce_zero_label=reduce_zero_label, ignore_index=ignore)
     if isinstance(source, str) and (Path(source) / "images").is_dir():
         root = Path(source)

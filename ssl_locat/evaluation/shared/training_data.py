@@ -3,7 +3,7 @@
 The same plan, read-ahead, page cache and quarantine; the state is the number of steps done, so that a training resumes within an epoch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.stream.plan import Plan, choose_plan, resume_plan
 from ssl_locat.data.stream.prefetch import prefetch
 from ssl_locat.data.stream.stream import TrainStream
@@ -21,7 +22,7 @@ from ssl_locat.runs.distributed import rank, world_size
 MAX_BAD = 0.001  # as pretraining's: a training of days does not end at one torn file
 
 
-def plan_for(dataset, seed: int, batch_size: int, saved: dict | None) -> Plan:
+def plan_for(dataset: Dataset, seed: int, batch_size: int, saved: dict | None) -> Plan:
     """The order of the samples: a new one, or that of the progress that the training resumes from."""
     return resume_plan(saved, [dataset], [1.0], seed) if saved else choose_plan([dataset], [1.0], seed, batch_size)
 
@@ -35,7 +36,7 @@ class _ToDevice:
 
 @contextmanager
 def training_batches(
-    dataset,
+    dataset: Dataset,
     plan: Plan,
     prepare: Callable[[Any, int], tuple],
     *,
@@ -43,7 +44,7 @@ def training_batches(
     batch_size: int,
     device: torch.device,
     workers: int | None,
-    data: dict[str, Any],
+    data: Mapping[str, Any],
     progress_file: str | None = None,
 ) -> Iterator[Iterator[tuple[Tensor, ...]]]:
     """Endless batches of this process, the columns of `prepare` stacked on the device, from step `first` on.
