@@ -41,6 +41,16 @@ def test_triangle_matches_the_reference(golden, name):
         torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), expected[:, column], rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_biases_norms_tokens_and_positions_do_not_decay(layer_decay):
+    model = make()
+    groups = supervised.parameter_groups(model, 0.05, layer_decay)
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
+        assert decay[id(parameter)] == (0 if exempt else 0.05), name
+
+
 def test_learns_with_the_whole_recipe(data, tmp_path):
     scores = supervised.evaluate(
         make(), data=data, epochs=20, warmup_epochs=2, lr=3e-3, batch_size=32, precision="bf16", workers=2

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,6 +73,17 @@ def set_drop_path(backbone: nn.Module, rate: float) -> None:
                 setattr(block, name, DropPath(probability) if probability else nn.Identity())
 
 
+def parameter_groups(backbone: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
+    """AdamW's groups: biases, norms, tokens and positions do not decay; with `layer_decay` a group's `lr_scale` is this to the power of its
+    distance from the head."""
+    # tokens and positions, which the model names; biases and norms are exempt by their shape
+    exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+    # by name: what stands in third place is not the same in timm's two functions
+    if layer_decay:
+        return param_groups_layer_decay(backbone, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+    return param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=exempt)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Python's, numpy's and torch's CPU generators at `seed` inside, as they were outside: timm's augmentation draws from all three."""
@@ -89,7 +100,7 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def posterize(picture: Image.Image, bits: int, **_) -> Image.Image:
+def posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
     """timm's operation, with 0 bits too (black), which its RandAugment draws now and then and Pillow 12 refuses."""
     if bits >= 8:
         return picture
@@ -102,7 +113,7 @@ def training_transform(
     """timm's augmentation of one picture -> [3, size, size], normalised. Random erasing comes later, after mixing."""
     try:
         transform = create_transform(
-            size, is_training=True, scale=tuple(scale), auto_augment=auto_augment, color_jitter=0.4, interpolation="random",
+            size, is_training=True, scale=(scale[0], scale[1]), auto_augment=auto_augment, color_jitter=0.4, interpolation="random",
             mean=mean, std=std,
         )  # fmt: skip
     except AssertionError:
@@ -194,6 +205,8 @@ def evaluate(
         weights_file: a .safetensors for the trained weights; as a MODEL it is judged by the other protocols.
     """
     purpose = purpose_of("supervised", locals())
+    if not layer_decay:
+        purpose["parameter_groups"] = 2  # states are kept by their place in the groups; in 1, tokens and positions decayed
     size = check_image_size(backbone, image_size)
     check_colours(backbone, "supervised")
     if precision not in DTYPES:
@@ -220,13 +233,7 @@ def evaluate(
     backbone.reset_classifier(num_classes)
     backbone.to(device)
     set_drop_path(backbone, DROP_PATH.get(backbone.embed_dim, 0.1) if drop_path is None else drop_path)
-    # names of tokens and positions; biases and norms are exempt by their shape
-    exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
-    if layer_decay:
-        groups = param_groups_layer_decay(backbone, weight_decay, exempt, layer_decay=layer_decay)
-    else:
-        groups = param_groups_weight_decay(backbone, weight_decay, exempt)
-    optimizer = torch.optim.AdamW(groups, lr=LOW)
+    optimizer = torch.optim.AdamW(parameter_groups(backbone, weight_decay, layer_decay), lr=LOW)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")
     mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes) if mixup or cutmix else None
     # on the mixed batch, as timm's training does it: an erased part is noise at full strength
@@ -242,7 +249,7 @@ def evaluate(
         save_progress(resume_file, step, backbone, optimizer, purpose, plan.to_dict(), scaler)
 
     prepare = LabelledImage(train_view, data, num_classes=num_classes)
-    options = {"first": step, "batch_size": batch_size, "device": device, "workers": workers, "data": data}
+    options: dict[str, Any] = {"first": step, "batch_size": batch_size, "device": device, "workers": workers, "data": data}
     network.train()
     with (
         training_batches(train, plan, prepare, **options, progress_file=resume_file) as batches,
@@ -275,7 +282,8 @@ def evaluate(
             scaler.step(optimizer)
             scaler.update()
             step += 1
-            bar.update(**({"loss": loss.item()} if step % 50 == 0 else {}))  # .item() waits for the device
+            shown: dict[str, Any] = {"loss": loss.item()} if step % 50 == 0 else {}  # .item() waits for the device
+            bar.update(**shown)
             stop = asked_to_stop()
             if stop or step % per_epoch == 0 or step % SAVE_EVERY == 0:
                 save()
@@ -283,11 +291,11 @@ def evaluate(
                 raise stopped(f"supervised training, step {step} of {total}")
     if weights_file and is_main():
         save_tensors({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, weights_file)
-    images = Pass(
+    tested = Pass(
         test, LabelledImage(test_view, data, num_classes=num_classes), batch_size=batch_size // world_size(), workers=workers,
         max_bad=data.get("max_bad") or 0.0,
     )  # fmt: skip
-    return test_accuracy(backbone, images, device)
+    return test_accuracy(backbone, tested, device)
 
 
 def _training_view(augment: Callable[[Image.Image], Tensor], image: np.ndarray, seed: int) -> Tensor:
