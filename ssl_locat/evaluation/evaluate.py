@@ -163,13 +163,13 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
 
     from ssl_locat.evaluation.shared.stopping import stoppable
     from ssl_locat.models.backbone import load_backbone
-    from ssl_locat.runs.distributed import is_main, setup, shutdown
+    from ssl_locat.runs.distributed import is_main, lost_ranks_named, setup, shutdown
 
     device = setup()
     torch.manual_seed(options.get("seed", 0))  # `timm:NAME` without weights is the same network each time, on every process
     kept = options | progress_option(name, options, progress_file(model, chosen, name, options))
     try:
-        with stoppable():
+        with lost_ranks_named(), stoppable():
             backbone = load_backbone(model, **chosen).to(device)
             result = run_protocol(backbone, name, kept, model)
         # a file that the user named stays: it is theirs

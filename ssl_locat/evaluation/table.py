@@ -292,17 +292,18 @@ def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], lis
     """(row, column) -> our numbers, and (where, error) of the cells that failed. Runs what is not finished; a failing cell does not stop
     the rest. Cells that another job on the same table measures are left to it, and waited for at the end.
 
-    Raises Preempted where a signal asks it to stop; finished cells are kept, and what trains resumes.
+    Raises the error of a cell that failed on one process alone (an image that only it reads): the others wait for it in the middle of the
+    cell, so that the job must end. Raises Preempted where a signal asks it to stop; finished cells are kept, and what trains resumes.
     """
     from ssl_locat.evaluation.shared.stopping import stop_if_asked, stoppable
-    from ssl_locat.runs.distributed import setup, shutdown
+    from ssl_locat.runs.distributed import failed_alike, lost_ranks_named, setup, shutdown
 
     todo = deque(cells(table))
     found: dict[tuple[str, str], list[float]] = {}
     failed: list[tuple[str, Exception]] = []
     device, busy = setup(), 0
     try:
-        with stoppable(), progress("table", total=len(todo), unit="cells") as bar:
+        with lost_ranks_named(), stoppable(), progress("table", total=len(todo), unit="cells") as bar:
             while todo:
                 row, column, model, protocol, options = cell = todo.popleft()
                 path = cell_file(table, model, protocol, options)
@@ -321,6 +322,8 @@ def measure(table: TableConfig) -> tuple[dict[tuple[str, str], list[float]], lis
                         result = _measure_cell(path, model, protocol, options, device, table.columns[column])
                     found.setdefault((row, column), []).append(_number(result, column, protocol, table.columns[column]))
                 except CELL_ERRORS as error:
+                    if not failed_alike(path.name):
+                        raise type(error)(f"{row}, {column}: {error}") from error
                     failed.append((f"{row}, {column}", error))
                     log.warning("%s, %s: %s", row, column, error)
                 finally:

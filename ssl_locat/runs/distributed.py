@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=10)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
+COMMON_FAILURE_SECONDS = 15  # ranks that fail alike do so at the same collective, or in checks of the same few files
 ROLL_CALL_SECONDS = 5  # ranks notice a lost one within a second of each other: each has a vote under way at every step
 COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|monitoredBarrier|timed? ?out", re.IGNORECASE)
 
@@ -168,14 +169,14 @@ class Roll(NamedTuple):
     store: dist.Store
     hosts: list[str]
 
-    def missing(self, seconds: float) -> list[int]:
+    def missing(self, seconds: float, what: str = "alive") -> list[int]:
         """The ranks that do not answer within `seconds`, asked by one that failed: those that live fail, too, and ask the same."""
         others = [number for number in range(len(self.hosts)) if number != rank()]
         try:
-            self.store.set(f"alive {rank()}", "yes")
+            self.store.set(f"{what} {rank()}", "yes")
             until = time.monotonic() + seconds
             while others and time.monotonic() < until:
-                others = [number for number in others if not self.store.check([f"alive {number}"])]
+                others = [number for number in others if not self.store.check([f"{what} {number}"])]
                 time.sleep(0.1)
         except RuntimeError:  # the store is gone, and with it rank 0 (or torchrun's first agent), which serves it
             return [0] if rank() else others
@@ -199,8 +200,17 @@ def lost_ranks_named() -> Iterator[None]:
         )
         raise RankLost(
             f"{rank_and_host()} ends, because it lost {what}: it failed, was killed (out of memory?), or its node or network is gone. Its own "
-            f"log says more, if it could. Start the same command again: it resumes from the newest checkpoint. ({str(error).splitlines()[0][:200]})"
+            f"log says more, if it could. Start the same command again: it resumes from what was saved. ({str(error).splitlines()[0][:200]})"
         ) from error
+
+
+def failed_alike(what: str) -> bool:
+    """Whether every rank reports this failure (a name that is used once) within COMMON_FAILURE_SECONDS.
+
+    Called by a rank whose work failed. If it alone did, the others wait for it in a collective that will never come: no message reaches
+    them there, so that the process has to end.
+    """
+    return world_size() == 1 or _roll is None or not _roll.missing(COMMON_FAILURE_SECONDS, f"failed: {what},")
 
 
 def barrier() -> None:

@@ -1,10 +1,13 @@
 """Long evaluations survive: saved at a signal, resumed by the same command; cells of a table are shared between jobs; numbers that are none."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -122,6 +125,45 @@ def test_two_jobs_share_a_tables_cells_and_a_stopped_cell_resumes(tmp_path, comm
     assert (tmp_path / "results" / "table.csv").read_text().count("linear") == 1
 
 
+def tar_of_text(path, keys: str):
+    """Samples whose images are none."""
+    with tarfile.open(path, "w") as archive:
+        for key in keys:
+            for name, content in ((f"{key}.png", b"no image"), (f"{key}.cls", b"0")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("where", ["both", "one"])
+def test_a_cell_that_fails_on_one_of_two_processes_ends_the_job_and_one_that_fails_on_both_only_itself(tmp_path, command, where):
+    path = write_table(tmp_path)
+    # each process's share is one half of these, in their order
+    train = [str(tmp_path / "data" / "train-0.tar"), str(tar_of_text(tmp_path / "torn.tar", "ab"))]
+    if where == "both":
+        train.insert(0, str(tar_of_text(tmp_path / "also-torn.tar", "cd")))
+    text = path.read_text().replace(
+        "columns:", f"  torn: {{train: {json.dumps(train)}, test: {tmp_path}/data/test-0.tar}}\ncolumns:"
+    )
+    text = re.sub("  linear: .*", "  torn: {protocol: knn, data: torn, metric: top1_k3, options: {k: [3], workers: 0}}", text)
+    path.write_text(text)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ssl_locat"]
+    process = subprocess.run(
+        [*launcher, "table", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert process.returncode != 0 and "not an image" in process.stderr
+    measured = list((tmp_path / "results" / "cells").glob("*.json"))
+    if where == "both":
+        assert len(measured) == 1 and "1 of 2 cells of the table could not be measured" in process.stderr, process.stderr
+    else:
+        assert not measured and "ours, torn: " in process.stderr, process.stderr
+
+
 def test_a_cell_that_another_job_holds_is_left_to_it(tmp_path):
     path = tmp_path / "cells" / "knn-0123.json"
     held = table.Claim(path)
@@ -157,16 +199,8 @@ def test_a_metric_that_is_no_number_is_null_in_json_and_ends_with_code_2(tmp_pat
 
 
 def test_a_table_ends_with_the_highest_code_of_its_cells(tmp_path):
-    import io
-    import tarfile
-
     path = write_table(tmp_path)
-    torn = tmp_path / "torn.tar"
-    with tarfile.open(torn, "w") as archive:
-        for name, content in (("a.png", b"no image"), ("a.cls", b"0"), ("b.png", b"no image"), ("b.cls", b"1")):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+    torn = tar_of_text(tmp_path / "torn.tar", "ab")
     text = path.read_text().replace(
         "linear: {", "torn: {protocol: knn, data: torn, metric: top1_k3, options: {k: [3], workers: 0}}\n  linear: {"
     )

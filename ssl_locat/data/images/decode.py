@@ -26,7 +26,16 @@ from ssl_locat.errors import CorruptSample, MissingMember
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: above the largest photographs, far below a decompression bomb
 MAX_LABEL = 9_999_999  # scores are kept per class: one mistaken id must not ask for all memory, nor overflow
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+)  # MPO is opened by JPEG's plugin: its name here would end in a KeyError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2")  # in order of preference
 ARRAY_EXTENSION = "npy"  # an image where the sample or folder holds no other; beside one it is something else, such as features
 LABEL_KEYS = ("cls", "label", "class", "target", "cls.txt", "label.txt")
@@ -273,8 +282,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise CorruptSample(f"refused from its header: {error}") from None
-    except Exception as error:
-        raise CorruptSample(f"not an image of a known format ({', '.join(FORMATS)}): {type(error).__name__}") from None
+    except Exception:
+        raise CorruptSample(f"not an image of a known format ({', '.join(FORMATS)}): it begins with {data[:8]!r}") from None
     check_memory(image, max_pixels)
     return image
 
