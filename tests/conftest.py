@@ -70,6 +70,15 @@ def shared_data():
     return find
 
 
+@pytest.fixture(scope="session")
+def vits14() -> Path:
+    """A real checkpoint: a ViT-S/14 in the layout of facebookresearch/dinov2."""
+    path = SHARED / "weights" / "dinov2_vits14_saliency_fp16.safetensors"
+    if not path.exists():
+        pytest.skip(f"no real checkpoint: {path} is not there (it lies beside the checkout, not in it)")
+    return path
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         import torch

@@ -16,16 +16,17 @@ from pathlib import Path
 import timm
 import yaml
 from huggingface_hub import hf_hub_download, snapshot_download
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from ssl_locat.config.models import check_exists
 from ssl_locat.config.yaml_files import load_yaml
 from ssl_locat.errors import CheckpointError, UserError, did_you_mean
-from ssl_locat.models.architecture import recognise
+from ssl_locat.models.architecture import as_told, recognise
 from ssl_locat.models.foreign import normalisation, read_foreign, read_json, read_known
 from ssl_locat.models.layouts import Known, Layout, same
 from ssl_locat.models.registry import MODELS, TWINS
-from ssl_locat.models.weights import FOLDER_FILES, fit, set_initial_grid
+from ssl_locat.models.weights import FOLDER_FILES, fit, set_initial_grid, windows_of
 from ssl_locat.runs.checkpoint import problem, read_marker, read_weights
 
 log = logging.getLogger(__name__)
@@ -63,9 +64,7 @@ def create_backbone(name: str, **options) -> nn.Module:
         raise UserError(f"backbone {name!r} refuses its options {options}: {type(error).__name__}: {error}") from error
     if not hasattr(model, "patch_embed"):
         raise UserError(f"backbone {name!r} has no patches, which everything here is about; choose a ViT or a Swin")
-    if "img_size" in options:  # the size it is made for; protocols take it as their default
-        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (model.in_chans, *model.patch_embed.img_size)}
-    return model
+    return with_input_size(model) if "img_size" in options else model
 
 
 def load_backbone(model: str | Path, which: str | None = None, step: int | None = None) -> nn.Module:
@@ -122,6 +121,7 @@ def init_weights(backbone: nn.Module, source: str) -> list[str]:
     if not source.startswith(("timm:", "hf-hub:")) and is_foreign(source):
         path, given = split_options(source)
         known, facts = read_known(Path(path))
+        known = as_told(known, given)
         log.info("%s: %s", source, known.layout.name)
         try:
             missing = fit(backbone, known, source)
@@ -145,7 +145,7 @@ def init_weights(backbone: nn.Module, source: str) -> list[str]:
 def options_of(known: Known, source: str) -> str:
     """The keys of a config that make a backbone for these weights, as a sentence; nothing where the tensors do not show them."""
     try:
-        name, options, _ = recognise(known.state, source, known.layout.prefix)
+        name, options, *_ = recognise(known.state, source, known.layout.prefix)
     except CheckpointError:
         return ""
     options = {key: value for key, value in options.items() if key not in NOT_OF_THE_WEIGHTS}
@@ -157,7 +157,7 @@ def weights_of_model(model: nn.Module, source: str) -> Known:
     grid, table = getattr(model.patch_embed, "grid_size", None), getattr(model, "pos_embed", None)
     prefix = None if table is None or grid is None else table.shape[1] - grid[0] * grid[1]
     layout = Layout(source, lambda weights: True, same, prefix, getattr(model, "pos_resize", "timm"))
-    return Known(layout, model.state_dict(), grid)
+    return Known(layout, model.state_dict(), windows_of(model) if isinstance(model, SwinTransformer) else grid)
 
 
 def compare_normalisation(backbone: nn.Module, mean: tuple, std: tuple, source: str) -> None:
@@ -202,9 +202,16 @@ def create_pretrained(name: str, **options) -> nn.Module:
     if any(key in options for key in ATTACH) and name.split(".")[0] in TWINS:
         name, options = f"locat_{name}", {"gaug": False, "prr": False, **options}
     try:
-        return timm.create_model(name, pretrained=True, **options)
+        model = timm.create_model(name, pretrained=True, **options)
     except (RuntimeError, OSError, AssertionError, ValueError, KeyError) as error:
         raise CheckpointError(f"{name.removeprefix('local-dir:')}: its weights cannot be loaded: {error}") from error
+    return with_input_size(model) if "img_size" in options else model
+
+
+def with_input_size(model: nn.Module) -> nn.Module:
+    """Note the image size that the model is made for: protocols take it as their default, and an export says it."""
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (model.in_chans, *model.patch_embed.img_size)}
+    return model
 
 
 def load_from_hub(model: str) -> nn.Module:
@@ -227,6 +234,8 @@ def load_foreign(spec: str) -> nn.Module:
     foreign = read_foreign(Path(path), given)
     backbone = create_backbone(foreign.name, **foreign.options)
     fit(backbone, foreign.known, path)
+    if isinstance(given.get("gaug"), dict) and "initial_grid" in given["gaug"]:  # goes before what the tables show
+        set_initial_grid(backbone, given["gaug"]["initial_grid"])
     backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": foreign.mean, "std": foreign.std}
     size = "x".join(str(side) for side in backbone.patch_embed.img_size)
     log.log(
@@ -236,7 +245,7 @@ def load_foreign(spec: str) -> nn.Module:
         foreign.known.layout.name,
         foreign.name,
         size,
-        "".join(f"; assumed: {words}, say num_heads=N otherwise" for words in foreign.assumed),
+        "".join(f"; assumed: {words}" for words in foreign.assumed),
         [round(number, 3) for number in foreign.mean],
         [round(number, 3) for number in foreign.std],
         foreign.normalisation,

@@ -38,7 +38,7 @@ def read_foreign(path: Path, given: dict) -> Foreign:
     given = dict(given)
     known, facts = read_known(path)
     mean, std = given.pop("mean", None), given.pop("std", None)
-    name = given.pop("name", None)
+    name = given.get("name")
     if name is not None and not timm.is_model(name):
         raise UserError(f"{path}?name={name}: timm has no model {name!r}.{did_you_mean(str(name), timm.list_models())}")
     if any(".mlp.fc1_g." in name for name in known.state) and facts.get("hidden_act", "silu") != "silu":
@@ -47,6 +47,8 @@ def read_foreign(path: Path, given: dict) -> Foreign:
         )
     architecture = recognise(known.state, str(path), known.layout.prefix, given)
     options, assumed = architecture.options, architecture.assumed
+    known = known._replace(layout=known.layout._replace(prefix=architecture.prefix), grid=architecture.grid)
+    given.pop("name", None)
     if "num_attention_heads" in facts:
         options["num_heads"], assumed = facts["num_attention_heads"], ()
     if "num_heads" in given:

@@ -41,7 +41,9 @@ class Layout(NamedTuple):
 class Known(NamedTuple):
     layout: Layout
     state: State  # in timm's names
-    grid: tuple[int, int] | None = None  # (rows, cols) of its positional embeddings, where more is known than their number
+    grid: tuple | None = (
+        None  # (rows, cols) of patches that it was trained at, of a Swin a window for each stage, where they are known
+    )
 
 
 def convert(weights: Weights, source: str) -> Known:

@@ -5,15 +5,18 @@ A model therefore remembers whose way its weights were trained with (`pos_resize
 """
 
 import math
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torch import Tensor, nn
 
 from ssl_locat.errors import CheckpointError
 
 POS_RESIZE = ("timm", "dino", "transformers")
+TABLE = "layers.{}.blocks.{}.attn.relative_position_bias_table"  # of a stage and block of a Swin
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], how: str) -> Tensor:
@@ -40,6 +43,27 @@ def resize_table(table: Tensor, prefix: int, old: tuple[int, int], new: tuple[in
     return torch.cat([table[:, :prefix], resize_positions(table[:, prefix:], old, new, how)], dim=1)
 
 
+def at_own_grid(timms_filter: Callable, state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What a LocAt model reads of a folder or hub repository: `timms_filter` of its class, told the grid that the config beside the weights
+    names (`input_size`). timm takes tables of positions to be of a square."""
+    kernel, kept, new = state.get("patch_embed.proj.weight"), {}, model.patch_embed.grid_size
+    if kernel is None or kernel.ndim != 4:  # not in timm's names: its filter may know them
+        return timms_filter(state, model)
+    old = tuple(side // patch for side, patch in zip(model.pretrained_cfg["input_size"][1:], kernel.shape[-2:], strict=True))
+    table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if table is not None and own is not None and old != tuple(new):
+        prefix = own.shape[1] - new[0] * new[1]
+        if table.shape[1] - prefix == old[0] * old[1]:
+            kept["pos_embed"] = resize_table(table, prefix, old, new, getattr(model, "pos_resize", "timm"))
+    windows = swin_windows(old, model._ref_window_sizes) if hasattr(model, "_ref_window_sizes") else []
+    for name in [name for name in state if name.endswith("relative_position_bias_table")]:
+        (rows, cols), attention = windows[int(name.split(".")[1])], model.get_submodule(name.rpartition(".")[0])
+        if state[name].shape[0] == (2 * rows - 1) * (2 * cols - 1):
+            shape = attention.relative_position_bias_table.shape
+            kept[name] = resize_rel_pos_bias_table(state[name], attention.window_size, shape, (rows, cols))
+    return {**timms_filter({name: tensor for name, tensor in state.items() if name not in kept}, model), **kept}
+
+
 def is_square(n: int) -> bool:
     return n > 0 and math.isqrt(n) ** 2 == n
 
@@ -49,32 +73,88 @@ def square(n: int) -> tuple[int, int]:
 
 
 def own_grid(
-    state: dict[str, Tensor], prefix: int | None, grid: tuple[int, int] | None, source: str
+    state: dict[str, Tensor],
+    prefix: int | None,
+    told: tuple[int, int] | None,
+    source: str,
+    hint: tuple[int, int] | None = None,
+    no_embed_class: bool | None = None,
 ) -> tuple[int, tuple[int, int]]:
     """(how many rows of the table belong to class token and registers, the grid (rows, cols) of the others) of a state dict in timm's names.
 
-    prefix: where it is known by the layout or by the model that takes the weights. grid: of the model that takes them, or asked for by the
-    user. CheckpointError where the table fits no square and not that grid, or more than one reading: a wrong grid moves every position.
+    prefix: where it is known by the layout or by the model that the weights come from. told: the grid of the size that the user says, or that
+    the weights came with; it goes before everything where it fits. hint: of the model that takes them, which may be another. no_embed_class:
+    what the user says, or that model's convention, where both are possible. CheckpointError where the table fits no square and not those grids, or more than one reading: a wrong grid moves every
+    position, and GAug's constants follow it.
     """
     tokens = state["pos_embed"].shape[1]
     special = num_special_tokens(state)
+    if "jumbo_mlp.fc1.weight" in state:
+        prefix = 0  # positions for patches alone
     readings = [prefix] if prefix is not None else sorted({0, special})
-    if grid is not None and (native := [k for k in readings if tokens - k == grid[0] * grid[1]]):
-        return native[0], tuple(grid)
-    squares = [k for k in readings if is_square(tokens - k)]
-    # GAug's constants follow the grid; its weights were trained with positions for the class token, too, so that a square of all rows
-    # (16 = 15 patches + 1, say) proves nothing
-    certain = not (squares == [0] and special and prefix is None and any(".gaug." in name for name in state))
-    if "jumbo_mlp.fc1.weight" in state:  # positions for patches alone
-        squares, certain = [0] if is_square(tokens) else [], True
-    if len(squares) == 1 and certain:
-        return squares[0], square(tokens - squares[0])
-    found = " or ".join(f"{tokens - k} patches{f' and {k} for class token and registers' if k else ''}" for k in readings)
+    if told is not None and (native := [k for k in readings if tokens - k == told[0] * told[1]]):
+        return native[0], tuple(told)
+    found = {(k, square(tokens - k)) for k in readings if is_square(tokens - k)}
+    if hint is not None:
+        found |= {(k, tuple(hint)) for k in readings if tokens - k == hint[0] * hint[1]}
+    # GAug's weights have positions for the class token, too: a square of all rows (16 = 15 patches + 1, say) proves nothing
+    certain = {k for k, _ in found} != {0} or not special or prefix is not None or not any(".gaug." in name for name in state)
+    if prefix is None and no_embed_class is not None and (len(found) > 1 or not certain):
+        found = {reading for reading in found if reading[0] == (0 if no_embed_class else special)}
+        certain = True
+    if len(found) == 1 and certain:
+        return found.pop()
+    words = " or ".join(f"{tokens - k} patches{f' and {k} for class token and registers' if k else ''}" for k in readings)
     raise CheckpointError(
-        f"{source}: its {tokens} positional embeddings are those of {found}, and the grid that they were trained on does not show. Give the "
+        f"{source}: its {tokens} positional embeddings are those of {words}, and the grid that they were trained on does not show. Give the "
         "image size that the weights were trained at, img_size=PIXELS or img_size=[HEIGHT, WIDTH], and no_embed_class=true if the class token "
         "has no position (in a MODEL: FILE?img_size=[96, 160])."
     )
+
+
+def size_unknown(source: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: without positional embeddings, these weights do not show the image size that they were trained at, which GAug's "
+        "constants follow. Give it as in FILE?img_size=224."
+    )
+
+
+def own_windows(
+    state: dict[str, Tensor],
+    told: Sequence[tuple[int, int]] | None,
+    source: str,
+    hint: Sequence[tuple[int, int]] | None = None,
+) -> list[tuple[int, int]]:
+    """Window (rows, cols) of each stage of a Swin, which its tables of relative positions [(2 rows - 1) * (2 cols - 1), heads] show.
+
+    A stage whose map is smaller than the window has a smaller one. told, hint: as in `own_grid`, one for each stage.
+    """
+    names = [(int(m[1]), name) for name in state if (m := re.fullmatch(TABLE.format(r"(\d+)", 0), name))]
+    windows = []
+    for stage, (_, name) in enumerate(sorted(names)):
+        length = state[name].shape[0]
+
+        def fits(grids, stage=stage, length=length) -> bool:
+            return grids is not None and stage < len(grids) and (2 * grids[stage][0] - 1) * (2 * grids[stage][1] - 1) == length
+
+        found = {square((math.isqrt(length) + 1) ** 2 // 4)} if is_square(length) else set()
+        found = {tuple(told[stage])} if fits(told) else found | ({tuple(hint[stage])} if fits(hint) else set())
+        if len(found) != 1:
+            raise CheckpointError(
+                f"{source}: the {length} relative positions of stage {stage} are of no square window, or of more than one that fits, so the "
+                "windows that GAug's constants follow do not show. Give the image size that the weights were trained at, and the window: "
+                "FILE?img_size=[HEIGHT, WIDTH]&window_size=[ROWS, COLS]."
+            )
+        windows.append(found.pop())
+    return windows
+
+
+def swin_windows(grid: tuple[int, int], windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Windows (rows, cols) of a Swin's stages on images of `grid` patches: as large as the stage's map at most, which halves, rounded up."""
+    return [
+        tuple(min(-(-side >> stage), most) for side, most in zip(grid, window, strict=True))
+        for stage, window in enumerate(windows)
+    ]
 
 
 def num_special_tokens(state: dict[str, Tensor]) -> int:

@@ -33,8 +33,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as filter_vit
 from torch import nn
 
+from ssl_locat.errors import UserError
 from ssl_locat.models.attach import attach_locat
 from ssl_locat.models.jumbo import Jumbo
+from ssl_locat.models.positions import at_own_grid
 
 SIZES = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -59,7 +61,7 @@ SWIN = {
     "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
 }
 VANILLA = {"gaug": False, "prr": False}
-FEATURE_OPTIONS = ("out_indices", "out_map", "return_dict", "output_fmt", "norm", "prune")  # of timm's FeatureGetterNet
+FEATURE_OPTIONS = ("out_indices", "out_map", "return_dict", "output_fmt", "norm", "prune", "feature_cls")  # of features_only
 
 
 def build_locat(
@@ -100,7 +102,7 @@ def register(name: str, base: type, defaults: dict, load_filter) -> None:
             partial(build_locat, base),
             name,
             pretrained,
-            pretrained_filter_fn=load_filter,
+            pretrained_filter_fn=partial(at_own_grid, load_filter),
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
             **{**defaults, **options},
         )
@@ -116,13 +118,16 @@ def register_twin(name: str, options: dict) -> None:
     def create(pretrained: bool = False, gaug: bool | dict = True, prr: bool | dict = True, pos_resize: str = "timm", **given):
         # feature maps alone: timm cuts blocks off, so that LocAt and the weights must be there before
         maps = {key: given.pop(key) for key in FEATURE_OPTIONS if key in given} if given.pop("features_only", False) else None
+        if maps is not None and maps.pop("feature_cls", "getter") not in ("getter", FeatureGetterNet):
+            raise UserError(f"locat_{name} gives feature maps by feature_cls='getter' alone, as timm's ViTs do")
         exported = isinstance(
             given.get("pretrained_cfg"), dict
         )  # a folder or hub repository, whose weights have GAug's among them
         model = model_entrypoint(name)(pretrained=pretrained and not exported, **{**options, **given})
         model = attach_locat(model, gaug=gaug, prr=prr, pos_resize=pos_resize)
         if pretrained and exported:
-            load_pretrained(model, num_classes=model.num_classes, in_chans=model.in_chans)
+            timms = filter_eva if isinstance(model, Eva) else filter_swin if isinstance(model, SwinTransformer) else filter_vit
+            load_pretrained(model, num_classes=model.num_classes, in_chans=model.in_chans, filter_fn=partial(at_own_grid, timms))
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": f"locat_{name}"}
         return model if maps is None else FeatureGetterNet(model, **maps)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import resize_rel_pos_bias_table
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as filter_eva
 from timm.models.swin_transformer import SwinTransformer
@@ -23,7 +24,13 @@ from ssl_locat.errors import CheckpointError
 from ssl_locat.models.attach import set_initial_grid
 from ssl_locat.models.jumbo import drop_copies_of_the_shared_mlp
 from ssl_locat.models.layouts import Known, Weights
-from ssl_locat.models.positions import embed_special_tokens, num_special_tokens, own_grid, resize_positions
+from ssl_locat.models.positions import (
+    embed_special_tokens,
+    own_grid,
+    own_windows,
+    resize_positions,
+    size_unknown,
+)
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +115,9 @@ def fit(backbone: nn.Module, known: Known, source: str) -> list[str]:
     state = dict(known.state)
     own = backbone.state_dict()
     drop_copies_of_the_shared_mlp(backbone, state, "")
-    table = fit_positions(backbone, state, known, source)
-    convert = filter_swin if isinstance(backbone, SwinTransformer) else filter_eva if isinstance(backbone, Eva) else filter_vit
+    swin = isinstance(backbone, SwinTransformer)
+    table = (fit_windows if swin else fit_positions)(backbone, state, known, source)
+    convert = filter_swin if swin else filter_eva if isinstance(backbone, Eva) else filter_vit
     try:
         converted = convert(state, backbone)
     except (RuntimeError, LookupError) as error:
@@ -144,19 +152,43 @@ def fit(backbone: nn.Module, known: Known, source: str) -> list[str]:
 def fit_positions(backbone: nn.Module, state: dict[str, Tensor], known: Known, source: str) -> dict[str, Tensor]:
     """Take the positional embeddings out of `state` and return them as the backbone has them: its grid, resized as the source resizes,
     and its convention about special tokens (whose embeddings change in `state` where theirs is another)."""
-    own = getattr(backbone, "pos_embed", None)
+    own, gaug = getattr(backbone, "pos_embed", None), any(".gaug." in name for name in state)
     if own is None or state.get("pos_embed") is None or state["pos_embed"].ndim != 3:
+        if gaug and "pos_embed" not in state and getattr(backbone, "has_gaug", False):
+            if known.grid is None:
+                raise size_unknown(source)
+            set_initial_grid(backbone, known.grid)
         return {}
     new = tuple(backbone.patch_embed.grid_size)
     wanted = own.shape[1] - new[0] * new[1]
-    prefix = known.layout.prefix
-    if prefix is None and num_special_tokens(state) == getattr(backbone, "num_prefix_tokens", 1):
-        prefix = wanted
-    prefix, old = own_grid(state, prefix, known.grid or new, source)
-    if any(".gaug." in name for name in state):
+    # vanilla weights of the same shape are taken to be alike; GAug's constants follow the grid, which another model's does not prove
+    hint, no_embed_class = (None, None) if gaug else (new, wanted == 0)
+    prefix, old = own_grid(state, known.layout.prefix, known.grid, source, hint, no_embed_class)
+    if gaug:
         set_initial_grid(backbone, old)
     moved = embed_special_tokens(state, prefix, wanted)
     state.clear()
     state |= {name: value for name, value in moved.items() if name != "pos_embed"}
     patches = resize_positions(moved["pos_embed"][:, wanted:], old, new, known.layout.pos_resize)
     return {"pos_embed": torch.cat([moved["pos_embed"][:, :wanted], patches], dim=1)}
+
+
+def fit_windows(backbone: SwinTransformer, state: dict[str, Tensor], known: Known, source: str) -> dict[str, Tensor]:
+    """Take the tables of relative positions out of `state` and return them as the backbone's windows have them; GAug is told its own."""
+    own = windows_of(backbone)
+    gaug = any(".gaug." in name for name in state)
+    windows = own_windows(state, known.grid, source, hint=None if gaug else own)
+    if gaug and len(windows) == len(own):
+        set_initial_grid(backbone, tuple(windows))
+    tables = {}
+    for name, table in backbone.state_dict().items():
+        if name.endswith("relative_position_bias_table") and name in state:
+            stage = int(name.split(".")[1])
+            given = state.pop(name)
+            tables[name] = resize_rel_pos_bias_table(given, own[stage], (*table.shape[:1], *given.shape[1:]), windows[stage])
+    return tables
+
+
+def windows_of(backbone: SwinTransformer) -> list[tuple[int, int]]:
+    """Window (rows, cols) of each stage, already no larger than the stage's map."""
+    return [tuple(stage.blocks[0].window_size) for stage in backbone.layers]

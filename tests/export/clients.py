@@ -46,6 +46,23 @@ def by_timm_features(name, folder, kind):
     return difference(model(images)[-1], f"{name}.map")
 
 
+def by_timm_file(name, folder, kind):
+    """timm's ways to a file of weights; of a folder they say that there is none."""
+    config = json.loads(Path(folder, "config.json").read_text())
+    options = {**config["model_args"], "num_classes": config["num_classes"]}
+    file = f"{folder}/model.safetensors"
+    given = timm.create_model(config["architecture"], **options, checkpoint_path=file).eval()
+    loaded = timm.create_model(config["architecture"], **options).eval()
+    timm.models.load_checkpoint(loaded, file)
+    for ask in (lambda: timm.models.load_checkpoint(loaded, folder), lambda: timm.create_model("vit_tiny_patch16_224", checkpoint_path=folder)):  # fmt: skip
+        try:
+            ask()
+        except FileNotFoundError:
+            continue
+        raise AssertionError("timm opens a folder by checkpoint_path now: say so in docs/clients.md and the model card")
+    return max(difference(model(images), f"{name}.out") for model in (given, loaded))
+
+
 def auto_model(name, folder, kind, **options):
     from transformers import AutoModel
 
@@ -129,6 +146,7 @@ def by_ssl_locat(name, folder, kind):
 CLIENTS = {
     "timm": by_timm,
     "timm, features_only": by_timm_features,
+    "timm, `checkpoint_path=` and `load_checkpoint` of the file": by_timm_file,
     "AutoModel, saved and reloaded": auto_model,
     "AutoModelForImageClassification": auto_classifier,
     "AutoBackbone.from_config": auto_backbone,

@@ -6,7 +6,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import SHARED
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
@@ -132,14 +131,6 @@ def test_a_namespace_that_holds_more_is_refused(tmp_path):
 # --- the real checkpoint ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def vits14():
-    path = SHARED / "weights" / "dinov2_vits14_saliency_fp16.safetensors"
-    if not path.exists():
-        pytest.skip(f"no real checkpoint: {path} is not there (it lies beside the checkout, not in it)")
-    return path
-
-
 def test_the_real_checkpoint_opens_at_any_size(vits14, caplog):
     caplog.set_level(logging.INFO)
     model = load_backbone(vits14)
@@ -249,19 +240,6 @@ def test_the_trained_grid_is_known_or_asked_for(tmp_path, options, spec, grid):
         return
     again = load_backbone(f"{tmp_path}/w.safetensors{spec}")
     assert again.gaug_options["initial_grid"] == grid == again.blocks[0].attn.gaug.initial_grid
-
-
-def test_conventions_about_special_tokens_convert_exactly(tmp_path):
-    """A position is a constant added to its token: DINOv2's registers fit a model that gives every token a row, and back."""
-    source = random_vit(reg_tokens=4, no_embed_class=True)
-    save_file(source.state_dict(), tmp_path / "w.safetensors")
-    target = create_backbone("regvit_tiny", **TINY)
-    with pytest.raises(CheckpointError, match="no_embed_class"):  # 16 rows: 4x4, or 11 patches and 5 tokens
-        init_weights(target, str(tmp_path / "w.safetensors"))
-    known = load_backbone(f"{tmp_path}/w.safetensors?no_embed_class=true&num_heads=2")
-    images = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(known(images), source(images), atol=1e-5, rtol=0)
 
 
 # --- transformers itself, and timm's own DINO networks --------------------------------------------------------------------------------

@@ -78,14 +78,31 @@ def test_a_block_alone_never_guesses_the_grid():
 # ---- less memory
 
 
+DEEP = {"depth": 8, "img_size": 64, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
+FAMILIES = {
+    "locatvit_tiny": DEEP,
+    "locatvit_tiny_rope_mixed": DEEP,
+    "locatjumbo_tiny": {**DEEP, "num_class_tokens": 2},
+    "locat_vit_tiny_patch16_224": DEEP,
+    "locatswin_tiny": {
+        "depths": (8, 1),
+        "embed_dim": 24,
+        "num_heads": (2, 2),
+        "img_size": 64,
+        "window_size": 8,
+        "num_classes": 0,
+    },
+}
+
+
 @pytest.mark.parametrize("through", ["forward_intermediates", "features_only", "forward_features"])
-def test_gradient_checkpointing_saves_memory(through):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_checkpointing_saves_memory(name, through):
     """Measured: what a step needs beyond its weights falls to less than half at depth 8."""
-    options = {"depth": 8, "img_size": 64, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
     peaks = {}
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = timm.create_model("locatvit_tiny", features_only=through == "features_only", **options)
+        model = timm.create_model(name, features_only=through == "features_only", **FAMILIES[name])
         getattr(model, "model", model).set_grad_checkpointing(recompute)  # a getter holds the model
         call = {
             "forward_intermediates": lambda x, m=model: m.forward_intermediates(x, intermediates_only=True, indices=2)[-1],
@@ -150,7 +167,7 @@ def test_patch_dropout_trains_with_checkpointing_and_in_intermediates():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
-@pytest.mark.parametrize("name", ["vit", "rope_axial"])
+@pytest.mark.parametrize("name", MAKE)
 def test_a_trace_serves_other_sizes(name):
     model = locat(name)
     with torch.no_grad():

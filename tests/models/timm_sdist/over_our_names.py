@@ -16,7 +16,8 @@ import torch
 import ssl_locat.models  # noqa: F401  # registers our names
 
 VIT = {"depth": 3}
-SWIN = {"embed_dim": 32, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8), "strict_img_size": False}
+# one size of image, which FX needs of the twin, too
+SWIN = {"embed_dim": 32, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8), "strict_img_size": True}
 # LocAt model -> (vanilla twin, timm's name for what the twin is, options that both are opened with)
 PAIRS = {
     "locatvit_tiny": ("vit_tiny", "vit_tiny_patch16_224", VIT),
@@ -28,8 +29,6 @@ PAIRS = {
     **{
         f"locat_{name}": (name, name, {**VIT, **more})
         for name, more in {
-            "vit_small_patch14_dinov2": {"dynamic_img_size": True, "img_size": 224},
-            "vit_small_patch14_reg4_dinov2": {"dynamic_img_size": True, "img_size": 224},
             "vit_small_patch16_dinov3": {"dynamic_img_size": True},
             "vit_betwixt_patch16_rope_reg4_gap_256": {"dynamic_img_size": True},
             "vit_medium_patch16_gap_256": {"dynamic_img_size": True},
