@@ -15,7 +15,8 @@ def test_matches_the_reference(golden):
     ks = case.config["ks"]
     bank, queries = (F.normalize(case[f"in.{part}_features"], dim=1) for part in ("train", "test"))
     temperature, classes = case.config["T"], case.config["classes"]
-    scores = knn.knn_scores(bank, case["in.train_labels"], queries, ks, temperature, classes)
+    similarity, where = knn.nearest(bank, queries, max(ks))
+    scores = knn.class_scores(similarity, case["in.train_labels"][where], ks, temperature, classes)
     best = (queries @ bank.T).amax(1, keepdim=True)
     for k in ks:
         # ours are relative to the nearest neighbour's weight
@@ -44,10 +45,28 @@ def test_pieces_of_the_bank_do_not_matter():
         assert (pieces[1] == whole[1]).all()
 
 
+def test_the_bank_passes_through_the_device_once_however_many_queries_there_are():
+    class Bank:
+        rows = torch.randn(100, 4)
+        taken = 0
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, piece):
+            self.taken += len(self.rows[piece])
+            return self.rows[piece]
+
+    bank = Bank()
+    knn.nearest(bank, torch.randn(50, 4), 3, bank_rows=10, query_rows=7)
+    assert bank.taken == 100
+
+
 def test_small_temperature_does_not_overflow():
     bank = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     labels = torch.arange(50) % 5
-    scores = knn.knn_scores(bank, labels, bank, [10], 0.001, 5)[10]
+    similarity, where = knn.nearest(bank, bank, 10)
+    scores = knn.class_scores(similarity, labels[where], [10], 0.001, 5)[10]
     assert scores.isfinite().all()
     assert (scores.argmax(1) == labels).all()
 

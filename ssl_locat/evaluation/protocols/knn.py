@@ -30,41 +30,37 @@ QUERIES, BANK = 1024, 65536  # rows compared at a time: 256 MiB of similarities
 def nearest(bank: Tensor, queries: Tensor, k: int, bank_rows: int = BANK, query_rows: int = QUERIES) -> tuple[Tensor, Tensor]:
     """(similarity, index) of the k bank rows with the largest inner product, best first, each [Q, k]. bank [N, D], queries [Q, D].
 
-    The bank passes through the queries' device in pieces, against a block of queries at a time; the result does not depend on either.
+    The bank passes through the queries' device once, in pieces, each against one block of queries after the other; the result does not
+    depend on either size.
     """
-    blocks = [_nearest(bank, block, k, bank_rows) for block in queries.split(query_rows)]
-    return torch.cat([similarity for similarity, _ in blocks]), torch.cat([where for _, where in blocks])
-
-
-def _nearest(bank: Tensor, queries: Tensor, k: int, bank_rows: int) -> tuple[Tensor, Tensor]:
-    best = queries.new_empty(len(queries), 0)
-    where = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    blocks = queries.split(query_rows)
+    found = [
+        (block.new_empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.int64, device=block.device)) for block in blocks
+    ]
     for start in range(0, len(bank), bank_rows):
-        similarity = queries @ bank[start : start + bank_rows].to(queries.device, non_blocking=True).T  # [q, b]
-        values, indices = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        # [q, 2k] -> [q, k]: the best so far against the best of this piece
-        best, order = torch.cat([best, values], dim=1).topk(min(k, best.shape[1] + values.shape[1]), dim=1)
-        where = torch.cat([where, indices + start], dim=1).gather(1, order)
-    return best, where
+        piece = bank[start : start + bank_rows].to(queries.device, non_blocking=True)  # [b, D]
+        found = [_better(piece, start, block, k, *best) for block, best in zip(blocks, found, strict=True)]
+    return torch.cat([similarity for similarity, _ in found]), torch.cat([where for _, where in found])
 
 
-def knn_scores(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    k: Sequence[int],
-    temperature: float,
-    num_classes: int,
-) -> dict[int, Tensor]:
+def _better(piece: Tensor, start: int, queries: Tensor, k: int, best: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """The k best so far, [q, <= k], against those of one more piece [b, D], whose first row is the bank's row `start`."""
+    similarity = queries @ piece.T  # [q, b]
+    values, indices = similarity.topk(min(k, similarity.shape[1]), dim=1)
+    # [q, 2k] -> [q, k]
+    best, order = torch.cat([best, values], dim=1).topk(min(k, best.shape[1] + values.shape[1]), dim=1)
+    return best, torch.cat([where, indices + start], dim=1).gather(1, order)
+
+
+def class_scores(similarity: Tensor, votes: Tensor, k: Sequence[int], temperature: float, num_classes: int) -> dict[int, Tensor]:
     """k -> scores [Q, C]: exp(similarity / temperature) summed over the k nearest neighbours of each class.
 
-    bank [N, D] and queries [Q, D] are L2-normalised. Scores are relative to the nearest neighbour's weight, exp(-best / temperature) times
-    the reference's, so that a small temperature does not overflow; a class with no neighbour has 0.
+    similarity [Q, K] of L2-normalised features, best first, K >= max(k); votes [Q, K]: the neighbours' class ids. Scores are relative to the
+    nearest neighbour's weight, exp(-best / temperature) times the reference's, so that a small temperature does not overflow; a class with no
+    neighbour has 0.
     """
-    similarity, where = nearest(bank, queries, max(k))
-    votes = bank_labels.to(where.device)[where]  # [Q, k] class ids
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
-    empty = queries.new_zeros(len(queries), num_classes)  # [Q, C]
+    empty = similarity.new_zeros(len(similarity), num_classes)  # [Q, C]
     return {count: empty.scatter_add(1, votes[:, :count], weights[:, :count]) for count in k}
 
 
@@ -82,18 +78,20 @@ def score(
         raise ConfigError(
             f"k = {too_many[0]} is more than the {len(bank.labels)} images of the bank (data.train). Give a smaller k."
         )
-    bank_values = F.normalize(bank.values, dim=1)
+    own = queries.values[rank() :: world_size()].to(device)
+    similarity, where = nearest(F.normalize(bank.values, dim=1), F.normalize(own, dim=1), max(k))
+    votes = bank.labels.to(device)[where]  # [Q, K]
+    labels = queries.labels[rank() :: world_size()].to(device)
     hits: dict[str, Tensor] = {}
-    for start in range(rank() * QUERIES, len(queries.labels), world_size() * QUERIES):
-        part = F.normalize(queries.values[start : start + QUERIES].to(device), dim=1)
-        labels = queries.labels[start : start + QUERIES].to(device)
-        for temperature in temperatures:
-            suffix = f"_t{temperature:g}" if len(temperatures) > 1 else ""
-            for count, scores in knn_scores(bank_values, bank.labels, part, k, temperature, num_classes).items():
+    for temperature in temperatures:
+        suffix = f"_t{temperature:g}" if len(temperatures) > 1 else ""
+        # in blocks: the scores of all queries for 1000 classes would be larger than the bank
+        for block in zip(similarity.split(QUERIES), votes.split(QUERIES), labels.split(QUERIES), strict=True):
+            for count, scores in class_scores(*block[:2], k, temperature, num_classes).items():
                 for top in (1, 5):
                     name = f"top{top}_k{count}{suffix}"
                     # stays on the device: an .item() for each would wait for it
-                    hits[name] = hits.get(name, 0) + top_hits(scores, labels, top).sum()
+                    hits[name] = hits.get(name, 0) + top_hits(scores, block[2], top).sum()
     names = [
         f"top{top}_k{count}" + (f"_t{t:g}" if len(temperatures) > 1 else "")
         for t in temperatures

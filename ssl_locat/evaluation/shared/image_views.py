@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,8 +20,16 @@ def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, 
 def to_tensor(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [H, W, C] -> float32 [C, H, W], normalised."""
     # a copy: Pillow's memory is read-only, which torch warns of, and a flip has negative strides, which it refuses
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
+    return (
+        pixels.div_(255).sub_(_per_channel(mean)).div_(_per_channel(std))
+    )  # in place: the copies took a fifth of a small image's time
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    """[C, 1, 1]"""
+    return torch.tensor(values)[:, None, None]
 
 
 def as_picture(image: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
