@@ -258,7 +258,9 @@ def table(
 
 @app.command(
     epilog=_examples(
-        "ssl-locat export runs/mine backbone/", "ssl-locat export runs/mine backbone/ --format onnx --which student --step 2000"
+        "ssl-locat export runs/mine backbone/",
+        "ssl-locat export runs/mine backbone/ --step best-dense",
+        "ssl-locat export runs/mine backbone/ --format onnx --which student --step 2000",
     )
 )
 def export(
@@ -266,7 +268,13 @@ def export(
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write")],
     format: Annotated[Literal["timm", "onnx", "pt2"], typer.Option(help="what the folder is for")] = "timm",
     which: Annotated[Literal["teacher", "student"] | None, typer.Option(help="which network of a run; default: teacher")] = None,
-    step: Annotated[int | None, typer.Option(help="of this checkpoint; default: the newest")] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(help="which checkpoint of a run; default: last", metavar="N|last|best-dense|best-global"),
+    ] = None,
+    average: Annotated[
+        int | None, typer.Option(help="the mean of so many checkpoints up to that one: milestones, where there are", metavar="N")
+    ] = None,
     with_head: Annotated[bool, typer.Option("--with-head", help="the projection head too")] = False,
     with_code: Annotated[
         bool, typer.Option("--with-code", help="a modeling file too: transformers without ssl_locat, by trust_remote_code")
@@ -277,12 +285,22 @@ def export(
 ) -> None:
     """Write a backbone that timm, Hugging Face or ONNX users load."""
     from ssl_locat.doctor.early import check_model
+    from ssl_locat.runs.best import parse_step
 
     check_model(model)
+    chosen = parse_step(step) if step is not None else None
     from ssl_locat.export.export import export
 
     target = export(
-        model, out, format=format, which=which, step=step, with_head=with_head, with_code=with_code, push_to_hub=push_to_hub
+        model,
+        out,
+        format=format,
+        which=which,
+        step=chosen,
+        average=average,
+        with_head=with_head,
+        with_code=with_code,
+        push_to_hub=push_to_hub,
     )
     log.next_steps(
         f"""python -c "import ssl_locat.models, timm; timm.create_model('local-dir:{target}', pretrained=True)\"""",

@@ -237,8 +237,25 @@ class Checkpoint(Section):
     every_steps: int = Field(default=1000, gt=0)
     keep_last: int = Field(default=3, gt=0)
     milestone_every_steps: int | None = Field(default=None, gt=0, description="these are never deleted")
+    keep_best: dict[Literal["dense", "global"], str | None] = Field(
+        default={},
+        description="beside the last, the best by what probes measure: [dense, global], or a mapping to the measure that counts, such as "
+        "{global: unlabelled.lidar}; null: the labelled probe's, else DSE for dense",
+    )
     # the copy to memory is what the step waits for; files are written by a thread (runs/checkpoint.py)
     asynchronous: bool = Field(default=True, description="write while training continues")
+
+    @field_validator("keep_best", mode="before")
+    @classmethod
+    def _names_alone(cls, value: Any) -> Any:
+        return dict.fromkeys(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
+
+
+class StopWhen(Section):
+    """A rule that ends a run which has no more to gain; exit code 0."""
+
+    measure: str = Field(description="dense or global, as of checkpoint.keep_best; or PROBE.METRIC, such as unlabelled.lidar")
+    patience: int = Field(gt=0, description="probes in a row that bring no better value, and then it ends")
 
 
 class Log(Section):
@@ -286,6 +303,9 @@ class Config(Section):
     log: Log = Log()
     stop_on: list[Literal["uniform", "collapse"]] = Field(
         default=[], description="kinds of collapse that end the run instead of a warning"
+    )
+    stop_when: StopWhen | None = Field(
+        default=None, description="end the run early, finished, when a measure has not risen for long"
     )
     export: bool = Field(default=False, description="export the teacher to RUN/export when the run ends")
     sweep: dict[str, list[Any]] = Field(default={}, description="key -> values: on a cluster, one job for each combination")

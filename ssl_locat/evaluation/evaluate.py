@@ -20,6 +20,7 @@ from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.shared.options import annotations, check_arguments, describe
+from ssl_locat.runs.best import parse_step
 from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import console, say
 from ssl_locat.text.shown import redacted, to_json
@@ -77,8 +78,10 @@ def divide(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     own = [item for item in overrides if item.partition("=")[0] in ("which", "step")]
     for item in own:
         name, _, value = item.partition("=")
-        if not (value in ("teacher", "student") if name == "which" else value.isdecimal()):
-            raise ConfigError(f"{item!r}: expected which=teacher, which=student, or step=N, a number of a run's checkpoint.")
+        if name == "step":
+            parse_step(value)
+        elif value not in ("teacher", "student"):
+            raise ConfigError(f"{item!r}: expected which=teacher or which=student.")
     return own, [item for item in overrides if item not in own]
 
 
@@ -149,15 +152,15 @@ def function_of(protocol: str) -> Callable[..., dict[str, float]]:
 def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Judge MODEL; {"protocol", "model", "data", "metrics", "seconds"} on every process.
 
-    Keys beside the protocol's own: `which` (teacher or student) and `step`, of a run folder. If MODEL is an export folder, its model card
+    Keys beside the protocol's own: `which` (teacher or student) and `step` (a number, last, best-dense, best-global), of a run folder. If MODEL is an export folder, its model card
     gets a row.
     """
     own, overrides = divide(overrides)
     name, options = load_protocol(protocol, overrides)
-    # `divide` made sure of both: step is a number, which one of two words
+    # `divide` made sure of both: step is a number or a name, which one of two words
     chosen: dict[str, Any] = dict(item.split("=", 1) for item in own)
     if "step" in chosen:
-        chosen["step"] = int(chosen["step"])
+        chosen["step"] = parse_step(chosen["step"])
 
     import torch
 

@@ -7,6 +7,7 @@ from ssl_locat.config.yaml_files import LoadedYaml
 from ssl_locat.errors import ConfigError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.shared.options import check_arguments
+from ssl_locat.runs.best import check_choices
 
 ONLINE = [
     name for name in PROTOCOLS if name not in ("supervised", "attention", "efficiency")
@@ -17,9 +18,10 @@ DENSE = ("segmentation", "hummingbird")
 
 
 def check_probes(config: Config) -> None:
-    """ConfigError for a probe that is none, and for options that its protocol does not take."""
+    """ConfigError for a probe that is none, for options that its protocol does not take, and for what no probe measures."""
     for name, options in config.probes.options.items():
         resolve(name, options or {}, own_data(config))
+    check_choices(config)
 
 
 def own_data(config: Config) -> dict:

@@ -24,9 +24,10 @@ from ssl_locat.export.modeling import FILE
 from ssl_locat.export.parity import TOLERANCE, compare, outputs_of_timm, shapes_of
 from ssl_locat.export.program import write_program
 from ssl_locat.export.timm_folder import obey_umask, write_timm
-from ssl_locat.models.backbone import find_checkpoint, is_run_or_checkpoint, load_backbone
-from ssl_locat.runs.checkpoint import read_weights
+from ssl_locat.models.backbone import chosen_checkpoints, is_run_or_checkpoint, load_backbone, mean_weights
+from ssl_locat.runs.best import read_best
 from ssl_locat.runs.history import Run, is_run, open_run
+from ssl_locat.runs.marker import read_marker, step_of
 from ssl_locat.text.shown import redacted, shown, to_json
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def export(
     *,
     format: str = "timm",
     which: str | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
+    average: int | None = None,
     with_head: bool = False,
     with_code: bool = False,
     push_to_hub: str | None = None,
@@ -61,7 +63,8 @@ def export(
 
     Args:
         format: timm, or onnx or pt2, which add their file to timm's.
-        which, step: of a run: "teacher" (default) or "student", at a checkpoint (newest by default).
+        which, step: of a run: "teacher" (default) or "student", at a checkpoint: its step, "last" (default), "best-dense" or "best-global".
+        average: the uniform mean of so many checkpoints up to that one: the last milestones, where the run keeps such.
         with_head: the projection head too, as head.safetensors; runs only.
         with_code: a modeling file too, with which transformers opens the folder where ssl_locat is not installed.
         push_to_hub: upload to this repository of the Hugging Face hub afterwards.
@@ -74,8 +77,9 @@ def export(
         raise UserError(f"format is {format!r}; known: {', '.join(FORMATS)}.")
     target = Path(out)
     _check_target(target)
-    backbone = load_backbone(model, which=which, step=step)
+    backbone = load_backbone(model, which=which, step=step, average=average)
     run = open_run(model) if is_run(model) else None
+    chosen = chosen_checkpoints(Path(model), step, average) if run else []
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -87,8 +91,8 @@ def export(
             outputs, sizes = write_program(backbone, partial / f"model.{format}")
             differences[format] = compare(backbone, outputs, sizes, TOLERANCE[format])
         if with_head:
-            _write_head(Path(model), which or "teacher", step, partial / "head.safetensors")
-        card = model_card(backbone, target.name, run, which or "teacher", step, format, sizes, differences, with_code)
+            _write_head(Path(model), which or "teacher", step, average, partial / "head.safetensors")
+        card = model_card(backbone, target.name, run, which or "teacher", chosen, format, sizes, differences, with_code)
         (partial / "README.md").write_text(card, encoding="utf-8")
         obey_umask(partial)
         _replace(partial, target)
@@ -124,10 +128,10 @@ def _replace(partial: Path, target: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _write_head(model: Path, which: str, step: int | None, path: Path) -> None:
+def _write_head(model: Path, which: str, step: int | str | None, average: int | None, path: Path) -> None:
     if not is_run_or_checkpoint(model):
         raise UserError(f"--with-head needs a run folder or a checkpoint; {model} holds a backbone alone.")
-    save_file(read_weights(find_checkpoint(model, step), f"{which}.heads."), path)
+    save_file(mean_weights(chosen_checkpoints(model, step, average), f"{which}.heads."), path)
 
 
 # --- model card ----------------------------------------------------------------------------------------------------------
@@ -143,7 +147,7 @@ def model_card(
     name: str,
     run: Run | None,
     which: str,
-    step: int | None,
+    checkpoints: list[Path],
     format: str,
     sizes: list[tuple[int, int, int]],
     differences: dict[str, float],
@@ -154,6 +158,7 @@ def model_card(
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_safe)
     template = environment.from_string(files("ssl_locat").joinpath("export/model_card.md").read_text(encoding="utf-8"))
     is_locat = bool(getattr(backbone, "has_gaug", False) or getattr(backbone, "prr", None))
+    kept, steps = read_best(run.path) if run else {}, [step_of(path) for path in checkpoints]
     return template.render(
         name=name,
         architecture=backbone.pretrained_cfg.get("architecture", type(backbone).__name__),
@@ -170,8 +175,18 @@ def model_card(
         any_size=len({size[1:] for size in sizes}) > 1,
         differences=differences,
         run=run,
-        step=step if step is not None else run and run.last["step"],
-        scores={protocol: records[-1] for protocol, records in run.probes.items() if records} if run else {},
-        knn=(run.summary.get("knn") or {}) if run else {},
+        steps=steps,
+        seen=read_marker(checkpoints[-1])["meta"]["samples_seen"] if run else None,
+        best=[f"{choice} ({best.measure} {best.value:.4g})" for choice, best in kept.items() if steps == [best.step]],
+        scores=scores_at(run, steps) if run else {},
+        knn=(run.summary.get("knn") or {}) if run and len(steps) == 1 else {},
         config=to_json(run.config.get("optim", {})) if run else None,
     )
+
+
+def scores_at(run: Run, steps: list[int]) -> dict[str, dict]:
+    """Probe -> its last record up to the exported step, which the card names; of an average nothing was measured during training."""
+    if len(steps) != 1:
+        return {}
+    found = {probe: [record for record in records if record["step"] <= steps[0]] for probe, records in run.probes.items()}
+    return {probe: records[-1] for probe, records in found.items() if records}

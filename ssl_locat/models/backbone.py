@@ -17,7 +17,7 @@ import timm
 import yaml
 from huggingface_hub import hf_hub_download, snapshot_download
 from timm.models.swin_transformer import SwinTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_locat.config.models import check_exists
 from ssl_locat.config.yaml_files import load_yaml
@@ -27,7 +27,9 @@ from ssl_locat.models.foreign import normalisation, read_foreign, read_json, rea
 from ssl_locat.models.layouts import Known, Layout, same
 from ssl_locat.models.registry import MODELS, TWINS
 from ssl_locat.models.weights import FOLDER_FILES, fit, set_initial_grid, windows_of
-from ssl_locat.runs.checkpoint import problem, read_marker, read_weights
+from ssl_locat.runs.best import best_step, parse_step
+from ssl_locat.runs.checkpoint import read_weights
+from ssl_locat.runs.marker import problem, read_marker, step_folders, step_of
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +69,20 @@ def create_backbone(name: str, **options) -> nn.Module:
     return with_input_size(model) if "img_size" in options else model
 
 
-def load_backbone(model: str | Path, which: str | None = None, step: int | None = None) -> nn.Module:
+def load_backbone(
+    model: str | Path, which: str | None = None, step: int | str | None = None, average: int | None = None
+) -> nn.Module:
     """The backbone of MODEL with its weights, in evaluation mode, on the CPU; its mean and std are in `pretrained_cfg`.
 
-    Of a run: which: "teacher" (default) or "student", step: which checkpoint (newest by default). Raises UserError or CheckpointError.
+    Of a run: which: "teacher" (default) or "student"; step: which checkpoint, by its number, "last" (default), "best-dense" or "best-global";
+    average: the uniform mean of so many checkpoints up to that one (`checkpoints_to_average`). Raises UserError or CheckpointError.
     """
     model = str(model)
     check_exists(model)
-    if (which or step is not None) and not is_run_or_checkpoint(model):
-        raise UserError(f"{model} is one network; a teacher or student (which) and a step are chosen of a run folder.")
+    if (which or step is not None or average is not None) and not is_run_or_checkpoint(model):
+        raise UserError(
+            f"{model} is one network; a teacher or student (which), a step and an average are chosen of a run folder."
+        )
     if model.startswith("timm:"):
         backbone = create_from_timm(model.removeprefix("timm:"))
     elif model.startswith("hf-hub:"):
@@ -86,7 +93,7 @@ def load_backbone(model: str | Path, which: str | None = None, step: int | None 
         path, options = split_options(model)
         backbone = create_pretrained(f"local-dir:{folder_of(path)}", **options)
     else:
-        backbone = load_run(Path(model), which or "teacher", step)
+        backbone = load_run(Path(model), which or "teacher", step, average)
     return backbone.eval()
 
 
@@ -254,7 +261,7 @@ def load_foreign(spec: str) -> nn.Module:
     return backbone
 
 
-def load_run(folder: Path, which: str, step: int | None) -> nn.Module:
+def load_run(folder: Path, which: str, step: int | str | None, average: int | None = None) -> nn.Module:
     """From a run folder, or from one of its checkpoints."""
     if which not in ("teacher", "student"):
         raise UserError(f"which is {which!r}; a run has a teacher and a student")
@@ -263,15 +270,15 @@ def load_run(folder: Path, which: str, step: int | None) -> nn.Module:
         raise UserError(
             f"{folder} is neither a run folder (no config.yaml), nor an export (no config.json), nor a checkpoint of a run"
         )
-    checkpoint = find_checkpoint(folder, step)
+    checkpoints = chosen_checkpoints(folder, step, average)
     config = load_yaml(str(run / "config.yaml")).data
     settings = config["backbone"]
     options = {key: value for key, value in settings.items() if key not in NOT_FOR_THE_CONSTRUCTOR}
     backbone = create_backbone(settings["name"], **{"img_size": config["crops"]["global_size"], **options})
     crops = config["crops"]
     backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": tuple(crops["mean"]), "std": tuple(crops["std"])}
-    backbone.load_state_dict(read_weights(checkpoint, f"{which}.backbone."))
-    restore_grid(backbone, checkpoint)
+    backbone.load_state_dict(mean_weights(checkpoints, f"{which}.backbone."))
+    restore_grid(backbone, checkpoints[-1])
     return backbone
 
 
@@ -282,17 +289,66 @@ def restore_grid(backbone: nn.Module, checkpoint: Path) -> None:
         set_initial_grid(backbone, tuple(grid))
 
 
-def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The newest whole checkpoint of a run, or that of `step`; of a checkpoint, itself."""
+def chosen_checkpoints(folder: Path, step: int | str | None = None, average: int | None = None) -> list[Path]:
+    """The checkpoint that `step` means, or those to average up to it, by step."""
+    return [find_checkpoint(folder, step)] if average is None else checkpoints_to_average(folder, average, step)
+
+
+def find_checkpoint(run: Path, step: int | str | None) -> Path:
+    """The newest whole checkpoint of a run (None, "last"), that of a step, or the one kept as "best-dense" or "best-global"; of a
+    checkpoint, itself."""
     if (run / "checkpoint.json").is_file():
         if step is not None:
             raise UserError(f"{run} is one checkpoint; give its run folder to choose by step.")
         return run
-    folders = sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
-    for path in reversed(folders) if step is None else [path for path in folders if path.name == f"step_{step:08d}"]:
+    if isinstance(step, str):
+        step = parse_step(step)
+    if isinstance(step, str):
+        step = None if step == "last" else best_step(run, step.removeprefix("best-"))
+    folders = step_folders(run / "checkpoints")
+    for path in reversed(folders) if step is None else [path for path in folders if step_of(path) == step]:
         if not (wrong := problem(path, contents=True)):
             return path
         log.warning("%s is passed over: %s", path, wrong)
-    found = ", ".join(str(int(path.name[5:])) for path in folders) or "none"
+    found = ", ".join(str(step_of(path)) for path in folders) or "none"
     wanted = "no whole checkpoint yet" if step is None else f"no whole checkpoint of step {step}"
     raise CheckpointError(f"{run} holds {wanted}; steps found: {found}. `ssl-locat doctor {run}` says how far the run came.")
+
+
+def checkpoints_to_average(run: Path, count: int, step: int | str | None = None) -> list[Path]:
+    """The last `count` milestones of a run (`checkpoint.milestone_every_steps`), or without such its last checkpoints, up to `step`; by step.
+
+    What lies evenly on the run's line: a checkpoint that is kept as the best one of long ago is none of them. Raises UserError or
+    CheckpointError where there are not so many, or one is damaged: an average of fewer would not be what was asked for.
+    """
+    if (run / "checkpoint.json").is_file():
+        raise UserError(f"{run} is one checkpoint; give its run folder to average several.")
+    if count < 2:
+        raise UserError(f"average is {count}; expected 2 or more checkpoints.")
+    last = step_of(find_checkpoint(run, step))
+    settings = load_yaml(str(run / "config.yaml")).data.get("checkpoint") or {}
+    every, keep = settings.get("milestone_every_steps"), settings.get("keep_last", 3)
+    folders = step_folders(run / "checkpoints")
+    line = [path for path in folders if step_of(path) % every == 0] if every else folders[-keep:]
+    line = [path for path in line if step_of(path) <= last]
+    if len(line) < count:
+        there = ", ".join(str(step_of(path)) for path in line) or "none"
+        raise CheckpointError(
+            f"{run} holds {len(line)} {'milestones' if every else 'checkpoints'} to average up to step {last} (of steps {there}), not {count}. "
+            + ("" if every else "A run keeps more with checkpoint.milestone_every_steps.")
+        )
+    return line[-count:]
+
+
+def mean_weights(checkpoints: list[Path], prefix: str) -> dict[str, Tensor]:
+    """Tensors of the checkpoints under `prefix`, averaged uniformly, one checkpoint in memory at a time; what is no float is the last one's."""
+    *others, last = checkpoints
+    weights = read_weights(last, prefix)
+    if not others:
+        return weights
+    sums = {name: tensor.double() for name, tensor in weights.items() if tensor.is_floating_point()}
+    for path in others:
+        for name, tensor in read_weights(path, prefix).items():
+            if name in sums:
+                sums[name] += tensor
+    return weights | {name: (total / len(checkpoints)).to(weights[name].dtype) for name, total in sums.items()}

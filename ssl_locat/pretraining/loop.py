@@ -43,7 +43,7 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
     """
     run = set_up(config, resume, allow)
     config, length, optim = run.config, run.length, run.config.optim
-    if run.step >= length.total_steps and (summary := read_summary(run.folder)):
+    if run.finished and (summary := read_summary(run.folder)):
         return finished_before(run, summary)
     run.open_data()
     model, losses, student, optimizer, scaler = run.model, run.losses, run.student, run.optimizer, run.scaler
@@ -54,10 +54,10 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
         progress("pretraining", length.total_steps, "steps", start=run.step) as bar,
     ):
         monitor = Monitor(run, bar)
-        if run.step == 0:
+        if run.probes.owed(run.step):
             with monitor.paused(run.probes.period):
                 run.probe()
-        while run.step < length.total_steps:
+        while not run.finished:
             # all that is random or scheduled is a function of (seed, step, rank): the same again after a resume
             torch.manual_seed(mix64(config.seed, run.step, rank()))  # stochastic depth
             rate, epoch_samples = run.rates(), length.steps_per_epoch * optim.global_batch_size
@@ -94,7 +94,7 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
 
             monitor.log(metrics, rate, positions, teacher_tokens)
             stopped, done = stop.agreed(run.checkpointer.wish()), run.step == length.total_steps
-            if stopped or done or stop.wish or run.step % config.checkpoint.every_steps == 0:
+            if stopped or done or stop.wish or run.saves_at(run.step):
                 with monitor.paused(config.checkpoint.every_steps):
                     run.save(block=stopped or done or stop.wish == SAVE_OR_END)
             if stopped:
@@ -102,10 +102,13 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
             if run.probes.due(run.step) and not done:  # the last one waits for export and summary
                 with monitor.paused(run.probes.period):
                     run.probe()
+                if run.finished:  # by its rule: what ends here is whole and on disk
+                    monitor.look_for_nan()
+                    run.save(block=True)
 
     with run.ending():
         run.close()
-        if run.step < length.total_steps:
+        if not run.finished:
             stop_early(run, stop.reason)  # raises Preempted
         return finish(run)
 

@@ -58,8 +58,7 @@ class Monitor:
         self.own_losses.append((run.step, metrics["loss"], positions))
         written = run.metrics_log.add(run.step, run.samples_seen, **mean_over_ranks(metrics, run.device), **rate._asdict())
         if len(self.own_losses) == config.log.every_steps or run.step == run.length.total_steps:
-            stop_at_nan(self.own_losses, run)
-            self.own_losses.clear()
+            self.look_for_nan()
         if written:
             self.speed.restart()
         for record in written:
@@ -68,6 +67,12 @@ class Monitor:
                 run.events.add("warning", step=record["step"], name=warning.kind, message=warning.message, advice=warning.advice)
         shown = {"loss": written[-1]["loss"], "images/s": round(written[-1]["images_per_second"])} if written else {}
         self.bar.update(1, **shown)
+
+    def look_for_nan(self) -> None:
+        """Raises Diverged if a loss since the last look was not finite; at the end of a run, too, whatever its period."""
+        if self.own_losses:
+            stop_at_nan(self.own_losses, self.run)
+            self.own_losses.clear()
 
 
 class Speed:

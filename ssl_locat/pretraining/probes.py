@@ -48,18 +48,30 @@ class Probes:
     def due(self, step: int) -> bool:
         return step % self.period == 0 or step == self.total_steps
 
+    def owed(self, step: int) -> bool:
+        """Whether a run that begins at this step has to measure it first: at its start, and where it was stopped before its probe."""
+        return self.due(step) and step < self.total_steps and self.missing(step)
+
     def missing(self, step: int) -> bool:
         """Whether a probe has no result at this step."""
-        return any(step not in [record["step"] for record in records] for records in self.results.values())
+        return any(not self._measured(name, step) for name in self.results)
+
+    def _measured(self, name: str, step: int) -> bool:
+        return any(record["step"] == step for record in self.results[name])
 
     def forget_after(self, step: int) -> None:
-        """After a resume: what lies ahead of the checkpoint will be measured again."""
+        """After a resume: what lies ahead of the checkpoint will be measured again. Rank 0 read the files for all."""
         for name in self.results:
-            kept = [record for record in read_jsonl(self.folder / f"{name}.jsonl") if record["step"] <= step]
-            self.results[name] = kept
+            kept = (
+                [record for record in read_jsonl(self.folder / f"{name}.jsonl") if record["step"] <= step] if is_main() else None
+            )
+            self.results[name] = broadcast_object(kept)
 
     def run(self, step: int) -> None:
+        """Measure what is missing at this step: a kill may have come between two probes."""
         for name, options in self.config.probes.options.items():
+            if self._measured(name, step):
+                continue
             began = time.monotonic()
             scores = probe(self.backbone, name, options or {}, self.data[name])
             self.results[name].append({"step": step, **scores})

@@ -18,6 +18,7 @@ from ssl_locat.data.stream.prefetch import prefetch
 from ssl_locat.data.stream.stream import TrainStream
 from ssl_locat.errors import Outage, disk_error_message
 from ssl_locat.optim.optim import build_optimizer
+from ssl_locat.pretraining.choices import Choices
 from ssl_locat.pretraining.origin import find_origin, launcher, may_be_missing
 from ssl_locat.pretraining.parts import Prepare, Rates, build_model, check, describe, distribute, rates, saved_modules
 from ssl_locat.pretraining.probes import Probes
@@ -124,6 +125,16 @@ class Run:
             batch, memory = config.optim.global_batch_size, round(config.data.read_memory_gb * 2**30)
             self.plan = choose_plan(self.datasets, self.weights, config.seed, batch, memory)
         self.resumed_at = self.samples_seen
+        length = self.length
+        self.probes = Probes(config, self.evaluated, length.steps_per_epoch, length.total_steps, self.events)
+        self.probes.forget_after(self.step if self.start_from else -1)
+        self.choices = Choices(config, self.checkpointer, self.events)
+        self.choices.decide(self.probes.results)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left: the last one is done, or `stop_when` has seen enough."""
+        return self.step >= self.length.total_steps or bool(self.choices.enough)
 
     def rates(self) -> Rates:
         """Of the step that comes next."""
@@ -179,15 +190,19 @@ class Run:
             trackers=tuple(config.log.trackers),
             config=config.model_dump(mode="json"),
         )
-        length = self.length
-        self.probes = Probes(config, self.evaluated, length.steps_per_epoch, length.total_steps, self.events)
-        self.probes.forget_after(self.step)
 
     def probe(self) -> None:
-        """Evaluate the teacher's backbone at this step."""
+        """Evaluate the teacher's backbone at this step, and decide by it. Its checkpoint is saved before, so that a run that is killed
+        here resumes from it and measures the same."""
         if self.evaluated is not self.model.teacher.backbone:
             distributed.copy_whole(self.model.teacher.backbone, self.evaluated)
         self.probes.run(self.step)
+        self.choices.require_measured(self.probes.results)
+        self.choices.decide(self.probes.results)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due: by its period, or because what a probe measures then may be the best."""
+        return step % self.config.checkpoint.every_steps == 0 or (self.choices.wanted and self.probes.due(step))
 
     def save(self, block: bool) -> None:
         """A checkpoint of this step; `block`: return when it is on disk on all ranks."""

@@ -17,7 +17,8 @@ from ssl_locat.pretraining.parts import build_model, check, describe
 from ssl_locat.pretraining.probes import counted
 from ssl_locat.pretraining.setup import Run
 from ssl_locat.runs import distributed
-from ssl_locat.runs.distributed import is_main, world_size
+from ssl_locat.runs.best import read_best
+from ssl_locat.runs.distributed import broadcast_object, is_main, world_size
 from ssl_locat.runs.folder import write_atomically
 from ssl_locat.runs.log import next_steps, say
 from ssl_locat.text.shown import redacted, to_json
@@ -39,6 +40,9 @@ def finish(run: Run) -> dict[str, Any]:
 
     In this order: a finished run always has its export, and neither waits for anything optional.
     """
+    if run.choices.enough and run.step < run.length.total_steps:
+        run.events.add("stop", step=run.step, message=run.choices.enough)
+        log.info("ends at step %d of %d: %s", run.step, run.length.total_steps, run.choices.enough)
     run.events.add("finish", step=run.step)
     if run.config.export and is_main():
         export(str(run.folder), str(run.folder / "export"))
@@ -64,19 +68,36 @@ def write_summary(run: Run, before: dict[str, Any] | None = None) -> dict[str, A
         "knn": run.probes.knn(),
         "quarantined": int(distributed.all_reduce_sum_(torch.tensor(run.stream.quarantined, device=run.device))),
         "restarts": run.restarts,
+        **decisions(run),
     }
     if is_main():
         write_atomically(run.folder / "summary.json", to_json(summary, indent=1))
     return summary
 
 
+def decisions(run: Run) -> dict[str, Any]:
+    """What `keep_best` kept and why `stop_when` ended the run, in the summary of a run that was asked to."""
+    kept = (
+        broadcast_object({choice: best._asdict() for choice, best in read_best(run.folder).items()})
+        if run.choices.measures
+        else None
+    )
+    why = run.choices.enough if run.step < run.length.total_steps else ""
+    return ({} if kept is None else {"best": kept}) | ({"stopped": why} if why else {})
+
+
 def finished_before(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a run that is started again at its end; an export that is not there is made."""
+    """The summary of a run that is started again at its end; an export that is not there is made, and a last probe that was cut off."""
     if run.config.export and is_main() and not (run.folder / "export" / "config.json").is_file():
         log.info("%s finished before; only its export is missing", run.folder)
         export(str(run.folder), str(run.folder / "export"))
     else:
         log.info("%s finished before; nothing is left to do", run.folder)
+    if run.probes.missing(run.step):
+        run.probe()
+        summary = {**summary, "knn": run.probes.knn(), **decisions(run)}
+        if is_main():
+            write_atomically(run.folder / "summary.json", to_json(summary, indent=1))
     distributed.barrier()
     if run.claim:
         run.claim.close()

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,6 +78,7 @@ class Checkpointer:
     def __init__(self, run_dir: str | Path, keep_last: int = 3, milestone_every: int | None = None, asynchronous: bool = True):
         self.run_dir, self.folder = Path(run_dir), Path(run_dir) / "checkpoints"
         self.keep_last, self.milestone_every, self.asynchronous = keep_last, milestone_every, asynchronous
+        self.kept: frozenset[int] = frozenset()  # steps that stay for another reason: the best ones
         self.last_step: int | None = None  # newest step of this run's own line: loaded or saved by this object
         self.failures = 0  # saves in a row that failed
         self.failing_since: float | None = None  # time.monotonic() of the first of them
@@ -323,11 +324,28 @@ class Checkpointer:
         partial.rename(self.folder / f"step_{step:08d}")
         flush_folder(self.folder)
         self.last_step = step
+        self._rotate()
+
+    def keep(self, steps: Iterable[int]) -> None:
+        """From here on the checkpoints of these steps stay, however old; those kept before go, unless they stay for another reason."""
+        if (steps := frozenset(steps)) == self.kept:
+            return
+        self.wait()  # the thread that writes reads them, too
+        self.kept = steps
+        if distributed.is_main():
+            self._rotate()
+
+    def whole_steps(self) -> set[int]:
+        """Steps whose checkpoints are whole by names, sizes and headers. For rank 0."""
+        return {step_of(path) for path in step_folders(self.folder) if not problem(path)}
+
+    def _rotate(self) -> None:
+        """Rank 0: the older checkpoints go, but for milestones and those that are kept."""
         for path in step_folders(self.folder)[: -self.keep_last]:
-            if not self.milestone_every or step_of(path) % self.milestone_every:
-                shutil.rmtree(
-                    path.rename(self.folder / f".{path.name}.partial")
-                )  # cut off half-way, it is a leftover, no damaged one
+            milestone = self.milestone_every and step_of(path) % self.milestone_every == 0
+            if not milestone and step_of(path) not in self.kept:
+                # renamed first: cut off half-way, it is a leftover, no damaged one
+                shutil.rmtree(path.rename(self.folder / f".{path.name}.partial"))
 
 
 class _HashedFiles(FileSystem):

@@ -48,7 +48,7 @@ MAY_CHANGE += (
     "optim.accumulate_steps",
     "crops.mode",
 )
-MAY_CHANGE += ("checkpoint", "probes", "log", "stop_on", "export", "sweep")
+MAY_CHANGE += ("checkpoint", "probes", "log", "stop_on", "stop_when", "export", "sweep")
 
 
 class Difference(NamedTuple):

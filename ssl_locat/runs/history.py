@@ -149,6 +149,8 @@ def explain(run: Run) -> tuple[list[str], list[str]]:
         if event["kind"] in ("branch", "change"):
             begin = f"Branched from {event['parent']}" if "parent" in event else "Settings were changed on purpose"
             facts.append(f"{begin} at step {event['step']}: {'; '.join(event['changes']) or 'with the same settings'}.")
+    if stopped := run.summary.get("stopped"):
+        facts.append(f"Ended before its last step by stop_when: {stopped}.")
     advice.append(words[run.status][1])
     knn = run.summary.get("knn") or {}
     if knn.get("trained") is not None:

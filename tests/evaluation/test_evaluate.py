@@ -117,7 +117,8 @@ def test_every_option_of_every_protocol_is_checked():
 
 @pytest.mark.parametrize("choice", ["step=abc", "step=-1", "which=both"])
 def test_a_network_that_no_run_has_is_refused_before_anything_is_loaded(choice):
-    with pytest.raises(ConfigError, match=f"'{choice}': expected which=teacher"):
+    words = {"which": "expected which=teacher or which=student", "step": "expected the number of a step, last, best-dense"}
+    with pytest.raises(UserError, match=words[choice.partition("=")[0]]):
         program.run("knn", "timm:vit_tiny", [choice, "data.train=a", "data.test=b"])
 
 
