@@ -189,11 +189,11 @@ class Optim(Section):
     accumulate_steps: int = Field(default=1, gt=0, description="micro-batches per optimiser step")
     # the linear scaling rule (Goyal et al., arXiv:1706.02677): lr * global_batch_size / 256
     lr: float = Field(default=5e-4, gt=0, description="at a global batch of 256; scaled linearly")
-    min_lr: float = Field(default=1e-6, ge=0, description="at the end of the schedule; not scaled")
+    min_lr: float = Field(default=1e-6, ge=0, description="at the end of a cosine; not scaled")
     warmup_epochs: float = Field(default=10, ge=0)
     warmup_start_lr: float = Field(default=0, ge=0, description="at the first step of the warm-up; not scaled")
     weight_decay: tuple[AtLeast0, AtLeast0] = Field(
-        default=(0.04, 0.4), description="start and end of a cosine; none on biases and norms"
+        default=(0.04, 0.4), description="start and end of the schedule; none on biases and norms"
     )
     layer_decay: float = Field(
         default=1.0,
@@ -202,11 +202,17 @@ class Optim(Section):
         description="factor on the lr from each block to the one before it; below 1 early blocks move less",
     )
     patch_embed_lr: float = Field(default=1.0, ge=0, description="factor on the lr of the patch embedding, besides")
-    schedule: Literal["cosine", "constant_cooldown", "restart", "decay"] = Field(
+    schedule: Literal["cosine", "wsd", "constant_cooldown", "restart", "decay"] = Field(
         default="cosine",
-        description="of lr, weight decay and teacher momentum: a cosine over the whole run; constant_cooldown: so, but the lr is constant, then linear to "
-        "min_lr over the last fifth; for a run that branches off a checkpoint, restart: "
-        "a cosine with warm-up over what is left; decay: the lr straight to 0 over what is left, the others as they were",
+        description="of lr, weight decay and teacher momentum: a cosine over the whole run; wsd (warm-up, stable, decay): constant but for the last "
+        "decay_epochs, in which the lr goes straight to 0 and the others to their ends; constant_cooldown: cosines, but the lr is constant, then "
+        "linear to min_lr over the last fifth; for a run that branches off a checkpoint, restart: cosines with warm-up over what is left; decay: "
+        "wsd's decay over what is left",
+    )
+    decay_epochs: float | None = Field(
+        default=None,
+        ge=0,
+        description="length of wsd's decay; 0: none, for a long run whose decays are branches; default: a fifth of the run",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip_grad: float = Field(default=3.0, ge=0, description="largest gradient norm; 0: no clipping")
@@ -227,7 +233,7 @@ class Optim(Section):
 
 class Teacher(Section):
     # 1.0 at the end: the exported teacher no longer moves with the noise of single batches
-    momentum: tuple[Share, Share] = Field(default=(0.996, 1.0), description="start and end of a cosine")
+    momentum: tuple[Share, Share] = Field(default=(0.996, 1.0), description="start and end of the schedule")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None, description="of its forward pass; default: the student's"
     )

@@ -57,6 +57,7 @@ class Progress(NamedTuple):
     step: int  # optimiser steps done
     epoch: float  # steps over steps per epoch; an epoch is as many whole batches as its samples fill, as in DINO
     total_epochs: float
+    decayed: float = 0.0  # 0 to 1: how much of the decay (optim.schedule wsd, decay) lies behind; 0 where there is none
 
 
 def build(objectives: list[Objective]) -> nn.ModuleDict:

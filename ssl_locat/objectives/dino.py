@@ -36,7 +36,7 @@ class DINO(PrototypeObjective):
     def __init__(
         self,
         batch_norm: bool = False,
-        teacher_temp: tuple[float, float] = (0.04, 0.04),
+        teacher_temp: tuple[float, ...] = (0.04, 0.04),
         teacher_temp_warmup_epochs: int = 0,
         **prototypes: Any,
     ):

@@ -67,7 +67,7 @@ class IBOT(PrototypeObjective):
         mask_shape: Literal["block", "random"] = "block",
         mask_probability: float = 0.5,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
-        teacher_temp: tuple[float, float] = (0.04, 0.07),
+        teacher_temp: tuple[float, ...] = (0.04, 0.07),
         teacher_temp_warmup_epochs: int = 30,
         **prototypes: Any,
     ):

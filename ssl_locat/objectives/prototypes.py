@@ -4,9 +4,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ssl_locat.errors import UserError
 from ssl_locat.objectives import Progress
 from ssl_locat.objectives.targets import check_targets
-from ssl_locat.optim.schedules import stepwise
+from ssl_locat.optim.schedules import stepwise, straight
 
 
 class PrototypeObjective(nn.Module):
@@ -16,7 +17,8 @@ class PrototypeObjective(nn.Module):
         num_prototypes: K, outputs of the head.
         hidden_dim, bottleneck_dim, num_layers, norm_last_layer: of the head (heads.DINOHead).
         student_temp: temperature of the student's softmax.
-        teacher_temp: [at the start, after the warm-up]; the warm-up is linear from epoch to epoch.
+        teacher_temp: [at the start, after the warm-up]; the warm-up is linear from epoch to epoch. A third one is reached at the end of the decay
+            of optim.schedule wsd or decay; without it the second stays.
         teacher_temp_warmup_epochs: whole epochs.
         center_momentum: of the running mean of teacher scores that is taken off them.
         frozen_last_layer_epochs: prototypes do not move in these first epochs: ones that move too early collapse the targets.
@@ -29,7 +31,7 @@ class PrototypeObjective(nn.Module):
         self,
         name: str,
         *,
-        teacher_temp: tuple[float, float],
+        teacher_temp: tuple[float, ...],
         teacher_temp_warmup_epochs: int,
         num_prototypes: int = 65536,
         hidden_dim: int = 2048,
@@ -53,8 +55,12 @@ class PrototypeObjective(nn.Module):
         }
         self.num_prototypes = num_prototypes
         self.student_temp = student_temp
-        start, end = teacher_temp  # a list, where it comes from a YAML
-        self.teacher_temp = (start, end)
+        if len(teacher_temp) not in (2, 3):
+            raise UserError(
+                f"{name}: teacher_temp is {list(teacher_temp)}; expected [start, after the warm-up], and a third at the end of a decay."
+            )
+        self.teacher_temp = (teacher_temp[0], teacher_temp[1])  # a list, where it comes from a YAML
+        self.decayed_temp = teacher_temp[2] if len(teacher_temp) == 3 else None
         self.teacher_temp_warmup_epochs = teacher_temp_warmup_epochs
         self.center_momentum = center_momentum
         self.frozen_last_layer_epochs = frozen_last_layer_epochs
@@ -63,8 +69,9 @@ class PrototypeObjective(nn.Module):
         self.min_images = min_images if targets == "sinkhorn" else 1
 
     def temperature(self, progress: Progress) -> float:
-        """The teacher's, which sharpens its targets: it rises by whole epochs, as in the reference."""
-        return stepwise(int(progress.epoch), *self.teacher_temp, self.teacher_temp_warmup_epochs)
+        """The teacher's, which sharpens its targets: it rises by whole epochs, as in the reference, and stays, but for a decay."""
+        stable = stepwise(int(progress.epoch), *self.teacher_temp, self.teacher_temp_warmup_epochs)
+        return stable if self.decayed_temp is None else straight(progress.decayed, stable, self.decayed_temp)
 
     def freezes_prototypes(self, progress: Progress) -> bool:
         """Whether the last layer must not move at this point of the run."""

@@ -41,6 +41,16 @@ def constant_cooldown(
     return end + (start - end) * (total - min(iteration, total)) / (share * total)
 
 
+def straight(done: float, start: float, end: float) -> float:
+    """From `start` to `end` in a straight line; done: 0 to 1."""
+    return start + (end - start) * done
+
+
+def decayed(iteration: float, total: float, decay: float) -> float:
+    """How much of a decay over the last `decay` iterations lies behind: 0 before it and at its first iteration, 1 at `total`, which none has."""
+    return min(1.0, max(0.0, iteration - (total - decay)) / decay) if decay > 0 else 0.0
+
+
 LEARNING_RATES = {"cosine": cosine, "constant_cooldown": constant_cooldown}  # optim.schedule -> function
 
 

@@ -60,8 +60,7 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
         while not run.finished:
             # all that is random or scheduled is a function of (seed, step, rank): the same again after a resume
             torch.manual_seed(mix64(config.seed, run.step, rank()))  # stochastic depth
-            rate, epoch_samples = run.rates(), length.steps_per_epoch * optim.global_batch_size
-            at = Progress(run.step, run.samples_seen / epoch_samples, length.total_samples / epoch_samples)
+            rate, at = run.rates(), run.progress()
             set_hyperparameters(optimizer, rate.lr, rate.weight_decay)
             metrics, positions = {}, []
             torch.compiler.cudagraph_mark_step_begin()  # graphs may write over the last step's tensors; gradients of micro-batches stay

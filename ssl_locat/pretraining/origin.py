@@ -60,7 +60,7 @@ def find_origin(
         if config.optim.schedule in ("restart", "decay"):
             raise ConfigError(
                 f"optim.schedule={config.optim.schedule} begins at a checkpoint: give one with --resume PATH --allow optim.schedule; a run "
-                "from nothing takes cosine."
+                "from nothing takes cosine or wsd."
             )
         return Origin(config)
     marker, saved = read_marker(path)["meta"], saved_config(path)

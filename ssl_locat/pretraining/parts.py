@@ -23,7 +23,7 @@ from ssl_locat.evaluation.probe_options import check_probes
 from ssl_locat.models.attach import LocAtModel
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
 from ssl_locat.objectives import Progress
-from ssl_locat.optim.schedules import LEARNING_RATES, cosine
+from ssl_locat.optim.schedules import LEARNING_RATES, cosine, decayed, straight, warmed_up
 from ssl_locat.pretraining.probes import check_probe_data
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 from ssl_locat.runs import distributed
@@ -31,6 +31,8 @@ from ssl_locat.runs.distributed import is_main, world_size
 from ssl_locat.seeds import mix64
 
 log = logging.getLogger(__name__)
+
+WSD_DECAY = 0.2  # of the run, where `decay_epochs` is not given: as LocAtViT's cooldown
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,21 +114,45 @@ def run_length(config: Config, datasets: list[Dataset]) -> Length:
             f"step. Give at least {1 / steps_per_epoch:.2g}, or optim.total_steps."
         )
     total_steps = config.optim.total_steps or max(1, round(config.optim.epochs * steps_per_epoch))
-    return Length(epoch_samples, steps_per_epoch, total_steps, total_steps * batch)
+    length = Length(epoch_samples, steps_per_epoch, total_steps, total_steps * batch)
+    if (decay := decay_steps(config, length)) > total_steps:
+        raise ConfigError(
+            f"optim.decay_epochs is {config.optim.decay_epochs:g}, {decay:g} steps: longer than the run, which has {total_steps:,}. Give at most "
+            f"{total_steps / steps_per_epoch:g}."
+        )
+    return length
 
 
 def rates(config: Config, length: Length, samples_seen: int, since: Since | None = None) -> Rates:
     """Learning rate, weight decay and teacher momentum at this point, functions of the samples seen.
 
-    `cosine`: DINO's schedules over the whole run; `constant_cooldown`: so, but for the lr (optim/schedules.py). `restart`: the same ones, warm-up included, from `since` to the end. `decay`: the lr goes from
-    what it was at `since` straight to 0, which the step after the last would have (arXiv:2502.15938); the others stay as they were.
+    `cosine`: DINO's schedules over the whole run; `constant_cooldown`: so, but for the lr (optim/schedules.py). `restart`: the same ones,
+    warm-up included, from `since` to the end. `wsd` (warm-up-stable-decay, arXiv:2404.06395): warm-up of the lr, then all three stay at
+    their first values, and over the last `decay_epochs` go straight to their ends, the lr to 0 (arXiv:2502.15938); nothing before the decay
+    depends on the length of the run. `decay`: the same decay from `since` to the end, from whatever values the run had there. The step
+    after the last would have the ends.
     """
     optim, batch = config.optim, config.optim.global_batch_size
-    begin = since.samples_seen if since and optim.schedule not in LEARNING_RATES else 0
+    begin = since.samples_seen if since and optim.schedule in ("restart", "decay") else 0
     iteration, total = (samples_seen - begin) / batch, (length.total_samples - begin) / batch
-    if optim.schedule == "decay":
-        return Rates(since.lr * max(0.0, 1 - iteration / max(total, 1e-12)), since.weight_decay, since.momentum)
     warmup = optim.warmup_epochs * length.steps_per_epoch
+    if optim.schedule in ("wsd", "decay"):
+        before = since if optim.schedule == "decay" else None
+        lr, weight_decay, momentum = (
+            before[1:]
+            if before
+            else (
+                warmed_up(iteration, warmup, optim.warmup_start_lr, optim.lr * batch / 256),
+                optim.weight_decay[0],
+                config.teacher.momentum[0],
+            )
+        )
+        done = decay_done(config, length, samples_seen, since)
+        return Rates(
+            straight(done, lr, 0.0),
+            straight(done, weight_decay, optim.weight_decay[1]),
+            straight(done, momentum, config.teacher.momentum[1]),
+        )
     return Rates(
         LEARNING_RATES.get(optim.schedule, cosine)(
             iteration, total, optim.lr * batch / 256, optim.min_lr, warmup, optim.warmup_start_lr
@@ -134,6 +160,24 @@ def rates(config: Config, length: Length, samples_seen: int, since: Since | None
         cosine(iteration, total, *optim.weight_decay),
         cosine(iteration, total, *config.teacher.momentum),
     )
+
+
+def decay_done(config: Config, length: Length, samples_seen: int, since: Since | None = None) -> float:
+    """0 to 1: how much of the decay of `wsd` or `decay` lies behind; 0 with the other schedules, which have none."""
+    batch, total = config.optim.global_batch_size, length.total_samples
+    return decayed(samples_seen / batch, total / batch, decay_steps(config, length, since))
+
+
+def decay_steps(config: Config, length: Length, since: Since | None = None) -> float:
+    """How many steps at the run's end are its decay; 0 with the schedules that have none."""
+    optim, batch = config.optim, config.optim.global_batch_size
+    if optim.schedule == "decay" and since:
+        return (length.total_samples - since.samples_seen) / batch
+    if optim.schedule != "wsd":
+        return 0.0
+    if optim.decay_epochs is None:
+        return WSD_DECAY * length.total_samples / batch
+    return optim.decay_epochs * length.steps_per_epoch
 
 
 def make_backbone(config: Config) -> nn.Module:

@@ -17,10 +17,22 @@ from ssl_locat.data.stream.plan import choose_plan
 from ssl_locat.data.stream.prefetch import prefetch
 from ssl_locat.data.stream.stream import TrainStream
 from ssl_locat.errors import Outage, disk_error_message
+from ssl_locat.objectives import Progress
 from ssl_locat.optim.optim import build_optimizer
 from ssl_locat.pretraining.choices import Choices
 from ssl_locat.pretraining.origin import find_origin, launcher, may_be_missing
-from ssl_locat.pretraining.parts import Prepare, Rates, build_model, check, describe, distribute, rates, saved_modules
+from ssl_locat.pretraining.parts import (
+    Prepare,
+    Rates,
+    build_model,
+    check,
+    decay_done,
+    decay_steps,
+    describe,
+    distribute,
+    rates,
+    saved_modules,
+)
 from ssl_locat.pretraining.probes import Probes
 from ssl_locat.pretraining.step_times import decide_crops, with_crop_mode
 from ssl_locat.runs import distributed
@@ -140,6 +152,18 @@ class Run:
         """Of the step that comes next."""
         return rates(self.config, self.length, self.samples_seen, self.origin.since)
 
+    def _decay_from(self) -> int | None:
+        """The step at which the decay begins, for the report; None for a run without."""
+        length = decay_steps(self.config, self.length, self.origin.since)
+        left = (self.length.total_samples - self.samples_seen) / self.config.optim.global_batch_size
+        return round(self.step + left - length) if length else None
+
+    def progress(self) -> Progress:
+        """Where the objectives stand at the step that comes next."""
+        epoch_samples = self.length.steps_per_epoch * self.config.optim.global_batch_size
+        done = decay_done(self.config, self.length, self.samples_seen, self.origin.since)
+        return Progress(self.step, self.samples_seen / epoch_samples, self.length.total_samples / epoch_samples, done)
+
     def open_data(self) -> None:
         """The stream from where the run stands, and what watches the steps: metrics and probes."""
         config, origin = self.config, self.origin
@@ -150,6 +174,8 @@ class Run:
             start,
             step=self.step,
             total_steps=self.length.total_steps,
+            steps_per_epoch=self.length.steps_per_epoch,
+            decay_from=self._decay_from(),
             world_size=world_size(),
             checkpoint=str(self.start_from or ""),
             launcher=launcher(),

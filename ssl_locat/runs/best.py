@@ -227,6 +227,14 @@ def better_than_last(records: list[dict[str, Any]], measure: Measure) -> tuple[B
     return (best, last) if best and last and len(records) > 1 else None
 
 
+def probes_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """name -> options of the probes that a run's config, as plain values, has on."""
+    found = config.get("probes") or {}
+    return {
+        name: options for name, options in found.items() if options is not None and name not in ("every_epochs", "every_steps")
+    }
+
+
 def _protocol(name: str, options: Any) -> str:
     """The protocol of a probe: its own option, or its name."""
     return str((options or {}).get("protocol", name)) if isinstance(options, Mapping) or options is None else name

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_locat.config.yaml_files import load_yaml
-from ssl_locat.errors import UserError
+from ssl_locat.errors import ConfigError, UserError
+from ssl_locat.runs.best import NOISE, SERVES, Best, Measure, better_than_last, measure_of, probes_of, read_best
 from ssl_locat.runs.log import duration, read_jsonl
 
 # kind of the last telling event -> what became of the run
@@ -152,6 +153,9 @@ def explain(run: Run) -> tuple[list[str], list[str]]:
     if stopped := run.summary.get("stopped"):
         facts.append(f"Ended before its last step by stop_when: {stopped}.")
     advice.append(words[run.status][1])
+    for fact, what_to_do in _better_backbones(run):
+        facts.append(fact)
+        advice.append(what_to_do)
     knn = run.summary.get("knn") or {}
     if knn.get("trained") is not None:
         others = {"before training": knn.get("init"), "raw pixels": knn.get("raw_pixels")}
@@ -176,3 +180,43 @@ def explain(run: Run) -> tuple[list[str], list[str]]:
             facts.append(str(event.get("message", "")))
             advice.append(str(event.get("advice", "")))
     return [fact for fact in dict.fromkeys(facts) if fact], [sentence for sentence in dict.fromkeys(advice) if sentence]
+
+
+def _better_backbones(run: Run) -> list[tuple[str, str]]:
+    """Whether an earlier checkpoint serves better than the last one, by what the run's probes measured: (fact, what to do or '')."""
+    probes = probes_of(run.config)
+    named = (run.config.get("checkpoint") or {}).get("keep_best") or {}
+    found = []
+    for choice, serves in SERVES.items():
+        try:
+            measure = measure_of(choice, probes, named.get(choice))
+        except ConfigError:  # nothing measures it
+            continue
+        pair = better_than_last(run.probes.get(measure.probe, []), measure)
+        if pair and run.status != "running":
+            found.append(_compared(run, choice, serves, measure, *pair))
+    return found
+
+
+def _compared(run: Run, choice: str, serves: str, measure: Measure, best: Best, last: Best) -> tuple[str, str]:
+    at, noise = _epoch(run, best.step), NOISE.get(measure.metric, 0.0)
+    values = f"{measure} {best.value:.4g} against {last.value:.4g} at the last step"
+    if best.step == last.step:
+        return f"The last step is the best backbone for {serves} ({measure} {last.value:.4g}).", ""
+    if abs(best.value - last.value) <= noise:
+        return f"For {serves} {at} and the last step are alike ({values}: differences up to {noise:g} are noise).", ""
+    fact = f"{at[0].upper()}{at[1:]} is the better backbone for {serves} ({values})."
+    there = (run.path / "checkpoints" / f"step_{best.step:08d}").is_dir()
+    kept = read_best(run.path).get(choice)
+    step = f"best-{choice}" if kept and kept.step == best.step else str(best.step)
+    if there:
+        return fact, f"Take it: ssl-locat export {run.path} OUT --step {step}"
+    return fact, f"Its checkpoint is gone; a run keeps such ones with checkpoint.keep_best=[{choice}]."
+
+
+def _epoch(run: Run, step: int) -> str:
+    """'epoch 40 (step 5,000)', or the step alone where nothing tells how long an epoch was."""
+    lengths = [event["steps_per_epoch"] for event in run.events if event.get("steps_per_epoch")]
+    epochs = (run.config.get("optim") or {}).get("epochs")
+    length = lengths[-1] if lengths else run.total_steps / epochs if epochs and run.total_steps else None
+    return f"epoch {step / length:.3g} (step {step:,})" if length else f"step {step:,}"

@@ -11,6 +11,8 @@ from ssl_locat.cluster.launch import submit_pretrain
 from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.errors import CheckpointError, ConfigError, UserError
+from ssl_locat.objectives import Progress
+from ssl_locat.objectives.dino import DINO
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.pretraining.origin import launcher, restarted
 from ssl_locat.runs.history import explain, open_run
@@ -95,7 +97,7 @@ def test_total_steps_takes_the_place_of_epochs_and_a_run_ends_earlier(tiny):
 
 
 def test_a_decay_branches_into_a_folder_of_its_own_and_names_its_parent(tiny):
-    """decay: from the lr of the parent at that step straight to 0, which the step after the last would have."""
+    """decay: from the values of the parent at that step straight to their ends, the lr's 0, which the step after the last would have."""
     parent = tiny()
     branch = tiny("optim.total_steps=12", "optim.schedule=decay", run="decay")
     path = checkpoint(parent, 8)
@@ -106,11 +108,10 @@ def test_a_decay_branches_into_a_folder_of_its_own_and_names_its_parent(tiny):
     assert summary["steps"] == 12 and summary["samples_seen"] == 192 and summary["restarts"] == 0
     seen = records(branch)
     assert list(seen) == [9, 10, 11, 12]
-    begin = records(parent)[9]["lr"]
-    for number, step in enumerate(seen):
-        assert seen[step]["lr"] == pytest.approx(begin * (1 - number / 4))
-        assert seen[step]["weight_decay"] == records(parent)[9]["weight_decay"]
-        assert seen[step]["momentum"] == records(parent)[9]["momentum"]
+    for name, end in {"lr": 0, "weight_decay": branch.optim.weight_decay[1], "momentum": branch.teacher.momentum[1]}.items():
+        begin = records(parent)[9][name]
+        assert begin != end
+        assert [seen[step][name] for step in seen] == pytest.approx([begin + (end - begin) * number / 4 for number in range(4)])
     assert seen[9]["loss"] == records(parent)[9]["loss"]  # the same batch, weights and lr
     (told,) = events(branch, "branch")
     assert told["parent"] == path and "optim.schedule was 'cosine', now 'decay'" in told["changes"]
@@ -119,6 +120,66 @@ def test_a_decay_branches_into_a_folder_of_its_own_and_names_its_parent(tiny):
     marker = json.loads(Path(checkpoint(branch, 12), "checkpoint.json").read_text())["meta"]
     assert marker["parent"] == {"checkpoint": path, "step": 8, "samples_seen": 128}
     assert set(losses(parent.run_dir)) == set(range(1, 13)), "the parent is as it was"
+
+
+WSD = [
+    "optim.schedule=wsd",
+    "optim.weight_decay=[0.04, 0.4]",
+    "teacher.momentum=[0.9, 1.0]",
+    "objective.teacher_temp=[0.04, 0.07, 0.05]",
+]
+WSD += ["objective.teacher_temp_warmup_epochs=1", "backbone.drop_path_rate=0"]
+
+
+def test_one_long_run_yields_several_finished_models(tiny, tmp_path):
+    """WSD: one run that never decays; decays branch off two of its checkpoints, and each is bit for bit the run that was planned to end there."""
+    long = tiny(*WSD, "optim.decay_epochs=0", "optim.epochs=4", "checkpoint.keep_last=9", run="long")
+    pretrain(long)
+    stable = records(long)
+    assert [stable[step]["lr"] for step in (3, 24)] == [1e-2 * 16 / 256] * 2 and stable[1]["lr"] == 0
+    assert {record["weight_decay"] for record in stable.values()} == {0.04}
+    assert {record["momentum"] for record in stable.values()} == {0.9}
+    for name, at in {"first": 8, "second": 16}.items():
+        ends = ["optim.epochs=null", f"optim.total_steps={at + 6}", f"run_dir={tmp_path}/{name}", "export=true"]
+        path = checkpoint(long, at)
+        branch = tiny(*WSD, *ends, "optim.schedule=decay", "optim.decay_epochs=0")
+        summary = pretrain(branch, resume=path, allow=["optim.total_steps", "optim.schedule"])
+        assert summary["steps"] == at + 6 and Path(branch.run_dir, "export/model.safetensors").is_file()
+        marker = json.loads(Path(checkpoint(branch, at + 6), "checkpoint.json").read_text())["meta"]
+        assert marker["parent"] == {"checkpoint": path, "step": at, "samples_seen": 16 * at}
+        decay = records(branch)
+        assert list(decay) == list(range(at + 1, at + 7))
+        for key, start, end in (("lr", 1e-2 * 16 / 256, 0), ("weight_decay", 0.04, 0.4), ("momentum", 0.9, 1.0)):
+            expected = [start + (end - start) * number / 6 for number in range(6)]
+            assert [record[key] for record in decay.values()] == pytest.approx(expected)
+
+        planned = tiny(*WSD, *ends, "optim.decay_epochs=1", f"run_dir={tmp_path}/planned-{name}", "export=false")
+        pretrain(planned)
+        assert {step: record["loss"] for step, record in records(planned).items() if step > at} == losses(branch.run_dir)
+        same = ("lr", "weight_decay", "momentum")
+        assert all(records(planned)[step][key] == record[key] for step, record in decay.items() for key in same)
+        assert {event["decay_from"] for config in (branch, planned) for event in events(config, "start")} == {at}
+    assert losses(long.run_dir) == {step: record["loss"] for step, record in stable.items()}, "the long run is as it was"
+    assert {event["decay_from"] for event in events(long, "start")} == {None}
+
+
+def test_a_decay_that_is_longer_than_its_run_is_refused(tiny):
+    with pytest.raises(
+        ConfigError, match=r"optim\.decay_epochs is 3, 18 steps: longer than the run, which has 12\. Give at most 2\."
+    ):
+        pretrain(tiny("optim.schedule=wsd", "optim.decay_epochs=3", run="other"))
+
+
+def test_the_teachers_temperature_goes_to_its_third_value_over_the_decay():
+    objective = DINO(num_prototypes=8, teacher_temp=[0.04, 0.07, 0.05], teacher_temp_warmup_epochs=3)
+    at = [
+        objective.temperature(Progress(0, epoch, 9, done)) for epoch, done in ((0, 0), (1, 0), (3, 0), (6, 0), (7, 0.5), (8, 1.0))
+    ]
+    assert at == pytest.approx([0.04, 0.055, 0.07, 0.07, 0.06, 0.05])
+    plain = DINO(num_prototypes=8, teacher_temp=[0.04, 0.07])
+    assert plain.temperature(Progress(0, 8, 9, 0.5)) == 0.07
+    with pytest.raises(UserError, match=r"teacher_temp is \[0\.04\]; expected \[start, after the warm-up\]"):
+        DINO(num_prototypes=8, teacher_temp=[0.04])
 
 
 def test_a_branch_that_was_stopped_is_resumed_by_the_same_command_bit_for_bit(tiny):
