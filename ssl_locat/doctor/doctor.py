@@ -252,14 +252,10 @@ def _data_advice(config: Config, sample: "DataSample", datasets: "Sequence[Datas
     for objective in config.objectives:
         # 65536: DINO's own default
         prototypes = objective.options.get("num_prototypes", 65536)
-        if objective.name == "dino" and prototypes > total:
-            few = max(64, 2 ** max(0, (total // 8).bit_length() - 1))
-            advice.append(
-                Advice(
-                    20,
-                    f"{prototypes} prototypes for {total} images: most would never be used. Try objective.num_prototypes={few}.",
-                )
-            )
+        few = max(64, 2 ** max(0, (total // 8).bit_length() - 1))  # fewer than 64 tell too little, however small the set
+        if objective.name == "dino" and prototypes > max(total, few):
+            text = f"{prototypes} prototypes for {total} images: most would never be used. Try objective.num_prototypes={few}."
+            advice.append(Advice(20, text))
     if config.optim.global_batch_size < 64:
         advice.append(
             Advice(

@@ -100,6 +100,35 @@ def test_ranks_come_from_the_profile(config, said):
         doctor(config, on="slurm,nodes=3,ntasks_per_node=1")
 
 
+@pytest.mark.parametrize(
+    "on, times, warned",
+    [
+        (None, "1.00", False),
+        ("slurm,nodes=1,ntasks_per_node=8", "1.00", False),
+        ("slurm,nodes=1,ntasks_per_node=16", "2.00", True),
+    ],
+)
+def test_how_often_samples_are_fetched_and_what_lies_in_memory_is_counted_for_local_data_too(config, said, on, times, warned):
+    doctor(config, ["optim.global_batch_size=32", "data.workers=2"], on=on)
+    text = said()
+    assert f"a reader for 2 decoding workers: every sample fetched {times} times a pass" in text
+    assert "Raw samples in memory: at most 1.00 GiB a rank (data.read_memory_gb=1), 0.00 of it for shuffling" in text
+    assert ("so that each sample is fetched 2.0 times: give each rank" in text) is warned
+
+
+def test_windows_that_need_more_memory_than_is_allowed_are_told(config, said):
+    doctor(config, ["optim.global_batch_size=32", "data.read_memory_gb=0.00001"])
+    assert "GiB a rank, more than data.read_memory_gb=1e-05: more ranks, smaller files" in said()
+
+
+@pytest.mark.parametrize("epochs, every, times, costly", [(200, 50, 5, False), (20, 1, 21, True)])
+def test_what_probes_cost_is_told_before_the_run(config, said, epochs, every, times, costly):
+    doctor(config, ["optim.global_batch_size=32", f"optim.epochs={epochs}", f"probes.every_epochs={every}"])
+    text = said()
+    assert f"Probes: knn {times} times 136 images" in text
+    assert ("Probes cost more than 5 % of the training: raise probes.every_epochs" in text) is costly
+
+
 def test_damaged_data_is_counted_shown_and_stops(tmp_path, said):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -190,6 +190,7 @@ _POOL_SHARE = (
 _RETURN = (
     1024  # positions after which a lane comes again, at least: neighbours in a chunk keep that distance, or share a run of `unit`
 )
+_LANE = 8  # samples of a lane, at least, on average
 _RANKS = 64  # up to which a lane belongs to one rank, if the batch is a multiple of it
 
 
@@ -208,29 +209,44 @@ def choose_plan(
     sizes = tuple(len(dataset) for dataset in datasets)
     mean_bytes = max(dataset.mean_bytes for dataset in datasets)
     best = min(_CHUNK_BYTES / mean_bytes, max(sizes) / 64) if all(dataset.by_range for dataset in datasets) else 8
-    # every lane comes once in so many global batches: then a rank's slices of them always hold the same lanes
+    most = max(1, min(sizes) // _LANE)  # lanes
+    # every lane comes once in so many global batches, whole ones: then a rank's slices of them always hold the same lanes
     rounds = max(1, min(8, -(-_RETURN // global_batch_size)))
+    chosen = None
+    units = _units(global_batch_size, most)
     # short runs of one lane (small units) shuffle best, but make many lanes that must share the memory: stop at readable chunks
-    for unit in _units(global_batch_size):
-        lanes = max(1, min(rounds * global_batch_size // unit, min(sizes) // 8))
+    for unit, rounds in [*((unit, rounds) for unit in units), (units[0], max(1, rounds // 2))]:
+        per_batch = global_batch_size // unit
+        lanes = min(rounds, max(1, most // per_batch)) * per_batch
         pool = memory_bytes * _POOL_SHARE / mean_bytes / lanes  # samples of one lane
         chunk = _power_of_two(min(best, pool / 2), low=1, high=512)
         window = chunk * max(1, min(4, int(pool / chunk)))
         chosen = Plan(seed, sizes, tuple(d.manifest_hash for d in datasets), choose_quotas(weights), lanes, unit, window, chunk)
         read = min(chunk, min(sizes) / lanes)  # samples of a typical range; a lane of a small dataset has no whole chunk
-        if 2 * read >= min(best, 128) or read * mean_bytes > _CHUNK_BYTES / 8:  # 32 of them at once still fill 2 Gbit/s at 50 ms
+        readable = 2 * read >= min(best, 128) or read * mean_bytes > _CHUNK_BYTES / 8  # 32 at once still fill 2 Gbit/s at 50 ms
+        if readable and pool >= 1:
             break
+    assert chosen
     return chosen
 
 
-def _units(global_batch_size: int) -> list[int]:
-    """Lengths of runs to choose from, in order: those that divide the slice of each of 64 ranks, if that many ranks share the batch."""
-    if global_batch_size % _RANKS:
-        return [gcd(global_batch_size, 4), *(unit for unit in (8, 16, 32) if global_batch_size % (8 * unit) == 0)]
-    slice_size = global_batch_size // _RANKS
-    return [
-        next(unit for unit in (4, 3, 2, 1) if slice_size % unit == 0),
-        *(unit for unit in (8, 16, 32) if slice_size % unit == 0),
+def _units(global_batch_size: int, most: int) -> list[int]:
+    """Lengths of runs to choose from, in order, none of which makes more than `most` lanes of a batch.
+
+    They divide the slices of all numbers of ranks up to 64 that share the batch evenly; for sets of some hundred images there may be none
+    of these: then the shortest that serves fewer ranks.
+    """
+    slices = [global_batch_size // ranks for ranks in range(1, _RANKS + 1) if global_batch_size % ranks == 0]
+    common = gcd(*slices)
+    first = next(unit for unit in (4, 3, 2, 1) if common % unit == 0)
+    units = sorted({first, common, *(unit for unit in (8, 16, 32) if common % unit == 0)})
+    units = [unit for unit in units if unit >= first and global_batch_size // unit <= most]
+    return units or [
+        next(
+            unit
+            for unit in range(1, global_batch_size + 1)
+            if global_batch_size % unit == 0 and global_batch_size // unit <= most
+        )
     ]
 
 

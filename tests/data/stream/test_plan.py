@@ -124,13 +124,21 @@ def test_golden_order_never_changes():
 
 @pytest.mark.parametrize("mean_bytes", [2_500, 30_000, 110_000, 1_000_000])
 def test_every_lane_has_one_reader_for_any_ranks_and_workers(mean_bytes):
-    for batch in (64, 128, 192, 256, 512, 1024, 2048, 4096):
+    for batch in (64, 128, 192, 256, 320, 384, 448, 512, 960, 1024, 2048, 4096):
         plan = choose_plan([Numbers(1_281_167, mean_bytes)], [1.0], 0, batch)
-        for world in (1, 2, 4, 8, 16, 32, 64):
+        for world in (ranks for ranks in range(1, 65) if batch % ranks == 0):
             for workers in (0, 7, 16):
                 assert plan.readers_per_lane(batch // world, world, workers) == 1.0
         # a single rank can hold a window of each lane
         assert plan.lanes * plan.window * mean_bytes <= 2**30
+
+
+@pytest.mark.parametrize("count", [512, 1000, 4096])
+@pytest.mark.parametrize("batch", [64, 256, 512, 1024])
+def test_small_sets_are_not_read_by_every_rank(count, batch):
+    plan = choose_plan([Numbers(count)], [1.0], 0, batch)
+    assert [plan.readers_per_lane(batch // world, world, 4) for world in (1, 2, 4, 8, 16, 32, 64)] == [1.0] * 7
+    assert passes(plan, positions_for(plan, 1))[0] == Counter(range(count))
 
 
 def test_readers_per_lane_sees_misalignment():
