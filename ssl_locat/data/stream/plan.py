@@ -215,9 +215,9 @@ def choose_plan(
     chosen = None
     units = _units(global_batch_size, most)
     # short runs of one lane (small units) shuffle best, but make many lanes that must share the memory: stop at readable chunks
-    for unit, rounds in [*((unit, rounds) for unit in units), (units[0], max(1, rounds // 2))]:
+    for unit, batches in [*((unit, rounds) for unit in units), (units[0], max(1, rounds // 2))]:
         per_batch = global_batch_size // unit
-        lanes = min(rounds, max(1, most // per_batch)) * per_batch
+        lanes = min(batches, max(1, most // per_batch)) * per_batch
         pool = memory_bytes * _POOL_SHARE / mean_bytes / lanes  # samples of one lane
         chunk = _power_of_two(min(best, pool / 2), low=1, high=512)
         window = chunk * max(1, min(4, int(pool / chunk)))
