@@ -51,40 +51,47 @@ def columns_of(grid: Grid) -> list[str]:
     return list(next(iter(grid.values()), {}))
 
 
-def to_markdown(title: str, source: str, grid: Grid, failed: list[str]) -> str:
-    """A title, the table (ours, published and difference for each column that has them), the failures."""
-    header, parts = [""], {}
+def _laid_out(grid: Grid, plus_minus: str) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): for each column ours, the published number and the difference, as far as a row has them. Rows of nothing are left out."""
+    parts = {}
     for column in columns_of(grid):
         cells = [row[column] for row in grid.values()]
-        # a part that no row has gets no column
         parts[column] = ["ours"] if any(cell.mean is not None for cell in cells) else []
         parts[column] += ["published"] if any(cell.published is not None for cell in cells) else []
         parts[column] += ["difference"] if any(cell.difference is not None for cell in cells) else []
-        header += [column if part == "ours" else f"{column}, {part}" for part in parts[column]]
-    lines = [
-        f"# {title}",
-        "",
-        *([source, ""] if source else []),
-        f"| {' | '.join(header)} |",
-        # names to the left, numbers to the right
-        "|---" + "|---:" * (len(header) - 1) + "|",
-    ]
+    header = ["", *(column if part == "ours" else f"{column}, {part}" for column in parts for part in parts[column])]
+    rows = []
     for name, row in grid.items():
         shown = [name]
         for column, cell in row.items():
             texts = {
-                "ours": cell.ours(),
+                "ours": cell.ours(plus_minus),
                 "published": "" if cell.published is None else f"{cell.published:.2f}",
                 "difference": cell.difference_text(),
             }
             shown += [texts[part] for part in parts[column]]
-        lines.append(f"| {' | '.join(shown)} |")
+        if any(shown[1:]):
+            rows.append(shown)
+    return header, rows
+
+
+def to_markdown(title: str, source: str, grid: Grid, failed: list[str]) -> str:
+    """A title, the table, the failures."""
+    header, rows = _laid_out(grid, "±")
+    # names to the left, numbers to the right
+    lines = [f"# {title}", "", *([source, ""] if source else []), _line(header), "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines += map(_line, rows)
     runs = max((cell.runs for row in grid.values() for cell in row.values()), default=0)
     if runs > 1:
         lines += ["", f"Mean ± standard deviation over up to {runs} runs; a difference inside two deviations is a tie."]
     if failed:
-        lines += ["", "Not measured:", "", *(f"- {message}" for message in failed)]
+        lines += ["", "Not measured:", "", *(f"- {' '.join(message.split())}" for message in failed)]
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    """A row of a Markdown table: a bar in a name, or the end of a line, would end its cell."""
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in cells) + " |"
 
 
 def to_csv(grid: Grid) -> str:
@@ -100,27 +107,29 @@ def to_csv(grid: Grid) -> str:
 
 
 def to_latex(title: str, grid: Grid) -> str:
-    """A booktabs table; published numbers in brackets behind ours."""
-    columns = columns_of(grid)
+    """The same as a booktabs table."""
+    header, rows = _laid_out(grid, r"$\pm$")
     lines = [
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{escape(title)}}}",
-        rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
         r"\toprule",
+        " & ".join(map(escape, header)) + r" \\",
+        r"\midrule",
+        *(" & ".join([escape(row[0]), *row[1:]]) + r" \\" for row in rows),
     ]
-    lines += [" & ".join(["", *map(escape, columns)]) + r" \\", r"\midrule"]
-    for name, row in grid.items():
-        texts = []
-        for cell in row.values():
-            published = "" if cell.published is None else f"({cell.published:.2f})"
-            texts.append(" ".join(part for part in (cell.ours(r"$\pm$"), published) if part))
-        lines.append(" & ".join([escape(name), *texts]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
 
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"} | {
+    letter: f"\\{letter}" for letter in "&%$#_{}"
+}
+
+
 def escape(text: str) -> str:
-    return "".join(f"\\{letter}" if letter in "&%$#_{}" else letter for letter in text)
+    """Text in which no letter has a meaning to LaTeX."""
+    return "".join(_LATEX.get(letter, letter) for letter in " ".join(text.split()))
 
 
 def write_table(folder: Path, title: str, source: str, grid: Grid, failed: list[str]) -> str:

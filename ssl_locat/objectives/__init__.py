@@ -12,7 +12,8 @@ so that the training loop knows no loss by name. Imported by pretraining and ben
 
     min_images: int                                 fewest images in a micro-batch over all ranks: for losses that compare images
     make_masks(seeds, views, grid) -> bool [views * B, N]          with needs.masks: which patches the student does not see
-    shares_head_of: str | None                      name of the objective whose head its own head is given by `share(head)`
+    shares_head_of: str | None                      name of the objective whose head its own head is given by `share(head)`, and whose
+                                                    options it takes by `follow(objective)`
     anchor, anchor_scale, anchor_every_steps        a frozen third network (student_teacher.Anchor): MODEL, or "teacher" for copies of the
                                                     run's own; forward's `teacher` is then the anchor's Views, and make_head is
                                                     called with the width of its tokens too: make_head(embed_dim, anchor_dim)
@@ -62,7 +63,12 @@ class Progress(NamedTuple):
 
 def build(objectives: list[Objective]) -> nn.ModuleDict:
     """name -> objective, in the order of the config."""
-    return nn.ModuleDict({option.name: _build_one(option.name, option.options) for option in objectives})
+    built = nn.ModuleDict({option.name: _build_one(option.name, option.options) for option in objectives})
+    for objective in built.values():
+        owner = getattr(objective, "shares_head_of", None)
+        if owner and owner in built:  # one that is missing is refused where heads are made
+            objective.follow(built[owner])
+    return built
 
 
 def _build_one(name: str, options: dict[str, Any]) -> nn.Module:

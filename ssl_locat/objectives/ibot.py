@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_locat.errors import UserError
+from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.objectives import Needs, Progress, Views, required
 from ssl_locat.objectives.heads import DINOHead
 from ssl_locat.objectives.masking import draw_masks
@@ -80,11 +80,24 @@ class IBOT(PrototypeObjective):
                 "0 <= smallest <= largest <= 1, and a probability above 0"
             )
         self.shares_head_of = "dino" if shared_head else None
+        self._given = {name: value for name, value in prototypes.items() if name in self.head_options}
         self.refined = refined
         self.needs = Needs(patches=not refined, refined_patches=refined, masks=True)
         self.masking: dict[str, Any] = {"shape": mask_shape, "probability": mask_probability, "ratio": tuple(mask_ratio)}
         # counts its rows, other than DINO's: each rank and micro-batch hides another number of patches
         self.center = Center(self.num_prototypes, self.center_momentum) if self.targets == "centering" else None
+
+    def follow(self, owner: PrototypeObjective) -> None:
+        """Take the options of the head that it shares. Raises ConfigError for one that was given and is another."""
+        for name, value in self._given.items():
+            if value != owner.head_options[name]:
+                raise ConfigError(
+                    f"ibot: {name} is {value}, but with shared_head it uses the head of {self.shares_head_of!r}, where it is "
+                    f"{owner.head_options[name]}. Leave it out, or set shared_head: false."
+                )
+        self.head_options, self.num_prototypes = owner.head_options, owner.num_prototypes
+        if self.center is not None:
+            self.center = Center(self.num_prototypes, self.center_momentum)
 
     def make_head(self, embed_dim: int) -> PatchScores:
         return PatchScores(None if self.shares_head_of else DINOHead(embed_dim, **self.head_options), self.refined)

@@ -201,4 +201,12 @@ def test_differences_inside_two_deviations_are_ties():
     assert close.is_tie and not far.is_tie and not single.is_tie
     grid = {"a": {"x": close}, "b": {"x": Cell.of([], None)}}
     assert "| a | 51.00 ± 1.41 | 53.00 | -2.00 (tie) |" in to_markdown("t", "", grid, [])
-    assert r"a & 51.00 $\pm$ 1.41 (53.00) \\" in to_latex("t", grid)
+    latex = to_latex("t", grid)
+    assert r" & x & x, published & x, difference \\" in latex and r"a & 51.00 $\pm$ 1.41 & 53.00 & -2.00 (tie) \\" in latex
+    assert "\nb " not in latex  # nothing is known of it
+
+
+def test_names_cannot_break_a_table():
+    grid = {"ViT | 50 %_\nnew\\~": {"a|b": Cell.of([1.0], None)}}
+    assert r"| ViT \| 50 %_ new\~ | 1.00 |" in to_markdown("t", "", grid, []) and r"|  | a\|b |" in to_markdown("t", "", grid, [])
+    assert r"ViT | 50 \%\_ new\textbackslash{}\textasciitilde{} & 1.00 \\" in to_latex("t", grid)

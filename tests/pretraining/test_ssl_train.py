@@ -23,6 +23,7 @@ IBOT = f"{{name: ibot, {HEAD}}}"
 KOLEO = "{name: koleo, weight: 0.1, min_images: 16}"
 COMBINATIONS = {
     "dino_ibot": f"[{DINO}, {IBOT}]",
+    "dino_ibot_shared": f"[{DINO}, {{name: ibot, shared_head: true}}]",  # the head's options are DINO's
     "dino_ibot_shared_refined_random": f"[{DINO}, {{name: ibot, {HEAD}, shared_head: true, refined: true, mask_shape: random}}]",
     "dinov2": f"[{{name: dino, {HEAD}, targets: sinkhorn, min_images: 16}}, {{name: ibot, {HEAD}, targets: sinkhorn, min_images: 16}}, {KOLEO}]",
     "dino_koleo": f"[{DINO}, {KOLEO}]",
@@ -154,6 +155,11 @@ def test_gram_anchors_at_an_earlier_run(tiny, tmp_path):
         (f"[{DINO}, {{name: koleo}}]", [], "expected at least 64"),
         (f"[{DINO}, {KOLEO}]", ["optim.accumulate_steps=2"], "of which there are 8"),
         (f"{{name: ibot, {HEAD}, shared_head: true}}", [], "shares the head of 'dino'"),
+        (
+            f"[{DINO}, {{name: ibot, num_prototypes: 48, shared_head: true}}]",
+            [],
+            "num_prototypes is 48.*head of 'dino', where it is 32. Leave",
+        ),
         (IBOT, ["backbone={name: locatjumbo_tiny, img_size: 32, patch_size: 8}"], "Jumbo"),
     ],
 )

@@ -218,7 +218,10 @@ def find_label(members: dict[str, bytes], label_key: str | None = None) -> int:
             raise MissingMember(f"no label ({', '.join(LABEL_KEYS)}) among the members {_list(members)}; name it with label_key")
         text = members[names[found]]
     try:
-        label = int(bytes(text[:32]).decode("ascii").strip())
+        digits = bytes(text[:32]).decode("ascii").strip()
+        if "_" in digits:  # Python reads 1_0 as 10
+            raise ValueError
+        label = int(digits)
     except ValueError:
         raise CorruptSample(f"label {bytes(text[:32])!r} is not a number; class ids are integers from 0") from None
     if label < 0:

@@ -298,7 +298,7 @@ def evaluate(
     data: LabelledData,
     blocks: Count = 1,
     patch_mean: Flag = False,
-    epochs: Count = 100,
+    epochs: Count = 50,
     lr: Positive = 1e-3,
     batch_size: Count = 1024,
     image_size: Count | None = None,

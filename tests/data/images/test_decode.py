@@ -171,6 +171,7 @@ def test_label_is_a_number_or_a_corrupt_sample():
     for members, reason in [
         ({"jpg": b""}, "no label"),
         ({"cls": b"cat"}, "not a number"),
+        ({"cls": b"1_0"}, "not a number"),
         ({"cls": b"-1"}, "negative"),
         ({"cls": b""}, "not a"),
         ({"cls": b"1" * 31}, "1111 is too large; class ids are integers from 0 to 9999999"),  # no tensor holds it
