@@ -392,7 +392,7 @@ def report(
     from ssl_locat.doctor.early import check_runs
 
     check_runs(runs)
-    from ssl_locat.report.page import report
+    from ssl_locat.report.command import report
 
     report(runs, out=out, watch=watch, port=port)
 

@@ -48,6 +48,18 @@ class Browser:
         keys = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
         self.send("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": keys}]})
 
+    def point(self, selector: str, across: float = 0.5, down: float = 0.5, until: float | None = None) -> None:
+        """Move the mouse over an element, to these shares of its width and height; with `until`, drag it to that share of the width."""
+        script = f"const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); "
+        box = self.run(script + "const b = e.getBoundingClientRect(); return [b.left, b.top, b.width, b.height]")
+        left, top, width, height = box
+        moves = [{"type": "pointerMove", "x": round(left + width * across), "y": round(top + height * down)}]
+        if until is not None:
+            end = {"type": "pointerMove", "x": round(left + width * until), "y": round(top + height * down), "duration": 100}
+            moves += [{"type": "pointerDown", "button": 0}, end, {"type": "pointerUp", "button": 0}]
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": moves}
+        self.send("POST", "/actions", {"actions": [mouse]})
+
     def complaints(self) -> list[str]:
         """Warnings and errors of the console since the last call."""
         return [entry["message"] for entry in self.send("POST", "/se/log", {"type": "browser"}) if entry["level"] != "INFO"]

@@ -19,7 +19,7 @@ from ssl_locat.errors import CheckpointError, DataBudgetExceeded, DataError, Out
 from ssl_locat.evaluation.evaluate import evaluate
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.pretraining.parts import check
-from ssl_locat.report.page import report
+from ssl_locat.report.command import report
 from ssl_locat.runs.history import open_run
 from ssl_locat.runs.log import console, read_jsonl
 

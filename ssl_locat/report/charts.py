@@ -1,43 +1,22 @@
-"""Charts of the report: matplotlib draws SVG, CSS colours it, so that one drawing serves dark and light.
+"""Curves of the report, as curves.js hands them to uPlot: plain numbers that the page carries, and a table of them for who sees no curves.
 
-Colours are placeholders while drawing, and CSS variables afterwards. Text stays text: it can be searched, selected and enlarged.
+A curve of any length is shown as a bounded number of points: means over equal stretches, between their extremes.
 """
 
-import io
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from ssl_locat.text.shown import shown
 
-MAX_POINTS = 400  # a curve of more is shown as means over equal stretches, between their extremes
-
-_INK = "#010203"
-_SERIES = [f"#0000{index:02x}" for index in range(0x10, 0x18)]
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": _INK,
-    "grid.alpha": 0.15,
-    "path.simplify_threshold": 0.5,
-}
+MAX_POINTS = 1000  # of one curve: more than a chart has pixels for, even when it is zoomed into a few times
+MAX_NUMBERS = 150_000  # of all curves of a page: about 1.2 MB
 
 
 class Line(NamedTuple):
-    """One curve. `x` and `y` are of equal length; `dashed` marks what it is compared with."""
+    """One curve. `x` and `y` are of equal length; `name`: the metric it shows; `dashed` marks what it is compared with."""
 
     label: str
     x: Sequence[float]
@@ -45,87 +24,100 @@ class Line(NamedTuple):
     color: int = 0
     dashed: bool = False
     dots: bool = False
+    name: str = ""
 
 
 class Mark(NamedTuple):
-    """Something that happened at `x`."""
+    """Something at `x`: a line across every chart, or, with `curve` (the name of a metric), a ring on that metric's curves alone."""
 
     x: float
-    kind: str
+    label: str
+    curve: str = ""
 
 
-def chart(
-    name: str, lines: list[Line], *, xlabel: str, ylabel: str, log: bool = False, level: tuple[float, str] | None = None, marks=()
-) -> str:
-    """An inline SVG. `name` is unique on the page; `level`: a horizontal line (value, label); `marks`: vertical ones."""
-    with rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(6.4, 2.9), layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
-        for line in lines:
-            _curve(axes, line)
-        if level:
-            axes.axhline(level[0], color=_INK, alpha=0.5, linewidth=1, linestyle=":")
-            axes.annotate(
-                _plain(level[1]),
-                (1, level[0]),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=9,
-                alpha=0.8,
-            )
-        for number, kind in enumerate(dict.fromkeys(mark.kind for mark in marks)):
-            at = [mark.x for mark in marks if mark.kind == kind]
-            color, height = _SERIES[7 - number % 4], 1 - 0.09 * (number % 4)
-            axes.vlines(at, 0, 1, transform=axes.get_xaxis_transform(), color=color, linewidth=1, alpha=0.7)
-            axes.annotate(_plain(kind), (at[0], height), xycoords=("data", "axes fraction"), fontsize=8, color=color, va="top")
-        if log:
-            axes.set_yscale("log")
-        axes.set_xlabel(_plain(xlabel))
-        axes.set_ylabel(_plain(ylabel))
-        axes.grid(True)
-        axes.margins(x=0.01)
-        if len(lines) > 1:
-            axes.legend(fontsize=9, frameon=False, loc="best")
-        return _svg(figure, name)
+@dataclass
+class Chart:
+    """Curves over one axis, and what they tell.
+
+    what, good: what is measured, and what one hopes to see. level: a horizontal line (value, label). whole_run: x counts steps or images,
+    so that pointing and zooming go together with the other such charts.
+    """
+
+    title: str
+    what: str
+    lines: list[Line]
+    xlabel: str
+    good: str = ""
+    unit: str = ""
+    log: bool = False
+    level: tuple[float, str] | None = None
+    whole_run: bool = True
+    marks: list[Mark] = field(default_factory=list)
+
+    def mark(self, x: float, label: str, curve: str = "") -> None:
+        """Put a mark on this chart; with `curve` only if it shows that metric."""
+        if not curve or any(line.name == curve for line in self.lines):
+            self.marks.append(Mark(x, label, curve))
+
+    @property
+    def alt(self) -> str:
+        """Its curves in a sentence."""
+        rows = self.rows()
+        spoken = "; ".join(f"{label} from {first} to {last}" for label, first, _, _, last in rows)
+        return f"{self.title} over {self.xlabel}: {spoken}."
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(label, first, lowest, highest, last) of each curve."""
+        number = "{:.4g}".format
+        return [
+            (line.label, number(line.y[0]), number(min(line.y)), number(max(line.y)), number(line.y[-1])) for line in self.lines
+        ]
+
+    def data(self, max_points: int = MAX_POINTS) -> dict[str, Any]:
+        """What curves.js draws; its texts are shown as they stand, never read as HTML."""
+        return {
+            "lines": [_points(line, max_points, self.log) for line in self.lines],
+            "xlabel": shown(self.xlabel),
+            "unit": shown(self.unit),
+            "log": self.log,
+            "level": {"y": self.level[0], "label": shown(self.level[1])} if self.level else None,
+            "wholeRun": self.whole_run,
+            "marks": [{"x": mark.x, "label": shown(mark.label), "curve": mark.curve} for mark in self.marks],
+        }
 
 
-def _plain(label: str) -> str:
-    """A label as it stands: between two "$" matplotlib would read a formula, and some characters no SVG may hold."""
-    return shown(label).replace("$", r"\$")
+def points_each(charts: Sequence[Chart]) -> int:
+    """How many points a curve may have, so that the page stays small with any number of curves."""
+    curves = sum(len(chart.lines) for chart in charts)
+    return max(50, min(MAX_POINTS, MAX_NUMBERS // (4 * max(1, curves))))
 
 
-def _curve(axes, line: Line) -> None:
+def _points(line: Line, most: int, log: bool) -> dict[str, Any]:
     x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-    color, style = _SERIES[line.color % len(_SERIES)], "--" if line.dashed else "-"
-    if len(x) > MAX_POINTS:
-        parts = np.array_split(np.arange(len(x)), MAX_POINTS)
-        low, high = (np.array([extreme(y[part]) for part in parts]) for extreme in (np.nanmin, np.nanmax))
-        x, y = (np.array([np.nanmean(values[part]) for part in parts]) for values in (x, y))
-        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-    axes.plot(
-        x,
-        y,
-        color=color,
-        linestyle=style,
-        linewidth=1.6,
-        marker="o" if line.dots else None,
-        markersize=4,
-        label=_plain(line.label),
-    )
+    order = np.argsort(x, kind="stable")
+    x, y = x[order], y[order]
+    last = np.append(x[1:] != x[:-1], True)  # of several at one x the last: uPlot wants x to rise
+    if log:
+        last &= y > 0
+    x, y = x[last], y[last]
+    found: dict[str, Any] = {
+        "label": shown(line.label),
+        "name": shown(line.name),
+        "color": line.color % 8,
+        "dashed": line.dashed,
+        "dots": line.dots,
+    }
+    if len(x) > most:
+        parts = np.array_split(np.arange(len(x)), most)
+        found |= {"low": _short([y[part].min() for part in parts]), "high": _short([y[part].max() for part in parts])}
+        # the middle of a stretch, but the ends of the run: a zoomed chart begins and ends where the run does
+        x = np.array([x[part].mean().round() for part in parts])
+        x[0], x[-1] = line.x[int(order[0])], line.x[int(order[-1])]
+        y = np.array([y[part].mean() for part in parts])
+    return found | {"x": _short(x, 12), "y": _short(y)}
 
 
-def _svg(figure: Figure, name: str) -> str:
-    out = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', svg, count=1)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(xlink:)?href="#', f'href="#{name}-', svg)
-    svg = svg.replace("url(#", f"url(#{name}-")
-    svg = svg.replace(_INK, "currentColor")
-    for index, color in enumerate(_SERIES):
-        svg = svg.replace(color, f"var(--series-{index})")
-    return re.sub(r"\n\s*", "\n", svg)
+def _short(values: Sequence[float] | np.ndarray, digits: int = 5) -> list[float | int]:
+    """Rounded: nobody reads more digits off a curve, and each costs a byte."""
+    rounded = [float(f"{value:.{digits}g}") for value in values]
+    return [int(value) if value.is_integer() and abs(value) < 1e15 else value for value in rounded]

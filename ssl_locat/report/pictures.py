@@ -26,7 +26,7 @@ from ssl_locat.evaluation.shared.samples import Members
 from ssl_locat.models.backbone import load_backbone
 from ssl_locat.models.gaug import GAug
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
-from ssl_locat.report.charts import Line, chart
+from ssl_locat.report.charts import Chart, Line
 from ssl_locat.runs.history import Run
 from ssl_locat.runs.log import progress
 from ssl_locat.runs.marker import problem
@@ -38,6 +38,11 @@ NUM_CHECKPOINTS = 5  # columns of the component pictures
 NUM_NEIGHBOURS = 6
 NUM_SEARCHED = 128  # images among which neighbours are looked for: a glance, not a score
 TILE = 96  # pixels on the page
+
+GAUG_CHARTS = [
+    ("Width of the Gaussian, sigma", "In patches, per layer.", "Small keeps attention near the patch."),
+    ("Height of the Gaussian, alpha", "In logits, per layer.", "Large means that nearness counts much."),
+]
 
 _made: dict[tuple, dict] = {}  # (run, newest checkpoint) -> pictures: a live page asks again and again
 
@@ -255,8 +260,8 @@ def _gaug_sections(backbone: nn.Module, images: Tensor) -> list[dict]:
     with _recorded(modules) as seen:
         forward_tokens(backbone, images)
     layers = list(range(1, len(modules) + 1))
-    drawn = []
-    for which, unit in ((0, "sigma (patches)"), (1, "alpha")):
+    charts = []
+    for which, (name, what, good) in enumerate(GAUG_CHARTS):
         quantiles = torch.stack(
             [torch.quantile(_few(seen[index][which]), torch.tensor([0.1, 0.5, 0.9])) for index in range(len(modules))]
         )
@@ -264,11 +269,15 @@ def _gaug_sections(backbone: nn.Module, images: Tensor) -> list[dict]:
         lines = [
             Line(label, layers, quantiles[:, i].tolist(), color=i, dashed=i != 1, dots=True) for i, label in enumerate(labels)
         ]
-        svg = chart(f"gaug{which}", lines, xlabel="layer", ylabel=unit)
-        spoken = ", ".join(f"layer {layer}: {value:.2f}" for layer, value in zip(layers, quantiles[:, 1].tolist(), strict=True))
-        drawn.append({"svg": svg, "caption": "", "alt": f"{unit} per layer, medians: {spoken}."})
-    meaning = "How wide (sigma) and how strong (alpha) the Gaussian of GAug is in each layer. A small sigma keeps attention near the patch."
-    return [{"title": "What GAug learned", "meaning": meaning, "pictures": drawn}]
+        charts.append(Chart(name, what, lines, "layer", good, whole_run=False))
+    return [
+        {
+            "title": "What GAug learned",
+            "meaning": "The Gaussian that LocAt adds to each patch's attention.",
+            "pictures": [],
+            "charts": charts,
+        }
+    ]
 
 
 def _few(values: Tensor) -> Tensor:
@@ -313,5 +322,4 @@ def _picture(tiles: list[list[np.ndarray]], alt: str) -> dict:
         "height": height,
         "alt": alt,
         "caption": "",
-        "svg": "",
     }

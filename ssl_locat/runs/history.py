@@ -132,54 +132,74 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def explain(run: Run) -> tuple[list[str], list[str]]:
     """What became of the run, and what to do: sentences for people."""
-    facts, advice = [], []
+    fact, advice = ending(run)
+    look = {
+        "finished": f"Look at it: ssl-locat report {run.path}",
+        "running": f"Follow it: ssl-locat report {run.path} --watch",
+    }
+    facts, advices = [fact], [advice or look[run.status]]
+    knn = run.summary.get("knn") or {}
+    if knn.get("trained") is not None:
+        others = {"before training": knn.get("init"), "raw pixels": knn.get("raw_pixels")}
+        compared = ", ".join(f"{label} {value:.1f}" for label, value in others.items() if value is not None)
+        facts.append(f"k-NN top-1 {knn['trained']:.1f}" + (f" ({compared})." if compared else "."))
+    found = findings(run)
+    facts += [fact for fact, _ in found]
+    advices += [advice for _, advice in found]
+    return [fact for fact in dict.fromkeys(facts) if fact], [sentence for sentence in dict.fromkeys(advices) if sentence]
+
+
+def ending(run: Run) -> tuple[str, str]:
+    """How far it came and how it ended, and what to do about that: '' where nothing went wrong."""
     share = f" of {run.total_steps}" if run.total_steps else ""
     at = f"{run.last['step']}{share} steps, {run.last['samples_seen']:,} images, in {duration(run.seconds)}"
     again = "Start the same command again: it resumes from the newest whole checkpoint."
     words = {
-        "finished": (f"Finished: {at}.", f"Look at it: ssl-locat report {run.path}"),
-        "running": (f"Running, or stopped within the last minutes: {at}.", f"Follow it: ssl-locat report {run.path} --watch"),
+        "finished": (f"Finished: {at}.", ""),
+        "running": (f"Running, or stopped within the last minutes: {at}.", ""),
         "preempted": (f"Preempted, and saved before it stopped: {at}.", again),
         "diverged": (f"Diverged: {at}.", "The last events name the step, the samples and what people change."),
         "starved": (f"The data store did not answer: {at}.", f"{again} `ssl-locat doctor CONFIG` tries the store."),
         "failed": (f"Failed: {at}.", "The fault is among the last events and in the job's log."),
         "stopped": (f"Ended without a word (killed, out of memory, or power): {at}.", again),
     }
-    facts.append(words[run.status][0])
+    return words[run.status]
+
+
+def findings(run: Run) -> list[tuple[str, str]]:
+    """What is worth knowing beside the numbers, each with what to do about it ('' for nothing)."""
+    found = []
     for event in run.events:
         if event["kind"] in ("branch", "change"):
             begin = f"Branched from {event['parent']}" if "parent" in event else "Settings were changed on purpose"
-            facts.append(f"{begin} at step {event['step']}: {'; '.join(event['changes']) or 'with the same settings'}.")
+            found.append((f"{begin} at step {event['step']}: {'; '.join(event['changes']) or 'with the same settings'}.", ""))
     if stopped := run.summary.get("stopped"):
-        facts.append(f"Ended before its last step by stop_when: {stopped}.")
-    advice.append(words[run.status][1])
-    for fact, what_to_do in _better_backbones(run):
-        facts.append(fact)
-        advice.append(what_to_do)
+        found.append((f"Ended before its last step by stop_when: {stopped}.", ""))
+    found += _better_backbones(run)
     knn = run.summary.get("knn") or {}
-    if knn.get("trained") is not None:
-        others = {"before training": knn.get("init"), "raw pixels": knn.get("raw_pixels")}
-        compared = ", ".join(f"{label} {value:.1f}" for label, value in others.items() if value is not None)
-        facts.append(f"k-NN top-1 {knn['trained']:.1f}" + (f" ({compared})." if compared else "."))
-        if knn.get("init") is not None and knn["trained"] <= knn["init"]:
-            advice.append(
-                "k-NN did not rise over the untrained network: train longer, or start from a recipe for data of this size."
-            )
+    if knn.get("trained") is not None and knn.get("init") is not None and knn["trained"] <= knn["init"]:
+        found.append(
+            ("", "k-NN did not rise over the untrained network: train longer, or start from a recipe for data of this size.")
+        )
     waits = [record["data_wait"] for record in run.metrics[-200:] if isinstance(record.get("data_wait"), int | float)]
     if waits and sum(waits) / len(waits) > 0.2:
-        facts.append(f"The model waited for data {100 * sum(waits) / len(waits):.0f} % of the time.")
-        advice.append("Against waiting: more data.workers, images stored smaller (`ssl-locat shards pack`), a local data.cache.")
+        fact = f"The model waited for data {100 * sum(waits) / len(waits):.0f} % of the time."
+        found.append(
+            (fact, "Against waiting: more data.workers, images stored smaller (`ssl-locat shards pack`), a local data.cache.")
+        )
     if run.quarantine:
-        facts.append(f"{len(run.quarantine)} corrupt image{'s' * (len(run.quarantine) > 1)} were replaced by others.")
         shards = any(str(entry.get("shard", "")).endswith(".tar") for entry in run.quarantine)
-        advice.append(
-            f"They are listed in {run.path / 'quarantine.jsonl'}{'; `ssl-locat shards check` finds them all' if shards else ''}."
+        all_of_them = "; `ssl-locat shards check` finds them all" if shards else ""
+        found.append(
+            (
+                f"{len(run.quarantine)} corrupt image{'s' * (len(run.quarantine) > 1)} were replaced by others.",
+                f"They are listed in {run.path / 'quarantine.jsonl'}{all_of_them}.",
+            )
         )
     for event in run.events[-50:]:
         if event["kind"] in ("warning", "diverged", "outage", "fault"):
-            facts.append(str(event.get("message", "")))
-            advice.append(str(event.get("advice", "")))
-    return [fact for fact in dict.fromkeys(facts) if fact], [sentence for sentence in dict.fromkeys(advice) if sentence]
+            found.append((str(event.get("message", "")), str(event.get("advice", ""))))
+    return list(dict.fromkeys(found))
 
 
 def _better_backbones(run: Run) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The report in a real browser, of a real run."""
 
+import hashlib
 import json
 import re
 import resource
@@ -7,6 +8,7 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
+from importlib.resources import files
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from browser import open_browser
 from trained import trained_run  # noqa: F401
 
 from ssl_locat.errors import UserError
-from ssl_locat.report.charts import MAX_POINTS, Line, Mark, chart
-from ssl_locat.report.page import make_server, render, report, write
+from ssl_locat.report.charts import MAX_POINTS, Chart, Line, points_each
+from ssl_locat.report.command import report
+from ssl_locat.report.live import make_server
+from ssl_locat.report.page import render, write
 from ssl_locat.report.pictures import _Recorder
 from ssl_locat.runs.history import flatten, open_run
 from ssl_locat.runs.log import EventLog
@@ -35,7 +39,7 @@ def two_runs(trained_run, tmp_path_factory):  # noqa: F811
     config = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(config.replace("lr: 0.01", "lr: 0.02"))
     events = EventLog(other)
-    events.add("preempt", step=4)
+    events.add("preempt", step=4, signal="SIGTERM")
     events.add("resume", step=4)
     events.add("warning", step=8, message="Step 8: <script>alert('RankMe')</script> fell.", advice="More data.")
     (other / "quarantine.jsonl").write_text(
@@ -48,8 +52,10 @@ PAGE_STATE = """
 const images = [...document.images], figures = [...document.querySelectorAll('figure')];
 return {
   figures: figures.length,
-  titles: figures.map(f => f.querySelector('h3').textContent),
-  drawn: [...document.querySelectorAll('figure svg')].every(s => s.getBoundingClientRect().width > 100),
+  titles: figures.map(f => f.querySelector('h3, h4').textContent),
+  drawn: +document.documentElement.dataset.curves === document.querySelectorAll('.chart').length &&
+    [...document.querySelectorAll('.chart')].every(c => c.querySelector('canvas')?.getBoundingClientRect().width > 100),
+  captions: figures.every(f => f.querySelector('figcaption').innerText.length > 15),
   images: images.length,
   loaded: images.every(i => i.complete && i.naturalWidth > 0),
   alts: images.every(i => i.alt.length > 10) && [...document.querySelectorAll('[role=img]')].every(e => e.ariaLabel.length > 10),
@@ -58,7 +64,12 @@ return {
   overflow: document.documentElement.scrollWidth - window.innerWidth,
   ground: getComputedStyle(document.body).backgroundColor,
   ink: getComputedStyle(document.body).color,
-  axis: getComputedStyle(document.querySelector('figure svg text')).fill,
+  axis: (() => {  // the brightest and the darkest of what is drawn opaque on the first canvas
+    const c = document.querySelector('.chart canvas'), p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    const seen = [];
+    for (let i = 0; i < p.length; i += 4) if (p[i + 3] > 200) seen.push((p[i] + p[i + 1] + p[i + 2]) / 3);
+    return [Math.min(...seen), Math.max(...seen)];
+  })(),
 }
 """
 
@@ -74,11 +85,13 @@ def test_the_page_works_in_a_browser(browser, two_runs):
     state = browser.run(PAGE_STATE)
     assert browser.complaints() == []
     assert state["drawn"] and state["loaded"] and state["alts"] and state["fetched"] == [] and state["ids"] == 0
-    wanted = {"Loss", "Teacher entropy and KL", "RankMe", "Learning rate", "Throughput", "Waiting for data", "knn: top1"}
+    assert state["captions"] and state["axis"][0] < 100
+    wanted = {"Loss nats", "Teacher entropy nats", "RankMe dimensions", "Learning rate", "Throughput images/s", "k-NN: top-1 %"}
+    wanted |= {"KL divergence nats", "Waiting for data share"}
     wanted |= {"Attention of the class token", "Attention of patches", "Patch features over the run", "Nearest neighbours"}
     assert wanted | {"What GAug learned"} <= set(state["titles"]) and state["images"] >= 4
     text = browser.run("return document.body.innerText")
-    for part in ("Step 8: <script>alert('RankMe')</script> fell.", "More data.", "k<1>", "cut off", "preempt", "k-NN top-1"):
+    for part in ("Step 8: <script>alert('RankMe')</script> fell.", "More data.", "k<1>", "cut off", "k-NN top-1", "Stopped by"):
         assert part in text
     assert brightness(state["ground"]) > 200 and brightness(state["ink"]) < 80
 
@@ -87,7 +100,78 @@ def test_dark_mode_turns_charts_too(browser, two_runs):
     browser.open(report([str(two_runs[0])]).as_uri())
     browser.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     state = browser.run(PAGE_STATE)
-    assert brightness(state["ground"]) < 60 and brightness(state["ink"]) > 180 and brightness(state["axis"]) > 180
+    assert brightness(state["ground"]) < 60 and brightness(state["ink"]) > 180 and state["axis"][1] > 150
+
+
+LOSS = "[...document.querySelectorAll('figure')].find(f => f.querySelector('h4').textContent.startsWith('Loss'))"
+
+
+def legend(browser, figure: str = LOSS) -> str:
+    return browser.run(f"return {figure}.querySelector('.legend').innerText")
+
+
+def test_values_show_under_the_pointer_and_a_drag_zooms(browser, two_runs):
+    browser.resize(1300, 900)
+    browser.open(report([str(two_runs[0])]).as_uri())
+    browser.run(f"{LOSS}.querySelector('.u-over').id = 'loss'; document.querySelector('.u-over').id ||= 'first'; return 1")
+    losses = {record["step"]: record["loss"] for record in open_run(two_runs[0]).metrics}
+    assert legend(browser).split()[-1] == f"{losses[12]:.4g}"
+    browser.point("#loss", 0.99)
+    assert "step 12" in legend(browser) and f"{losses[12]:.4g}" in legend(browser)
+    browser.point("#loss", 0.5)
+    shown = re.search(r"step (\d+)", legend(browser))
+    assert shown and f"{losses[int(shown[1])]:.4g}" in legend(browser)
+    entropy = LOSS.replace("Loss", "Teacher entropy")
+    assert shown[0] in legend(browser, entropy)  # charts of one run are pointed at together
+    assert browser.run("return document.querySelector('#whole').disabled")
+    browser.point("#loss", 0.2, until=0.5)
+    assert not browser.run("return document.querySelector('#whole').disabled")
+    browser.point("#loss", 0.99)
+    assert int(re.search(r"step (\d+)", legend(browser, entropy))[1]) < 8
+    browser.run("document.querySelector('#whole').click()")
+    browser.point("#loss", 0.99)
+    assert "step 12" in legend(browser) and browser.complaints() == []
+
+
+def test_smoothing_is_a_switch_that_lasts(browser, two_runs):
+    browser.open(report([str(two_runs[0])]).as_uri())
+    pixels = f"return {LOSS}.querySelector('canvas').toDataURL()"
+    raw = browser.run(pixels)
+    browser.run("document.querySelector('#smooth').click()")
+    smooth = browser.run(f"return new Promise(done => setTimeout(() => done({pixels.removeprefix('return ')}), 200))")
+    assert smooth != raw
+    browser.open(browser.run("return location.href"))
+    assert browser.run("return document.querySelector('#smooth').checked")
+    browser.run("document.querySelector('#smooth').click()")
+    browser.run(f"{LOSS}.querySelector('.curve').click()")
+    assert browser.run(f"return {LOSS}.querySelector('.curve').ariaPressed") == "false" and browser.complaints() == []
+
+
+def test_names_from_data_run_no_script(browser, tmp_path):
+    """In the numbers that the page carries for its script, in the config, in names of metrics, probes and files."""
+    evil = "</script><script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
+    run = tmp_path / "run"
+    (run / "probes").mkdir(parents=True)
+    (run / "config.yaml").write_text(json.dumps({"run_dir": "run", "data": {"train": evil}, "objective": {"name": evil}}))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "samples_seen": s, "loss": 1.0, evil: 2.0}) + "\n" for s in (1, 2))
+    )
+    (run / "probes" / "a&lt;b.jsonl").write_text(json.dumps({"step": 1, evil: 3.0}) + "\n")
+    (run / "events.jsonl").write_text(json.dumps({"time": evil, "kind": evil, "step": 1, "message": evil}) + "\n")
+    browser.open(report([str(run)]).as_uri())
+    assert browser.run("return document.title") == "run · ssl_locat" and browser.complaints() == []
+    assert browser.run("return document.querySelectorAll('img').length") == 0
+    assert "</script><script>document.title" in browser.run(
+        "return document.querySelector('.legend .curve ~ .curve, main').innerText"
+    )
+
+
+def test_the_page_and_its_library_are_small_and_as_published(two_runs):
+    assert report([str(two_runs[0])]).stat().st_size < 3_000_000
+    folder = files("ssl_locat").joinpath("report/uplot")
+    for line in folder.joinpath("SHA256SUMS").read_text().splitlines():
+        digest, name = line.split()
+        assert hashlib.sha256(folder.joinpath(name).read_bytes()).hexdigest() == digest
 
 
 def test_a_narrow_window_needs_no_sideways_scrolling(browser, two_runs):
@@ -111,7 +195,7 @@ def test_several_runs_are_overlaid_and_their_configs_diffed(browser, two_runs):
     assert browser.complaints() == []
     table = browser.run("return document.querySelector('#differences').parentElement.innerText")
     assert "optim.lr" in table and "0.01" in table and "0.02" in table and "run_dir" not in table
-    labels = browser.run("return [...document.querySelectorAll('figure svg text')].map(t => t.textContent)")
+    labels = browser.run("return [...document.querySelectorAll('.legend .curve span')].map(t => t.textContent)")
     assert {"run", "other", "run: top1_k5", "other: top1_k5"} <= set(labels)
 
 
@@ -190,8 +274,26 @@ def test_a_full_disk_leaves_the_old_page_and_nothing_else(tmp_path):
 def test_long_curves_keep_their_extremes():
     values = [0.0] * 10_000
     values[5_000] = 7.0
-    svg = chart("c", [Line("x", range(10_000), values)], xlabel="step", ylabel="y", marks=[Mark(10, "resume")])
-    assert len(svg) < 60_000 and ">7" in svg and "resume" in svg and "#0000" not in svg and len(values) > MAX_POINTS
+    (line,) = Chart("c", "", [Line("x", range(10_000), values)], "step").data()["lines"]
+    assert (
+        len(line["x"]) == len(line["y"]) == MAX_POINTS
+        and max(line["high"]) == 7.0
+        and (line["x"][0], line["x"][-1]) == (0, 9_999)
+    )
+
+
+def test_a_page_with_many_curves_stays_small():
+    charts = [Chart("c", "", [Line("x", range(2_000), [index / 7 for index in range(2_000)])] * 20, "step")] * 20
+    most = points_each(charts)
+    assert len(json.dumps([chart.data(most) for chart in charts])) < 2_500_000
+
+
+def test_a_mark_stands_on_the_curves_it_is_for():
+    chart = Chart("c", "", [Line("run: dse", [1, 2], [3, 4], name="dse")], "step")
+    chart.mark(2, "best", curve="dse")
+    chart.mark(2, "best", curve="miou")
+    chart.mark(1, "resumed")
+    assert [(mark["label"], mark["curve"]) for mark in chart.data()["marks"]] == [("best", "dse"), ("resumed", "")]
 
 
 def test_recorded_attention_is_the_attention():
