@@ -96,8 +96,7 @@ class Rehearsal:
                 yield f"checkpoint at 90 %, {place}", partial(self.checkpoint, place)
                 yield f"resume to the end, {place}", partial(self.resume, place)
                 yield f"knn, {place}", partial(self.evaluate, place, "knn", "k=[20]")
-                if place == "local" or self.scale == 1:
-                    yield f"linear, {place}", partial(self.evaluate, place, "linear", "epochs=1")
+                yield f"linear, {place}", partial(self.evaluate, place, "linear", "epochs=1")
             yield "export", self.export
             yield "table", self.table
             yield "doctor", self.doctor

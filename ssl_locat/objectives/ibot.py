@@ -102,6 +102,11 @@ class IBOT(PrototypeObjective):
     def make_head(self, embed_dim: int) -> PatchScores:
         return PatchScores(None if self.shares_head_of else DINOHead(embed_dim, **self.head_options), self.refined)
 
+    @property
+    def hidden_share(self) -> float:
+        """Of the global crops' patches, on average."""
+        return self.masking["probability"] * sum(self.masking["ratio"]) / 2
+
     def make_masks(self, seeds: list[int], views: int, grid: tuple[int, int]) -> Tensor:
         """One seed per image -> bool [views * B, N], on the CPU."""
         return draw_masks(seeds, views, grid, **self.masking)

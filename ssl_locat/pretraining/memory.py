@@ -2,7 +2,7 @@
 
 with torch.device("meta"):
     model = StudentTeacher(create_backbone("vit_giant_patch14_224"), losses)
-estimate_memory(model, images=16, global_size=224, local_size=98, num_local=8, precision="bf16", parallel="fsdp", world_size=8)
+estimate_memory(model, losses, images=16, global_size=224, local_size=98, num_local=8, precision="bf16", parallel="fsdp", world_size=8)
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import nn
 # saved_tensors_hooks; a test counts again). fp32: 16 values: the inputs of both norms and of the four linear layers, q, k, v and
 # GELU's input. 16 bit: the same, but for the norms' inputs, which stay fp32, in two bytes.
 KEPT = {"fp32": 64, "bf16": 36, "fp16": 36}
-# fp32 copies of the student's and teacher's scores [views, B, K] that head, softmax and loss keep at their peak
+# fp32 copies of the student's and teacher's scores, [views, B, K] and [hidden patches, K], that head, softmax and loss keep at their peak
 SCORES = 3
 
 
@@ -34,6 +34,7 @@ class Memory(NamedTuple):
 
 def estimate_memory(
     model: nn.Module,
+    objectives: nn.ModuleDict,
     *,
     images: int,
     global_size: int,
@@ -47,7 +48,7 @@ def estimate_memory(
     """Memory of one step; what the allocator loses to fragments (some 5 to 10 %) and the CUDA context (about 1 GB) come on top.
 
     Args:
-        model: a StudentTeacher with a ViT (`.blocks` of one width), on any device.
+        model: a StudentTeacher with a ViT (`.blocks` of one width), on any device; objectives: those it was made for.
         images: per GPU and micro-batch.
         global_size, local_size: of the crops, pixels; two global crops.
     """
@@ -68,16 +69,21 @@ def estimate_memory(
     )
     per_block = tokens * width * KEPT[precision]
     kept = tokens * width * 4 * len(blocks) + per_block if activation_checkpointing else per_block * len(blocks)
-    scoring = [head for head in model.student.heads.values() if hasattr(head, "last_layer")]  # KoLeo and the like have none
-    prototypes = max((head.last_layer.weight_v.shape[0] for head in scoring), default=0)
-    views = 2 + 2 + num_local
+    patches = (global_size // rows) * (global_size // columns)
+    scores = 0.0  # values: rows of all networks and views, times prototypes
+    for objective in objectives.values():
+        prototypes = getattr(objective, "num_prototypes", 0)  # KoLeo and the like have none
+        hidden = getattr(
+            objective, "hidden_share", None
+        )  # iBOT scores the hidden patches of the two global crops, by both networks
+        scores += prototypes * images * (2 + 2 + num_local if hidden is None else 2 * 2 * patches * hidden)
     return Memory(
         weights=4 * (student + teacher) / parts + low * (largest * 2 if parts > 1 else student),
         gradients=4 * student * (1 if parts > 1 or world_size == 1 else 2) / parts,
         optimizer=8 * student / parts,
         gathered=gathered,
         activations=kept,
-        scores=SCORES * 4 * views * images * prototypes,
+        scores=SCORES * 4 * scores,
     )
 
 

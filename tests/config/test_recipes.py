@@ -45,10 +45,12 @@ def cores(profile) -> int | None:
 def gigabytes(config, ranks: int) -> float:
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"init": None})})
     with torch.device("meta"):
-        model = StudentTeacher(make_backbone(config), objectives.build(config.objectives))
+        losses = objectives.build(config.objectives)
+        model = StudentTeacher(make_backbone(config), losses)
     return (
         estimate_memory(
             model,
+            losses,
             images=config.optim.global_batch_size // (ranks * config.optim.accumulate_steps),
             global_size=config.crops.global_size,
             local_size=config.crops.local_size,

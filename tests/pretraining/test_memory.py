@@ -5,15 +5,17 @@ from torch import nn
 
 from ssl_locat.models.backbone import create_backbone
 from ssl_locat.objectives.dino import DINO
+from ssl_locat.objectives.ibot import IBOT
 from ssl_locat.pretraining.memory import KEPT, estimate_memory
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 
 CROPS = {"global_size": 224, "local_size": 96, "num_local": 8}
 
 
-def on_meta(name: str) -> StudentTeacher:
+def on_meta(name: str, **losses: nn.Module) -> tuple[StudentTeacher, nn.ModuleDict]:
     with torch.device("meta"):
-        return StudentTeacher(create_backbone(name), nn.ModuleDict({"dino": DINO()}))
+        objectives = nn.ModuleDict({"dino": DINO()} | losses)
+        return StudentTeacher(create_backbone(name), objectives), objectives
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -42,10 +44,28 @@ def test_bytes_kept_by_a_block_are_as_counted(precision):
     [("locatvit_large", 304, CROPS), ("vit_giant_patch14_224", 1012, {**CROPS, "local_size": 98})],
 )
 def test_large_models_are_counted_without_being_built(name, millions, crops):
-    model = on_meta(name)
+    model, objectives = on_meta(name)
     assert sum(p.numel() for p in model.student.backbone.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
-    alone = estimate_memory(model, images=16, **crops)
-    sharded = estimate_memory(model, images=16, parallel="fsdp", world_size=64, activation_checkpointing=True, **crops)
+    alone = estimate_memory(model, objectives, images=16, **crops)
+    sharded = estimate_memory(
+        model, objectives, images=16, parallel="fsdp", world_size=64, activation_checkpointing=True, **crops
+    )
     assert sharded.optimizer == pytest.approx(alone.optimizer / 64)
     assert sharded.activations < alone.activations / 6
     assert sharded.total < 0.25 * alone.total
+
+
+def test_ibots_scores_are_those_of_hidden_patches():
+    """A quarter of 2 x 196 patches of two networks: 98 rows an image beside DINO's 12."""
+    dino = estimate_memory(*on_meta("vit_small_patch16_224"), images=16, **CROPS)
+    both = estimate_memory(
+        *on_meta("vit_small_patch16_224", ibot=IBOT(mask_probability=0.5, mask_ratio=(0.5, 0.5))), images=16, **CROPS
+    )
+    assert both.scores / dino.scores == pytest.approx((12 + 4 * 196 / 4) / 12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_hidden_patches_are_as_many_as_counted(shared):
+    ibot = IBOT(shared_head=shared)
+    masks = ibot.make_masks(list(range(400)), 2, (14, 14))
+    assert masks.float().mean() == pytest.approx(ibot.hidden_share, rel=0.15)
