@@ -1,5 +1,8 @@
 """What `bench step` runs: models by pairs, a network small enough for a laptop, and our training step on it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import timm
 import torch
 from torch import nn
@@ -21,7 +24,7 @@ PROGRESS = Progress(step=0, epoch=2.0, total_epochs=10)
 
 def make_model(name: str, size: int) -> nn.Module:
     torch.manual_seed(0)
-    options = {"img_size": size} if name.startswith("vit") else {"img_size": size, "dynamic_img_size": True}
+    options: dict[str, Any] = {"img_size": size} if name.startswith("vit") else {"img_size": size, "dynamic_img_size": True}
     return timm.create_model(name, num_classes=0, **options).to(device())
 
 
@@ -37,13 +40,13 @@ def forward_backward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype,
 def tiny_pair(prototypes: int) -> tuple[StudentTeacher, DINO]:
     """2.7 M parameters at 32 px: a DINO step that a laptop does in a second or two."""
     torch.manual_seed(0)
-    size = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
+    size: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
     backbone = timm.models.VisionTransformer(**size, num_classes=0, dynamic_img_size=True)
     objective = DINO(num_prototypes=prototypes).to(device())
     return StudentTeacher(backbone, nn.ModuleDict({"dino": objective})).to(device()), objective
 
 
-def our_stepper(model: StudentTeacher, objective: DINO):
+def our_stepper(model: StudentTeacher, objective: DINO) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """step(globals_ [2 * B, 3, H, W], locals_ [n * B, 3, h, w] or None) -> loss []."""
     optimizer = build_optimizer(model.student, (0.9, 0.999))
 

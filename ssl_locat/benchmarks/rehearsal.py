@@ -19,13 +19,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ssl_locat.benchmarks.rehearsal_source import TEST, TRAIN, write_source
 from ssl_locat.benchmarks.stream import _in_child, _web_server
 from ssl_locat.config.schema import Config, load
 from ssl_locat.data.images.crops import MultiCrop
 from ssl_locat.errors import UserError
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import console
 
 RECIPE = "dino_locatvit_s16"
@@ -58,7 +59,7 @@ def rehearse(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"recipe": recipe, "scale": scale}
     kept = folder / "rehearsal.json"
-    state = json.loads(kept.read_text()) if kept.exists() else {"settings": settings, "rows": {}}
+    state: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"settings": settings, "rows": {}}
     if state["settings"] != settings:
         raise UserError(
             f"{folder} holds a rehearsal with {state['settings']}, not {settings}: give another folder, or remove it."
@@ -264,7 +265,7 @@ def _stream(config: Config, ranks: int) -> dict:
     batch, memory = config.optim.global_batch_size, round(config.data.read_memory_gb * 2**30)
     plan = choose_plan(datasets, weights, config.seed, batch, memory)
     crops = MultiCrop(**config.crops.model_dump() | {"mode": "cpu"})
-    size = {
+    size: dict[str, Any] = {
         "global_batch_size": batch,
         "world_size": ranks,
         "workers": config.data.workers,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def pairwise_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> Tensor:
     """student [S, B, K], teacher [T, B, K] -> []: the mean over pairs of different views, pair by pair (arXiv:2104.14294, alg. 1)."""
     targets = [F.softmax((view - center) / teacher_temp, dim=-1).detach() for view in teacher]
-    total, pairs = 0.0, 0
+    total, pairs = student.new_zeros(()), 0
     for t, target in enumerate(targets):
         for s, view in enumerate(student):
             if s != t:

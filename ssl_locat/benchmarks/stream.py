@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from ssl_locat.data.stream.stream import TrainStream
 BASELINE = "webdataset, shuffle(1000)"
 OURS = "ssl_locat"
 BATCH = 256
-_SIZES = {"global_batch_size": BATCH, "world_size": 1, "accumulate_steps": 1, "workers": 0}
+_SIZES: dict[str, Any] = {"global_batch_size": BATCH, "world_size": 1, "accumulate_steps": 1, "workers": 0}
 _fork = multiprocessing.get_context("fork")
 
 
@@ -77,7 +77,7 @@ def _compare(case: str, urls: list[str], samples: int, size: int, repeats: int, 
     measured: dict[str, list[_Pass]] = {BASELINE: [], OURS: []}
     for _ in range(repeats):
         for variant, run in ((BASELINE, _webdataset_pass), (OURS, _our_pass)):
-            measured[variant].append(_in_child(lambda run=run: run(urls, samples, requests)))
+            measured[variant].append(_in_child(partial(run, urls, samples, requests)))
 
     def rows(metric: str, unit: str, value: Callable[[_Pass], float]) -> list[dict]:
         medians = {variant: statistics.median(map(value, runs)) for variant, runs in measured.items()}

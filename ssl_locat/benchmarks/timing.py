@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ def precisions() -> dict[str, torch.dtype]:
     return {"fp32": torch.float32} if emulated else {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def side_by_side(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
+def side_by_side(variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
     """Median over `repeats` rounds, each of which runs every variant once.
 
     Without a GPU these are CPU-seconds of this process, summed over its threads: other people's work on the machine does not count
@@ -50,7 +50,7 @@ def summary(seconds: list[float]) -> Timing:
     return Timing(middle, (high - low) / middle)
 
 
-def kernel_times(variants: dict[str, Callable[[], object]], repeats: int, at_least: float = 0.005) -> dict[str, Timing]:
+def kernel_times(variants: Mapping[str, Callable[[], object]], repeats: int, at_least: float = 0.005) -> dict[str, Timing]:
     """What the GPU takes for each call, without the launching: each is captured as a CUDA graph, which is replayed in rounds of at least
     `at_least` seconds between two events. The calls must not wait for the device."""
     rounds = {name: _replayed(call, at_least) for name, call in variants.items()}
@@ -87,7 +87,7 @@ def _replay(graph: torch.cuda.CUDAGraph, count: int) -> float:
     return begin.elapsed_time(end) / 1000 / count
 
 
-def host_times(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
+def host_times(variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
     """What the CPU takes until each call has queued its work on an idle GPU."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(warmup + repeats):
@@ -101,7 +101,7 @@ def host_times(variants: dict[str, Callable[[], object]], repeats: int, warmup: 
 
 def make_rows(
     bench: str, case: str, metric: str, unit: str, values: dict[str, float], baseline: str, spreads: dict | None = None
-):
+) -> list[dict]:
     """One row per variant; `ratio` is its value over the baseline's."""
     return [
         {

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,13 +95,14 @@ def _write_onnx(module: nn.Module, images: Tensor, dynamic: dict, path: Path) ->
         raise UserError("ONNX export needs onnx, onnxruntime and onnxscript: pip install 'ssl_locat[onnx]'.") from None
     names = ["class_token", "patch_tokens"]
     program = torch.onnx.export(_program(module, images, dynamic), input_names=["images"], output_names=names, verbose=False)
+    assert program is not None  # given to whoever names no file
     _name_axes(program.model.graph)
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(array) for array in session.run(names, {"images": images.numpy()})]
 
 
-def _name_axes(graph) -> None:
+def _name_axes(graph: Any) -> None:
     """The open axes by what they are, instead of the exporter's `s77`; that of the patches, a formula of two others, too."""
     (images,) = graph.inputs
     names = {str(images.shape[axis].value): name for axis, name in AXES.items() if not isinstance(images.shape[axis], int)}

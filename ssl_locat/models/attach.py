@@ -10,8 +10,10 @@ compiled, too), explicit loops, and `timm_...` names instead of super(). FX sees
 """
 
 import inspect
+from collections.abc import Sequence
 from functools import cache, update_wrapper
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,7 @@ from ssl_locat.models.prr import PRR, ClassAttention
 from ssl_locat.models.tokens import recomputed
 
 POOLINGS = ("prr", "class_attention")
+Front: Any = object  # base of what stands in front of a timm class, whose attributes it reads
 GAUG_OPTIONS = tuple(p.name for p in inspect.signature(GAug).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
@@ -60,7 +63,8 @@ def attach_locat(model: nn.Module, gaug: bool | dict = True, prr: bool | dict = 
     check_model(model, gaug, prr, pos_resize)
     if gaug is not False:
         attach_gaug(model, {} if gaug is True else dict(gaug))
-    model.__class__ = locat_class(type(model))
+    kind: Any = type(model)
+    model.__class__ = locat_class(kind)
     for name, value in {"has_gaug": False, "prr": None, "drop_patches": None, "pos_resize": "timm"}.items():
         if name not in model.__dict__ and name not in model._modules:  # TorchScript reads no attribute of a class
             setattr(model, name, value)
@@ -113,7 +117,7 @@ def attach_gaug(model: nn.Module, options: dict) -> None:
             weight = attention.proj.weight
             head_dim = attention.qkv.out_features // 3 // attention.num_heads if attention.qkv is not None else attention.head_dim
             attention.gaug = GAug(head_dim, weight.shape[0], attention.num_heads, grid, **options).to(weight.device, weight.dtype)
-            attention.__class__ = gaug_class(type(attention))
+            attention.__class__ = gaug_class(attention.__class__)
             if not isinstance(attention, WindowAttention):
                 attention.num_prefix_tokens, attention.seen_grids = model.num_prefix_tokens, seen
     model.has_gaug, model.seen_grids = True, seen
@@ -125,14 +129,14 @@ def attach_gaug(model: nn.Module, options: dict) -> None:
         model.patch_drop = None if isinstance(model, Eva) else nn.Identity()
 
 
-def default_grids(model: nn.Module, stages: list[list[nn.Module]]) -> list[tuple[int, int]]:
+def default_grids(model: nn.Module, stages: list[list[Any]]) -> list[tuple[int, int]]:
     """Windows are what a Swin's attentions see, a ViT's see the image."""
     if isinstance(model, SwinTransformer):
         return [stage[0].window_size for stage in stages]
     return [model.patch_embed.grid_size]
 
 
-def initial_grids(given, num_stages: int) -> list[tuple[int, int]]:
+def initial_grids(given: Any, num_stages: int) -> list[tuple[int, int]]:
     """One (rows, cols) per stage of what a user or a config gives: one for all, or a list of them. Raises UserError."""
     grids = given if isinstance(given, tuple | list) and given and isinstance(given[0], tuple | list) else [given]
     for grid in grids:
@@ -142,7 +146,7 @@ def initial_grids(given, num_stages: int) -> list[tuple[int, int]]:
         raise UserError(
             f"gaug.initial_grid is {given!r}; expected one (rows, cols) for all, or one for each of {num_stages} stages"
         )
-    return [tuple(grid) for grid in (grids * num_stages if len(grids) == 1 else grids)]
+    return [(grid[0], grid[1]) for grid in (grids * num_stages if len(grids) == 1 else grids)]
 
 
 def one_or_all(grids: list[tuple[int, int]]) -> tuple:
@@ -150,7 +154,7 @@ def one_or_all(grids: list[tuple[int, int]]) -> tuple:
     return grids[0] if len(set(grids)) == 1 else tuple(grids)
 
 
-def set_initial_grid(model: nn.Module, grid: tuple) -> None:
+def set_initial_grid(model: nn.Module, grid: Sequence) -> None:
     """Tell every GAug which grid its weights were trained at, and remember it for exports; of a Swin also one grid per stage."""
     if not getattr(model, "has_gaug", False):
         return
@@ -181,7 +185,7 @@ def attach_prr(model: nn.Module, options: dict) -> None:
             "does not pool by; choose a ViT with global_pool='token'"
         )
     last = [m for m in model.modules() if hasattr(m, "num_heads") and hasattr(m, "proj")][-1]
-    num_heads = options.get("num_heads", last.num_heads)
+    num_heads: Any = options.get("num_heads", last.num_heads)
     weight, dim = last.proj.weight, last.proj.out_features
     if dim % num_heads:
         raise UserError(f"prr.num_heads is {num_heads}, which does not divide the tokens' width {dim}")
@@ -196,16 +200,16 @@ def stages_of(model: nn.Module) -> dict[str, nn.Module]:
     return {"blocks": model.blocks}
 
 
-def find_attentions(model: nn.Module) -> list[list[nn.Module]]:
-    """Every attention that GAug goes into, by stage; raises UserError for a block whose attention it cannot serve."""
-    found = []
+def find_attentions(model: nn.Module) -> list[list[Any]]:
+    """Every attention of timm that GAug goes into, by stage; raises UserError for a block whose attention it cannot serve."""
+    found: list[list[Any]] = []
     for name, blocks in stages_of(model).items():
         found.append([])
         for index, block in enumerate(blocks):
-            inside = [m for m in block.modules() if isinstance(m, tuple(ATTENTIONS))]
+            inside: list[Any] = [m for m in block.modules() if isinstance(m, tuple(ATTENTIONS))]
             if any(hasattr(m, "gaug") for m in inside):
                 raise UserError(f"GAug is attached to {name}.{index} already")
-            if not inside or any(gaug_class(type(m)) is None for m in inside):
+            if not inside or any(gaug_class(m.__class__) is None for m in inside):
                 kind = type(getattr(block, "attn", block)).__name__
                 raise UserError(
                     f"GAug cannot serve {name}.{index} of this {type(model).__name__}: its attention is {kind}; "
@@ -247,7 +251,7 @@ def rotate(self, x: Tensor, rope: Tensor | None) -> Tensor:
     return torch.cat([x[:, :, :prefix], rotated.to(x.dtype)], dim=2)
 
 
-class GaugAttention:
+class GaugAttention(Front):
     """In front of a timm attention class: the same projections, gate, norms and dropouts around attention with GAug's bias."""
 
     project, rotate = project, rotate
@@ -265,11 +269,12 @@ class GaugAttention:
         else:
             if is_causal:
                 raise UserError("an attention with GAug is not causal: GAug adds its own bias between all patches")
-            if attn_mask is None:
-                attn_mask = self.remembered_grid(x.shape[1] - self.num_prefix_tokens)
-            if isinstance(attn_mask, tuple):
-                attn_mask = grid_mask(x, *attn_mask)
-            return self.attend(x, rope, attn_mask)
+            where: Any = attn_mask
+            if where is None:
+                where = self.remembered_grid(x.shape[1] - self.num_prefix_tokens)
+            if isinstance(where, tuple):
+                where = grid_mask(x, *where)
+            return self.attend(x, rope, where)
 
     def attend(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor) -> Tensor:
         prefix = self.num_prefix_tokens
@@ -301,7 +306,7 @@ class GaugAttention:
         return grid
 
 
-class GaugWindowAttention:
+class GaugWindowAttention(Front):
     """In front of timm's Swin attention: each window is a grid, padding positions take part."""
 
     project = project
@@ -330,7 +335,7 @@ class GaugWindowAttention:
 
 
 # timm's attentions that GAug can enter -> what goes in front of them
-ATTENTIONS = {
+ATTENTIONS: dict[Any, type] = {
     Attention: GaugAttention,
     AttentionRope: GaugAttention,  # the bias is predicted from the query before rotation
     EvaAttention: GaugAttention,
@@ -339,7 +344,7 @@ ATTENTIONS = {
 
 
 @cache
-def gaug_class(kind: type) -> type | None:
+def gaug_class(kind: Any) -> Any:
     """The class with GAug of a timm attention, or of a subclass that computes the same (gated, say); None if GAug cannot enter."""
     for base, front in ATTENTIONS.items():
         if issubclass(kind, base) and kind.forward is base.forward:
@@ -349,7 +354,7 @@ def gaug_class(kind: type) -> type | None:
     return None
 
 
-class LocAtModel:
+class LocAtModel(Front):
     """In front of a timm model class: PRR before the head, and what an export needs to build the same model again."""
 
     has_gaug = False
@@ -447,12 +452,15 @@ class LocAtViT(LocAtModel):
             return self.norm(x), maps
         else:
             if output_dict:
-                found = {"image_intermediates": maps}
+                found: Any = {"image_intermediates": maps}
                 if prefix and return_prefix_tokens:
                     found["image_intermediates_prefix"] = prefixes
-                return found if intermediates_only else {**found, "image_features": self.norm(x)}
+                if not intermediates_only:
+                    found["image_features"] = self.norm(x)
+                return found
             if prefix and return_prefix_tokens:
-                maps = list(zip(maps, prefixes, strict=True))
+                pairs: Any = list(zip(maps, prefixes, strict=True))
+                return pairs if intermediates_only else (self.norm(x), pairs)
             return maps if intermediates_only else (self.norm(x), maps)
 
     def remember(self, x: Tensor) -> None:
@@ -480,7 +488,7 @@ class LocAtViT(LocAtModel):
     def add_resized_positions(self, x: Tensor) -> Tensor:
         """Patches [B, rows, cols, D] -> all tokens with positions in the way of `pos_resize`."""
         skip = 0 if self.no_embed_class else self.num_prefix_tokens
-        positions = resize_table(self.pos_embed, skip, self.patch_embed.grid_size, x.shape[1:3], self.pos_resize)
+        positions = resize_table(self.pos_embed, skip, self.patch_embed.grid_size, (x.shape[1], x.shape[2]), self.pos_resize)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = x.flatten(1, 2)
         if self.no_embed_class:
@@ -532,19 +540,19 @@ torch.fx.wrap("resize_table")
 
 
 @cache
-def locat_class(base: type) -> type:
+def locat_class(base: Any) -> Any:
     """The LocAt subclass of a timm model class (of `VisionTransformer`, `VisionTransformerDistilled`, ...); one per base."""
     if issubclass(base, LocAtModel):
         return base
     mixin = LocAtModel if issubclass(base, SwinTransformer) else LocAtEva if issubclass(base, Eva) else LocAtViT
-    own = {"__module__": __name__, "__doc__": f"timm's {base.__name__} with LocAt attached."}
+    own: dict[str, Any] = {"__module__": __name__, "__doc__": f"timm's {base.__name__} with LocAt attached."}
     for name, new_name in {"forward_head": "timm_forward_head", "_pos_embed": "timm_pos_embed"}.items():
         if hasattr(base, name):  # what super() would call, which TorchScript does not know
             own[new_name] = renamed(getattr(base, name), new_name)
     return type(f"LocAt{base.__name__}", (mixin, base), own)
 
 
-def renamed(function: FunctionType, name: str) -> FunctionType:
+def renamed(function: Any, name: str) -> Any:
     """The same function under another name, by which TorchScript tells a class's methods apart."""
     copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     return update_wrapper(copy, function, assigned=("__module__", "__doc__", "__annotations__"))
@@ -554,7 +562,7 @@ def locat_args(model: nn.Module) -> dict:
     """Options that rebuild what was attached to `model`: gaug, prr, pos_resize; {} for a model without LocAt."""
     if not isinstance(model, LocAtModel):
         return {}
-    args = {"gaug": dict(model.gaug_options) if model.has_gaug else False, "prr": False}
+    args: dict[str, Any] = {"gaug": dict(model.gaug_options) if model.has_gaug else False, "prr": False}
     if model.prr is not None:
         args["prr"] = {"num_heads": model.prr.num_heads}
         if isinstance(model.prr, ClassAttention):

@@ -5,6 +5,7 @@ In attention the wide token is J tokens; behind it, they are one vector of J * D
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from ssl_locat.errors import UserError
 class JumboBlock(Block):
     """timm's block for the patches, and the shared wide MLP, with this block's norm and scale, for the class token."""
 
-    def __init__(self, dim: int, num_class_tokens: int, init_values: float | None = None, drop_path: float = 0.0, **options):
+    def __init__(self, dim: int, num_class_tokens: int, init_values: float | None = None, drop_path: float = 0.0, **options: Any):
         super().__init__(dim, init_values=init_values, drop_path=drop_path, **options)
         wide = num_class_tokens * dim
         self.num_class_tokens = num_class_tokens
@@ -90,14 +91,14 @@ class Jumbo(VisionTransformer):
         init_values: float | None = 1e-4,
         global_pool: str = "token",
         jumbo_mlp_ratio: float | None = None,
-        **options,
+        **options: Any,
     ):
         if global_pool != "token":
             raise UserError(f"Jumbo pools by its class token, not by global_pool={global_pool!r}; leave it out")
         for name in ("class_token", "reg_tokens", "block_fn", "no_embed_class"):
             if name in options:
                 raise UserError(f"Jumbo has no option {name}: it has one wide class token, without a position, and no registers")
-        block = partial(JumboBlock, num_class_tokens=num_class_tokens)
+        block: Any = partial(JumboBlock, num_class_tokens=num_class_tokens)
         super().__init__(num_classes=0, init_values=init_values, no_embed_class=True, block_fn=block, **options)
         dim = self.embed_dim
         self.num_prefix_tokens = num_class_tokens
@@ -108,6 +109,7 @@ class Jumbo(VisionTransformer):
         self.jumbo_mlp = Mlp(wide, int(wide * ratio))
         for layer in (self.jumbo_mlp.fc1, self.jumbo_mlp.fc2):
             trunc_normal_(layer.weight, std=0.02)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         for each in self.blocks:
             each.shared = (self.jumbo_mlp,)
@@ -137,7 +139,7 @@ class Jumbo(VisionTransformer):
         return x[:, : self.num_prefix_tokens].flatten(1)
 
 
-def drop_copies_of_the_shared_mlp(module: nn.Module, state: dict, prefix: str, *_) -> None:
+def drop_copies_of_the_shared_mlp(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
     """The release writes the shared MLP once per block besides; its names are dropped before the check of names."""
     for name in [n for n in state if n.startswith(f"{prefix}blocks.") and ".jumbo_mlp." in n]:
         del state[name]

@@ -19,10 +19,10 @@ from ssl_locat.data.stream.plan import Plan, resume_plan
 from ssl_locat.errors import CheckpointError, ConfigError, UserError
 from ssl_locat.pretraining.parts import Since, check_backbone, rates, run_length
 from ssl_locat.runs import distributed
-from ssl_locat.runs.checkpoint import Checkpointer, read_marker
+from ssl_locat.runs.checkpoint import Checkpointer
 from ssl_locat.runs.folder import Difference, differences, saved_config
 from ssl_locat.runs.log import read_jsonl
-from ssl_locat.runs.marker import MARKER, problem, step_folders
+from ssl_locat.runs.marker import MARKER, problem, read_marker, step_folders
 
 # which settings a key of --allow covers besides itself and what stands below it
 TOGETHER = {"optim.epochs": ("optim.total_steps",), "optim.total_steps": ("optim.epochs",)}
