@@ -41,6 +41,7 @@ def own_name(backbone: nn.Module, architecture: str, args: dict) -> tuple[str, d
     if getattr(backbone, "pos_resize", "timm") != "timm":  # timm cannot resize positions that way
         return architecture, args
     args = {key: value for key, value in args.items() if key not in ATTACH}
+    # without LocAt the weights are those of a plain timm model: it opens them where this package is not installed
     twin = architecture.removeprefix("locat_")
     if twin in TWINS:
         return twin, {**TWINS[twin], **args}

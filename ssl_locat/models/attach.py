@@ -115,8 +115,10 @@ def attach_gaug(model: nn.Module, options: dict) -> None:
     for stage, grid in zip(stages, grids, strict=True):
         for attention in stage:
             weight = attention.proj.weight
+            # EVA may have three projections instead of one; it then knows its head_dim
             head_dim = attention.qkv.out_features // 3 // attention.num_heads if attention.qkv is not None else attention.head_dim
             attention.gaug = GAug(head_dim, weight.shape[0], attention.num_heads, grid, **options).to(weight.device, weight.dtype)
+            # parameters, hooks and names stay where they are: only the methods change
             attention.__class__ = gaug_class(attention.__class__)
             if not isinstance(attention, WindowAttention):
                 attention.num_prefix_tokens, attention.seen_grids = model.num_prefix_tokens, seen
@@ -138,6 +140,7 @@ def default_grids(model: nn.Module, stages: list[list[Any]]) -> list[tuple[int, 
 
 def initial_grids(given: Any, num_stages: int) -> list[tuple[int, int]]:
     """One (rows, cols) per stage of what a user or a config gives: one for all, or a list of them. Raises UserError."""
+    # [14, 14] is one grid, [[7, 7], [4, 4]] several
     grids = given if isinstance(given, tuple | list) and given and isinstance(given[0], tuple | list) else [given]
     for grid in grids:
         if not (isinstance(grid, tuple | list) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)):
@@ -158,6 +161,7 @@ def set_initial_grid(model: nn.Module, grid: Sequence) -> None:
     """Tell every GAug which grid its weights were trained at, and remember it for exports; of a Swin also one grid per stage."""
     if not getattr(model, "has_gaug", False):
         return
+    # one for each block: blocks of a stage share the grid, not its module
     stages = [[m for m in stage.modules() if isinstance(m, GAug)] for stage in stages_of(model).values()]
     grids = initial_grids(grid, len(stages))
     for stage, own in zip(stages, grids, strict=True):
@@ -184,6 +188,7 @@ def attach_prr(model: nn.Module, options: dict) -> None:
             f"prr.kind=class_attention pools into one class token of the patches' width, which this {type(model).__name__} "
             "does not pool by; choose a ViT with global_pool='token'"
         )
+    # the last attention of the network: PRR has as many heads as it
     last = [m for m in model.modules() if hasattr(m, "num_heads") and hasattr(m, "proj")][-1]
     num_heads: Any = options.get("num_heads", last.num_heads)
     weight, dim = last.proj.weight, last.proj.out_features
@@ -206,6 +211,7 @@ def find_attentions(model: nn.Module) -> list[list[Any]]:
     for name, blocks in stages_of(model).items():
         found.append([])
         for index, block in enumerate(blocks):
+            # ATTENTIONS by isinstance: subclasses of timm's attentions count, if they compute the same (gaug_class)
             inside: list[Any] = [m for m in block.modules() if isinstance(m, tuple(ATTENTIONS))]
             if any(hasattr(m, "gaug") for m in inside):
                 raise UserError(f"GAug is attached to {name}.{index} already")
@@ -232,6 +238,7 @@ def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             qkv = F.linear(x, self.qkv.weight, bias)
         else:
             qkv = self.qkv(x)
+        # [B, T, 3 * heads * d] -> [B, T, 3, heads, d] -> 3 x [B, heads, T, d], T = R + N
         q, k, v = qkv.unflatten(-1, [3, self.num_heads, -1]).permute(2, 0, 3, 1, 4).unbind(0)
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
@@ -247,6 +254,7 @@ def rotate(self, x: Tensor, rope: Tensor | None) -> Tensor:
         return x
     prefix = self.num_prefix_tokens
     half = self.rotate_half if hasattr(self, "rotate_half") else False
+    # prefix tokens lie nowhere in the image, hence no rotation of them
     rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
     return torch.cat([x[:, :, :prefix], rotated.to(x.dtype)], dim=2)
 
@@ -280,6 +288,7 @@ class GaugAttention(Front):
         prefix = self.num_prefix_tokens
         rows, cols, kept = read_mask(attn_mask)
         q, k, v = self.project(x)
+        # of queries before rotation: rotated ones would also tell where their patch lies
         coefficients = self.gaug(q[:, :, prefix:], (rows, cols), k=k[:, :, prefix:], x=x[:, prefix:], kept=kept)
         q, k = self.rotate(q, rope), self.rotate(k, rope)
         dropout_p = self.attn_drop.p if self.training else 0.0
@@ -287,7 +296,7 @@ class GaugAttention(Front):
             out = dense_bias_attention(q, k, v, self.gaug.bias(coefficients, (rows, cols)), prefix, dropout_p=dropout_p)
         else:
             out = self.gaug.attend(q, k, v, coefficients, (rows, cols), prefix, dropout_p=dropout_p)
-        out = self.norm(out.transpose(1, 2).flatten(2))
+        out = self.norm(out.transpose(1, 2).flatten(2))  # [B, heads, T, d] -> [B, T, D]; an Identity in most models
         if hasattr(self, "gate") and self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
@@ -322,7 +331,9 @@ class GaugWindowAttention(Front):
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self.project(x)
+        # each window is a grid of its own: no prefix tokens, distances within it
         coefficients = self.gaug(q, self.window_size, k=k, x=x)
+        # Swin's own bias [1, heads, N, N] stays, and GAug's is added to it
         extra = self._get_rel_pos_bias()
         if mask is not None:
             extra = (extra + mask[:, None]).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)  # windows of one image are neighbours
@@ -347,6 +358,7 @@ ATTENTIONS: dict[Any, type] = {
 def gaug_class(kind: Any) -> Any:
     """The class with GAug of a timm attention, or of a subclass that computes the same (gated, say); None if GAug cannot enter."""
     for base, front in ATTENTIONS.items():
+        # a subclass with another forward computes something that ours would not
         if issubclass(kind, base) and kind.forward is base.forward:
             return type(
                 f"LocAt{kind.__name__}", (front, kind), {"__module__": __name__, "__doc__": f"{kind.__name__} with GAug."}
@@ -361,6 +373,7 @@ class LocAtModel(Front):
     __jit_unused_properties__ = ("_model_args",)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):  # a distilled model gives two tensors in training
+        # before timm pools: the head sees the refined class token
         if self.prr is not None:
             x = self.prr(x)
         return self.timm_forward_head(x, pre_logits)
@@ -368,6 +381,7 @@ class LocAtModel(Front):
     @property
     def _model_args(self) -> dict:
         """timm writes these into config.json. GAug's grid belongs to the weights, so it is always among them."""
+        # kept in __dict__: the name itself is this property
         return {**self.__dict__.get("_timm_args", {}), **locat_args(self)}
 
     @_model_args.setter
@@ -417,6 +431,7 @@ class LocAtViT(LocAtModel):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x, rope, mask = self.place_patches(self.patch_embed(x), attn_mask, is_causal)
+        # -1: no block has this number, so that no output is kept
         x, _ = self.run_blocks(x, rope, mask, [-1])
         return self.norm(x)
 
@@ -445,6 +460,7 @@ class LocAtViT(LocAtModel):
         prefixes = [y[:, :prefix] for y in outputs]
         maps = [y[:, prefix:] for y in outputs]
         if output_fmt == "NCHW":
+            # [B, N, D] -> [B, D, rows, cols]
             maps = [y.reshape(y.shape[0], rows, cols, -1).permute(0, 3, 1, 2).contiguous() for y in maps]
         if torch.jit.is_scripting():
             if intermediates_only:
@@ -470,6 +486,7 @@ class LocAtViT(LocAtModel):
         if not self.has_gaug or isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         grid = Grid(*x.shape[1:3]) if x.ndim == 4 else Grid(*self.patch_embed.grid_size)
+        # 16 patches are 4 x 4 or 2 x 8: two grids of one count cannot be told apart later
         if self.seen_grids.setdefault(grid.rows * grid.cols, grid) != grid:
             self.seen_grids[grid.rows * grid.cols] = ()
 

@@ -30,12 +30,14 @@ class JumboBlock(Block):
 
     def __prepare_scriptable__(self) -> "JumboBlock":
         """What TorchScript compiles in its place: it knows no modules in tuples, and lets blocks share one."""
+        # a copy without __init__: it shares all parameters with the block that it stands for
         block = self.__new__(type(self))
         block.__dict__ = {**self.__dict__, "_modules": {**self._modules, "wide_mlp": self.shared[0]}}
         return block
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask)))
+        # [B, J * D] and [B, N, D]
         wide, patches = x[:, : self.num_class_tokens].flatten(1), x[:, self.num_class_tokens :]
         wide = wide + self.drop_path3(self.ls3(self.transform_wide(self.norm3(wide))))
         patches = patches + self.drop_path2(self.ls2(self.mlp(self.norm2(patches))))
@@ -104,6 +106,7 @@ class Jumbo(VisionTransformer):
         self.num_prefix_tokens = num_class_tokens
         self.num_features = self.head_hidden_size = num_class_tokens * dim
         self.cls_token = nn.Parameter(torch.empty(1, num_class_tokens, dim))
+        # timm's start of a class token
         nn.init.normal_(self.cls_token, std=1e-6)
         wide, ratio = num_class_tokens * dim, options.get("mlp_ratio", 4.0) if jumbo_mlp_ratio is None else jumbo_mlp_ratio
         self.jumbo_mlp = Mlp(wide, int(wide * ratio))
@@ -112,6 +115,7 @@ class Jumbo(VisionTransformer):
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         for each in self.blocks:
+            # in a tuple, as a module would be registered, saved and counted once in every block
             each.shared = (self.jumbo_mlp,)
         self.norm_patches = nn.LayerNorm(dim) if norm_patches else None
         self.norm = JumboNorm(num_class_tokens, dim, self.norm_patches)

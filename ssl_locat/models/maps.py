@@ -34,6 +34,7 @@ def attention_maps(backbone: nn.Module, images: Tensor, layers: list[int]) -> li
         def keep(module: nn.Module, inputs: tuple, options: dict[str, Any], number: int = number) -> None:
             found[number] = weights(module, inputs[0], backbone.num_prefix_tokens, **options)
 
+        # on what goes in: fused attention keeps no weights that a hook could see come out
         handles.append(attention.register_forward_pre_hook(keep, with_kwargs=True))
     try:
         whole: Any = backbone  # it has blocks with a known attention, hence is a ViT or an Eva
@@ -59,6 +60,8 @@ def weights(
         assert attn_mask is not None  # the model says where patches lie
         rows, cols, kept = read_mask(attn_mask)
         coefficients = attention.gaug(q[:, :, prefix:], (rows, cols), k=k[:, :, prefix:], x=x[:, prefix:], kept=kept)
+        # [B, heads, N, N] -> [B, heads, R + N, R + N]: prefix tokens have no bias
         bias = F.pad(attention.gaug.bias(coefficients, (rows, cols)), (prefix, 0, prefix, 0))
     q, k = rotate(attention, q, rope), rotate(attention, k, rope)
+    # [B, heads, R + N, R + N]
     return (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1)

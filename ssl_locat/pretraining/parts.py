@@ -79,6 +79,7 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
         )
     check_backbone(config)
     check_probes(config)
+    # two commands on a fresh machine: rank 0 makes the images, the others wait
     made = config.data.make
     to_come = made if made is not None and not may_write and not Path(made.folder).is_dir() else None
     if made and not to_come:
@@ -139,6 +140,7 @@ def rates(config: Config, length: Length, samples_seen: int, since: Since | None
     """
     optim, batch = config.optim, config.optim.global_batch_size
     begin = since.samples_seen if since and optim.schedule in ("restart", "decay") else 0
+    # steps of today's batch, fractions where it was another one before
     iteration, total = (samples_seen - begin) / batch, (length.total_samples - begin) / batch
     warmup = optim.warmup_epochs * length.steps_per_epoch
     if optim.schedule in ("wsd", "decay"):
@@ -192,6 +194,7 @@ def make_backbone(config: Config) -> nn.Module:
 
 def check_backbone(config: Config) -> None:
     """UserError if the backbone cannot be made, or does not take crops of these sizes; allocates nothing."""
+    # shapes without memory: a ViT-g is checked on a login node
     with torch.device("meta"):
         backbone = make_backbone(config)
         for name in ("global_size", "local_size") if config.crops.num_local else ("global_size",):
@@ -208,6 +211,7 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
     """Student and teacher, and the objectives, on the device; a pure function of config and seed.
 
     checkpoint: the one whose weights will be loaded next; `backbone.init` need not be there any more then."""
+    # stream 0 of the seed: weights; 1 are the masks
     torch.manual_seed(mix64(config.seed, 0))
     backbone = make_backbone(config)
     backbone.pretrained_cfg = {
@@ -246,10 +250,12 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
     """The student as the loop calls it: compiled, recomputing its blocks, its gradients averaged over ranks, as the config says."""
     blocks = {network: backbone_blocks(network.backbone) for network in (model.student, model.teacher)}
     if config.activation_checkpointing:
+        # the student alone: the teacher keeps nothing for a backward pass
         distributed.checkpoint_activations(blocks[model.student])
     if config.compile:
         mode = "reduce-overhead" if config.compile == "cuda-graphs" else None
         for network in blocks:
+            # in place: torch.compile(network) would wrap it, and put `_orig_mod.` before each name of a checkpoint
             network.compile(mode=mode)  # dynamic sizes are found out: the number of hidden patches changes
     if world_size() == 1:
         return model.student
@@ -257,6 +263,7 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
         for network, parts in blocks.items():
             distributed.shard(network, [*parts, *network.heads.values()], device)
         return model.student
+    # looking for unused parameters walks the whole graph once a step
     ids = [device.index] if device.type == "cuda" else None
     # ours leave no parameter without a gradient; of someone else's model or loss nobody knows
     own_model = isinstance(model.student.backbone, LocAtModel) or type(model.student.backbone) is VisionTransformer
@@ -279,6 +286,7 @@ class Prepare:
     """From a raw sample to its crops; runs in the loader's workers."""
 
     def __init__(self, crops: MultiCrop, data: Data):
+        # a class and no closure: workers that are not forked get it pickled
         self.crops, self.image_key = crops, data.image_key
         self.options = {"channels": len(crops.mean), "max_pixels": data.max_pixels}
 
@@ -303,6 +311,7 @@ def total_loss(
     metrics: dict[str, Tensor] = {}
     for option in config.objectives:
         loss, seen = losses[option.name](views[option.name], targets[option.name], at)
+        # metrics show a loss as it is, without its weight
         total = total + option.weight * loss
         if len(losses) > 1:
             seen = {option.name: loss.detach(), **{f"{option.name}_{name}": value for name, value in seen.items()}}

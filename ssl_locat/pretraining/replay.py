@@ -26,6 +26,7 @@ def replay(config: Config, path: Path) -> None:
     model, losses = build_model(config, device, newest)
     if newest:
         optim = config.optim
+        # a checkpoint is loaded as a whole; no step is made
         optimizer = build_optimizer(model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr)
         Checkpointer(config.run_dir).load(newest, saved_modules(model, losses), optimizer)
     _print(f"{path}: step {meta['step']} of rank {meta['rank']}, {len(meta['keys'])} samples: {', '.join(meta['keys'][:8])} ...")
@@ -61,6 +62,7 @@ def _watch(network: nn.Module, prefix: str, broken: list[str]) -> None:
 
     def hook_for(name: str):
         def hook(_module, _inputs, output) -> None:
+            # named tuples, views and the like are made of what the modules inside gave
             if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
                 broken.append(name)
 

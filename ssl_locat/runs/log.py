@@ -42,7 +42,9 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if isinstance(record.args, tuple):
+            # numbers stay numbers, for %d and %.1f
             safe = tuple(arg if isinstance(arg, int | float) else shown(arg) for arg in record.args)
+            # a copy: other handlers get the record as it was made
             record = logging.makeLogRecord(record.__dict__ | {"args": safe})
         return printable(redact(super().format(record)))
 
@@ -100,6 +102,7 @@ def setup(quiet: bool = False, verbose: bool = False) -> None:
     logger = logging.getLogger("ssl_locat")
     logger.handlers[:] = [handler]
     logger.setLevel(level)
+    # else a root handler, of whatever library configured one, prints each line again
     logger.propagate = False
 
 
@@ -132,6 +135,7 @@ class _Bar:
 
     def pause(self, seconds: float, every: int | None = None) -> None:
         """Time that was no work: kept out of the rate. `every`: it comes again each time so many more are done, and at the end."""
+        # the clock of the rate stands still meanwhile
         self.began += seconds
         if every:
             self.pauses[every] = seconds
@@ -139,6 +143,7 @@ class _Bar:
     def update(self, n: int = 1, **fields: float | str) -> None:
         """`n` more done; `fields` (loss=2.31) stay shown until replaced. Floats, no device tensors: showing must not wait."""
         self.done += n
+        # not at the end: a count of one has no rate but that of its slow first step
         if self.counted_from is None and self.done != self.total:
             self.counted_from, self.began = self.done, time.monotonic()
         self.fields.update(fields)
@@ -222,6 +227,7 @@ def progress(description: str, total: int | None = None, unit: str = "", start: 
         finally:
             plain.finish()
         return
+    # rich shows one live display at a time
     live, outermost = _live, _live is None
     if live is None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -249,6 +255,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     except FileNotFoundError:
         return []
     records = []
+    # what follows the last line end is empty, or half a line
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line) if line else None
@@ -263,6 +270,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 def _append(path: Path, records: list[dict]) -> None:
     """One write of whole lines, so that a kill cuts at most the last one, and `tail -f` sees whole ones. A line that was cut off is ended."""
     with open(path, "ab+") as file:
+        # the offset of a file opened for appending is its end
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             file.write(b"\n")
         file.write("".join(to_json(record, allow_nan=False) + "\n" for record in records).encode())
@@ -347,6 +355,7 @@ class MetricsLog:
         floats: mostly none, every `every_steps` calls that many."""
         if _rank():
             return []
+        # tensors as they are: reading one here would wait for the step
         self._pending.append({"step": step, "samples_seen": samples_seen, "time": round(time.time(), 3), **values})
         return self.flush() if len(self._pending) >= self.every_steps else []
 
@@ -380,6 +389,7 @@ def _to_host(records: list[dict]) -> list[dict]:
         return records
     import torch
 
+    # loss and metrics may be on a GPU, counts on the CPU: one stacked transfer each
     by_device: dict = {}
     for record, name in places:
         by_device.setdefault(record[name].device, []).append((record, name))
@@ -406,6 +416,7 @@ class _TensorBoard(_Tracker):
     def __init__(self, run_dir: Path, resume_step: int, config: dict):
         from torch.utils.tensorboard import SummaryWriter
 
+        # TensorBoard then hides what a former attempt wrote beyond the checkpoint
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
     def log(self, step: int, values: dict) -> None:
