@@ -44,6 +44,7 @@ def packed_rows(repeats: int) -> list[dict]:
     ]
     if xformers_unsupported_reason(groups[0][0]):
         return []
+    # backward from random cotangents: a loss would add its own time
     cotangents = [torch.randn_like(group[0]) for group in groups]
     leaves = [leaf for group in groups for leaf in group]
 

@@ -28,6 +28,7 @@ MODES = ("cpu", "device-photometric", "device")
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     """One core: 2 x 224 + 8 x 96 crops of photograph-sized JPEGs, and the CIFAR-sized case of small images."""
     threads, repeats = torch.get_num_threads(), 3 if quick else 9
+    # a loader worker has one core
     torch.set_num_threads(1)
     try:
         for name, sizes, count, side in (
@@ -45,6 +46,7 @@ def _case(count: int, side: tuple[int, int], name: str, sizes: tuple[int, int, i
     jpegs = make_jpegs(count, *side)
     variants: dict[str, Callable[[], object]] = {BASELINE: partial(dino_batch, jpegs, dino_augmentation(*sizes))}
     for mode in MODES:
+        # the same images, boxes of its own seeds: sizes of crops vary alike over the repeats
         variants[mode] = partial(our_batch, jpegs, MultiCrop(*sizes, mode=mode))
     timings = side_by_side(variants, repeats)
     speeds = {variant: len(jpegs) / timing.seconds for variant, timing in timings.items()}
@@ -77,10 +79,13 @@ def make_jpegs(count: int, height: int, width: int) -> list[bytes]:
     frequency[0, 0] = 1
     jpegs = []
     for _ in range(count):
+        # [3, H, W]; dividing by the frequency makes large shapes strong and details weak, as in photographs
         noise = np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency
         image = np.fft.irfft2(noise, (height, width)).transpose(1, 2, 0)
+        # mostly grey, with some colour: chroma of photographs is smoother than their light
         image = image[..., :1] + 0.35 * image[..., 1:2] * [1, 0, -1] + 0.2 * image[..., 2:] * [0, 1, 0]
         image = np.clip(127 + 55 * image / image.std(), 0, 255).astype(np.uint8)
+        # 4:2:0, as cameras and ImageNet have it
         jpegs.append(simplejpeg.encode_jpeg(image, quality=78, colorsubsampling="420"))
     return jpegs
 

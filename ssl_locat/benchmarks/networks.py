@@ -24,6 +24,7 @@ PROGRESS = Progress(step=0, epoch=2.0, total_epochs=10)
 
 def make_model(name: str, size: int) -> nn.Module:
     torch.manual_seed(0)
+    # vanilla timm models take one size, which they are built for; ours any
     options: dict[str, Any] = {"img_size": size} if name.startswith("vit") else {"img_size": size, "dynamic_img_size": True}
     return timm.create_model(name, num_classes=0, **options).to(device())
 
@@ -31,6 +32,7 @@ def make_model(name: str, size: int) -> nn.Module:
 def forward_backward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, keep_gradients: bool = False) -> None:
     torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        # any scalar will do: what is timed is the network
         loss = model(images).float().square().mean()
     loss.backward()
     if not keep_gradients:
@@ -52,6 +54,7 @@ def our_stepper(model: StudentTeacher, objective: DINO) -> Callable[[torch.Tenso
 
     def step(globals_: torch.Tensor, locals_: torch.Tensor | None) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
+        # as the loop does it: at every step
         set_hyperparameters(optimizer, 1e-4, 0.04)
         with torch.no_grad():
             targets = model.teacher(globals_, None, 2)

@@ -61,6 +61,7 @@ class Step:
     def __init__(self, objectives: dict[str, nn.Module], batch: int):
         torch.manual_seed(0)
         self.losses = nn.ModuleDict(objectives)
+        # an anchor of the same size: its forward pass is what distilling costs
         anchors = {name: make_backbone() for name in objectives if name == "distill"}
         self.model = StudentTeacher(make_backbone(), self.losses, anchors).to(device())
         self.losses.to(device())
@@ -96,6 +97,7 @@ def rows(repeats: int) -> list[dict]:
 def patch_rows(repeats: int, batch: int) -> list[dict]:
     """The patch loss, as the loop runs it, beside the same heads on as many tokens that were no one's patches."""
     objective = IBOT(num_prototypes=PROTOTYPES).to(device())
+    # [2, B, 64, D] patches of two global crops, and as many loose tokens as are hidden among them
     student: Any = objective.make_head(SIZE["embed_dim"]).to(device())
     teacher = copy.deepcopy(student).requires_grad_(False)
     hidden = objective.make_masks(list(range(batch)), 2, (8, 8))

@@ -197,6 +197,7 @@ class Rehearsal:
     def overrides(self, place: str) -> list[str]:
         small = [part for line in _SMALL[1:] for part in line.split(" ")]
         batch = load(self.recipe, []).optim.global_batch_size
+        # the checkpoint is written two steps before the end: one to resume with, one to end on
         steps = math.ceil(_POSITION * self.train / batch) + 2
         length = ["optim.epochs=null", f"optim.total_steps={steps}", f"checkpoint.milestone_every_steps={10 * steps}"]
         run = [f"run_dir={self.folder / f'run-{place}'}", f"data.num_classes={self.classes}"]
@@ -234,6 +235,7 @@ class Rehearsal:
                 env=environment,
                 cwd=self.folder,
             )
+            # wait4 gives the usage of this child and its own, RUSAGE_CHILDREN that of all children so far
             _, status, used = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
@@ -321,6 +323,7 @@ def scaled(rows: dict[str, dict], gpu_images_per_second: float | None) -> list[s
         row = rows.get(f"stream, {ranks} ranks, local")
         if not row:
             continue
+        # counts of a part of an epoch, scaled to ImageNet's number of images
         samples = TRAIN / ranks
         fetched = (row["used"] + row["read_ahead"]) / row["fetched_over_used"]
         requests, size = row["requests"] / fetched * samples, row["megabytes"] / fetched * samples

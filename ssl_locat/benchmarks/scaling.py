@@ -99,8 +99,10 @@ def run_speed(folder: Path, ranks: int, batch: int) -> float:
         f"optim.global_batch_size={batch}",
         "log.tensorboard=false",
     ]
+    # a run of its own, as users start it: processes, loaders and collectives included
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     command = [sys.executable, "-m", *launcher, "ssl_locat", "pretrain", "quickstart", *options, "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     records = read_jsonl(run / "metrics.jsonl")
+    # the first steps wait for workers, caches and the allocator
     return statistics.median(record["images_per_second"] for record in records if record["step"] > RUN_WARMUP)

@@ -15,6 +15,7 @@ def pairwise_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp
     for t, target in enumerate(targets):
         for s, view in enumerate(student):
             if s != t:
+                # [B, K] -> [B] -> []
                 total = total + torch.sum(-target * F.log_softmax(view / student_temp, dim=-1), dim=-1).mean()
                 pairs += 1
     return total / pairs
@@ -25,6 +26,7 @@ def clip_each(parameters: list[nn.Parameter], largest: float) -> None:
     """Each gradient to a norm of `largest`, asking the device for every norm."""
     for parameter in parameters:
         if parameter.grad is not None:
+            # .item() waits for the device, once for each tensor
             factor = largest / (parameter.grad.norm(2).item() + 1e-6)
             if factor < 1:
                 parameter.grad.mul_(factor)

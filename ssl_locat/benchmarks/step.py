@@ -84,6 +84,7 @@ def utilisation_rows(case: str, vanilla: nn.Module, images: torch.Tensor, timing
     peak = next((peak for name, peak in PEAKS.items() if name in device_name), None)
     if peak is None:
         return []
+    # of matrix products, convolutions and attention; a multiply-accumulate counts as two
     with FlopCounterMode(display=False) as counter:
         forward_backward(vanilla, images, torch.float32)
     shares = {name: 100 * counter.get_total_flops() / timing.seconds / peak for name, timing in timings.items()}
@@ -105,6 +106,7 @@ def memory_rows(name: str, size: int) -> list[dict]:
             images = torch.randn(2 * few, 3, size, size, device=device())
             forward_backward(model, images[:1], dtype, keep_gradients=True)
             peaks = [peak_bytes(partial(forward_backward, model, x, dtype, True)) for x in (images[:few], images)]
+            # the difference of two batches: weights, gradients and workspaces drop out
             values[variant] = (peaks[1] - peaks[0]) / few / 2**20
         case = f"{name} {size} px {precision}" + ", checkpointing" * checkpointing
         result += make_rows("step", case, "memory per image", "MiB", values, "vanilla")

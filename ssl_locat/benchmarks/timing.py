@@ -33,6 +33,7 @@ def side_by_side(variants: Mapping[str, Callable[[], object]], repeats: int, war
 
     Without a GPU these are CPU-seconds of this process, summed over its threads: other people's work on the machine does not count
     (but for the caches it takes), and images over them are images per second and core."""
+    # a GPU is alone with us, so that wall-clock counts, and waiting for it takes no CPU time
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(warmup + repeats):
@@ -46,6 +47,7 @@ def side_by_side(variants: Mapping[str, Callable[[], object]], repeats: int, war
 
 
 def summary(seconds: list[float]) -> Timing:
+    # quartiles: one slow round, of a collector or of another process, moves neither
     low, middle, high = statistics.quantiles(seconds, n=4)
     return Timing(middle, (high - low) / middle)
 
@@ -63,6 +65,7 @@ def kernel_times(variants: Mapping[str, Callable[[], object]], repeats: int, at_
 
 def _replayed(call: Callable[[], object], at_least: float) -> tuple[torch.cuda.CUDAGraph, int]:
     """The call as a graph, and how often it goes into a round."""
+    # torch wants the warm-up before a capture on a stream of its own
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -81,6 +84,7 @@ def _replay(graph: torch.cuda.CUDAGraph, count: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(count):
+        # one after the other in the queue: between the events the GPU never waits for the host
         graph.replay()
     end.record()
     end.synchronize()
@@ -146,7 +150,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        # weak references: counting must not keep a tensor alive
         self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
+        # views and in-place results live in what was given: they are no new memory
         given = {StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and StorageWeakRef(leaf.untyped_storage()) not in given:
