@@ -3,7 +3,7 @@
 Shards of the full count (1,281,167 + 50,000 samples; small JPEGs, a few thousand distinct ones under their own keys) are packed from tars, as
 ILSVRC's come, and go through the recipe's own YAML: its workers, batch, probes and checkpoints. Small are the network, crops and images, the
 number of steps at each place, and linear (one epoch); the rest is what users will meet. Each stage is a command or a process of its own, in
-files and over HTTP with 50 ms to the first byte. Its row is kept in FOLDER/rehearsal.json as soon as it is done: the same command goes on
+files and over HTTP with 50 ms to the first byte. Its row is kept in FOLDER/rehearsal.json as soon as it is done: the same command resumes
 where it stopped.
 """
 
@@ -131,7 +131,7 @@ class Rehearsal:
             return _in_child(lambda: _stream(config, ranks)) | served()
 
     def checkpoint(self, place: str) -> dict:
-        """At 90 % of an epoch, written by the run itself: its position is all that says where the data goes on."""
+        """At 90 % of an epoch, written by the run itself: its position is all that says where the data continues."""
         config = self.config(place)
         return _in_child(lambda: _write_checkpoint(config))
 

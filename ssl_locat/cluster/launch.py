@@ -178,7 +178,7 @@ def submit_pretrain(config: Config, on: str, resume: str = "auto", allow: Sequen
 def submit_evaluate(
     protocol: str, model: str, overrides: list[str], on: str, as_json: bool = False, dry_run: bool = False
 ) -> None:
-    """Judge a backbone where the profile says; the same checks as for a pretraining come first."""
+    """Evaluate a backbone where the profile says; the same checks as for a pretraining come first."""
     from ssl_locat.evaluation.evaluate import check
 
     profile = load_profile(on)

@@ -1,6 +1,6 @@
 """Where a run starts from: nothing, the newest checkpoint of its folder, or one that is named; with its settings, or with others on purpose.
 
-The one mechanism for every change of settings on the way (docs/branching.md): `--resume auto|PATH --allow KEY,...`. The full state goes on,
+The one mechanism for every change of settings on the way (docs/branching.md): `--resume auto|PATH --allow KEY,...`. The full state is taken over,
 the keys that are allowed may differ, everything else must not. In the run's own folder the run itself changes; with the checkpoint of another
 run it becomes a branch, in a folder of its own that names its parent. The order of data never changes: `resume_plan` refuses that.
 """
@@ -107,7 +107,7 @@ def _compared(path: Path, saved: Config, config: Config, allow: Iterable[str]) -
     if refused := [change for change in changes if not _allowed(change.key, allow)]:
         keys = ",".join(dict.fromkeys(change.key for change in refused))
         raise UserError(
-            f"{path} is of a run with other settings: {'; '.join(map(str, refused))}. Give the same settings to resume; or, to go on with these on "
+            f"{path} is of a run with other settings: {'; '.join(map(str, refused))}. Give the same settings to resume; or, to continue with these on "
             f"purpose, add --allow {keys}; or start a new run from its weights: backbone.init={path}."
         )
     return config, changes

@@ -202,7 +202,7 @@ def evaluate(
         precision: fp32, bf16 or fp16 (with loss scaling) autocast.
         resume_file: progress is kept there after every epoch and every 1000 steps, and the same command resumes from it (the commands
             give one by themselves).
-        weights_file: a .safetensors for the trained weights; as a MODEL it is judged by the other protocols.
+        weights_file: a .safetensors for the trained weights; as a MODEL it is evaluated by the other protocols.
     """
     purpose = purpose_of("supervised", locals())
     if not layer_decay:
