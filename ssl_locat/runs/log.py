@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, UserError, did_you_mean
+from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, did_you_mean
 from ssl_locat.runs.durable import flush, flush_folder
+from ssl_locat.runs.trackers import TRACKERS, Tracker
 from ssl_locat.text.shown import printable, redact, redacted, shown, to_json
 
 if TYPE_CHECKING:  # rich is a third of the time that `--help` takes: it is imported by what shows something
@@ -341,7 +342,7 @@ class MetricsLog:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.every_steps = every_steps
         self._pending: list[dict] = []
-        self._trackers: list[_Tracker] = []
+        self._trackers: list[Tracker] = []
         if _rank():
             return
         _drop_after(self.path, resume_step)
@@ -399,81 +400,3 @@ def _to_host(records: list[dict]) -> list[dict]:
         for (record, name), number in zip(group, numbers, strict=True):
             record[name] = number
     return records
-
-
-# --- trackers ---------------------------------------------------------------------------------------------------------
-
-
-class _Tracker:
-    def log(self, step: int, values: dict) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
-class _TensorBoard(_Tracker):
-    def __init__(self, run_dir: Path, resume_step: int, config: dict):
-        from torch.utils.tensorboard import SummaryWriter
-
-        # TensorBoard then hides what a former attempt wrote beyond the checkpoint
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
-
-    def log(self, step: int, values: dict) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class _Wandb(_Tracker):
-    """Offline unless WANDB_MODE=online; `wandb sync RUN/wandb/offline-run-*` uploads later."""
-
-    def __init__(self, run_dir: Path, resume_step: int, config: dict):
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; it reports to its makers otherwise
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("The wandb tracker needs the wandb package: pip install 'ssl_locat[wandb]'.") from None
-        mode = os.environ.get("WANDB_MODE", "offline")
-        project = os.environ.get("WANDB_PROJECT", "ssl_locat")
-        self.run = wandb.init(dir=str(run_dir), name=run_dir.name, project=project, mode=mode, config=config)
-
-    def log(self, step: int, values: dict) -> None:
-        self.run.log(values, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class _Mlflow(_Tracker):
-    """Into RUN/mlruns unless MLFLOW_TRACKING_URI names a server; look with `mlflow ui --backend-store-uri RUN/mlruns`."""
-
-    def __init__(self, run_dir: Path, resume_step: int, config: dict):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at import
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # plain files: its newer default needs a database driver
-        try:
-            from mlflow import MlflowClient
-        except ImportError:
-            raise UserError("The mlflow tracker needs the mlflow package: pip install 'ssl_locat[mlflow]'.") from None
-        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", (run_dir / "mlruns").resolve().as_uri()))
-        experiment = self.client.get_experiment_by_name("ssl_locat")
-        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment("ssl_locat")
-        self.run_id = self.client.create_run(experiment_id, run_name=run_dir.name).info.run_id
-        for name, value in config.items():
-            self.client.log_param(self.run_id, name, str(value)[:500])  # the shortest limit of its stores
-
-    def log(self, step: int, values: dict) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        numbers = [Metric(name, float(value), now, step) for name, value in values.items() if isinstance(value, int | float)]
-        self.client.log_batch(self.run_id, metrics=numbers)
-
-    def close(self) -> None:
-        self.client.set_terminated(self.run_id)
-
-
-TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
