@@ -62,7 +62,8 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
             torch.manual_seed(mix64(config.seed, run.step, rank()))  # stochastic depth
             rate, at = run.rates(), run.progress()
             set_hyperparameters(optimizer, rate.lr, rate.weight_decay)
-            metrics, positions = {}, []
+            metrics: dict[str, Tensor] = {}
+            positions: list[int] = []
             torch.compiler.cudagraph_mark_step_begin()  # graphs may write over the last step's tensors; gradients of micro-batches stay
 
             for micro in range(optim.accumulate_steps):

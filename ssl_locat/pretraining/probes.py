@@ -14,7 +14,7 @@ from ssl_locat.evaluation.probe_options import own_data, resolve
 from ssl_locat.evaluation.protocols.knn import raw_pixel_knn
 from ssl_locat.pretraining.probe_costs import MOST, limits, period
 from ssl_locat.runs.distributed import barrier, broadcast_object, is_main
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import EventLog, read_jsonl
 from ssl_locat.text.shown import to_json
 
@@ -125,5 +125,5 @@ def _top1(record: dict) -> str:
 def counted(run: str | Path) -> tuple[int, int] | None:
     """(training images in the bank, test images) of a run's k-NN probe; None where nothing tells."""
     records = read_jsonl(Path(run) / "probes" / "knn.jsonl")
-    names = ("train_images", "test_images")
-    return tuple(int(records[-1][name]) for name in names) if records and all(name in records[-1] for name in names) else None
+    last = records[-1] if records else {}
+    return (int(last["train_images"]), int(last["test_images"])) if {"train_images", "test_images"} <= set(last) else None

@@ -1,7 +1,9 @@
 """`ssl-locat pretrain CONFIG --replay FILE`: run one saved batch again, and say where it stops being finite."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -60,8 +62,8 @@ def replay(config: Config, path: Path) -> None:
 def _watch(network: nn.Module, prefix: str, broken: list[str]) -> None:
     """Note the modules whose output is not finite, in the order in which they ran."""
 
-    def hook_for(name: str):
-        def hook(_module, _inputs, output) -> None:
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             # named tuples, views and the like are made of what the modules inside gave
             if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
                 broken.append(name)

@@ -128,6 +128,7 @@ class Run:
                     may_differ
                 ):  # an objective that is new: it starts from this teacher
                     distributed.copy_whole(self.model.teacher.backbone, anchor.backbone)
+            assert self.origin.plan is not None  # of the checkpoint
             self.plan = self.origin.plan
             if "diagnosis" in meta:  # of a version before it was saved
                 self.diagnosis.load_state(meta["diagnosis"])

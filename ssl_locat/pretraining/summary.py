@@ -19,7 +19,7 @@ from ssl_locat.pretraining.setup import Run
 from ssl_locat.runs import distributed
 from ssl_locat.runs.best import read_best
 from ssl_locat.runs.distributed import broadcast_object, is_main, world_size
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import next_steps, say
 from ssl_locat.text.shown import redacted, to_json
 
