@@ -32,7 +32,7 @@ LABELLED = {
 }
 LABEL_FREE = {"dense": {"unlabelled": "dse"}, "global": {}}
 
-# metric -> which values are good; k-NN's names go on with _k20. What is not here (counts of images, settings) says nothing about a backbone
+# metric -> which values are good; k-NN's names continue with _k20. What is not here (counts of images, settings) says nothing about a backbone
 BETTER = dict.fromkeys(
     (
         "top1",
