@@ -144,7 +144,7 @@ def kept_measures(config: Config) -> dict[str, Measure]:
 
 
 def stop_measure(config: Config) -> Measure | None:
-    """Of `stop_when`; None where the run goes on to its last step in any case."""
+    """Of `stop_when`; None where the run continues to its last step in any case."""
     return measure_of(config.stop_when.measure, config.probes.options, key="stop_when.measure") if config.stop_when else None
 
 

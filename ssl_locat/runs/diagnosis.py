@@ -69,7 +69,7 @@ ADVICE = {
     "features_collapsing": "a higher teacher momentum (0.996), a lower lr or a longer warm-up, a larger global batch, gradient clipping, "
     "{koleo}, a head in fp32.",
     "rank_falling": "{koleo}, less weight decay at the end, a larger global batch, more varied data, a lower lr.",
-    "patches_collapsing": "{locat}, {registers}, {ibot}, Gram anchoring, an earlier checkpoint for dense tasks; k-NN may go on rising meanwhile.",
+    "patches_collapsing": "{locat}, {registers}, {ibot}, Gram anchoring, an earlier checkpoint for dense tasks; k-NN may keep rising meanwhile.",
     "center_drifting": "a lower lr or a longer warm-up, a higher teacher momentum, a quicker centre (center_momentum 0.9), "
     "a larger global batch.",
 }
