@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -102,6 +103,8 @@ def setup(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     else:
         options["store"], _, _ = next(dist.rendezvous("env://", timeout=timeout))
         options["store"].set_timeout(timeout)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+            options["store"] = dist.PrefixStore(_attempt(options["store"], timeout), options["store"])
     own = dist.PrefixStore("ssl_locat", options["store"])
     options["store"] = dist.PrefixStore("processes", options["store"])
     dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timeout, **options)
@@ -141,6 +144,33 @@ def _store_through_file(path: Path, timeout: timedelta) -> dist.Store:
         except (socket.gaierror, dist.DistNetworkError) as error:
             log.warning("%s: no rank 0 at %s:%s (%s)", rank_and_host(), host, found["port"], error)
     raise RuntimeError(f"{rank_and_host()}: cannot reach rank 0 at any of {found['hosts']}, port {found['port']}")
+
+
+def _attempt(store: dist.Store, timeout: timedelta) -> str:
+    """A name for this start of the job, the same on all ranks, that no earlier one had.
+
+    torchrun's agent serves one store for all its restarts: what a former start left there (gloo's addresses, among others) would be taken for
+    this one's. Its counts do not tell them apart, since each node counts its own failures. So each rank says that it is here, under a name that
+    it has just made up; rank 0 lists these names until all ranks have found their own, and then says so.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"here {rank()}", own)
+    names: list[str] = []
+    while time.monotonic() < deadline:
+        keys = [f"here {number}" for number in range(world_size())]
+        if is_main() and store.check(keys) and names != (found := [store.get(key).decode() for key in keys]):
+            names = found
+            store.set("attempt", " ".join([uuid.uuid4().hex, *names]))
+        if store.check(["attempt"]):
+            attempt, *listed = store.get("attempt").decode().split()
+            if listed[rank() :][:1] == [own]:
+                store.set(f"{attempt} {rank()}", "yes")
+            if is_main() and listed == names and store.check([f"{attempt} {number}" for number in range(world_size())]):
+                store.set(f"{attempt} complete", "yes")
+            if store.check([f"{attempt} complete"]) and listed[rank() :][:1] == [own]:
+                return attempt
+        time.sleep(0.05)
+    raise RuntimeError(f"{rank_and_host()}: the {world_size()} processes of this job did not all start within {timeout}")
 
 
 def _own_addresses() -> list[str]:
@@ -242,7 +272,6 @@ def all_gather_cat(tensor: Tensor) -> Tensor:
     """[b, ...] on each rank -> [W*b, ...] in rank order. All ranks give the same shape; no gradient flows."""
     if world_size() == 1:
         return tensor
-    # gloo and NCCL write into contiguous memory of equal size
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
@@ -277,7 +306,6 @@ class SyncBatchNorm(nn.BatchNorm1d):
         others = [dim for dim in range(x.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
         count = world_size() * x.numel() // x.shape[1]
-        # two sums, one after the other: E[x^2] - E[x]^2 in one would lose digits
         mean: Tensor = _SumOverRanks.apply(x.float().sum(others)) / count
         centred = x.float() - mean.view(shape)
         var: Tensor = _SumOverRanks.apply(centred.square().sum(others)) / count
@@ -286,7 +314,6 @@ class SyncBatchNorm(nn.BatchNorm1d):
             assert self.momentum is not None  # only affine layers with running statistics are made
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            # unbiased, as torch keeps it; the normalisation itself takes the biased one
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
         return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
@@ -297,7 +324,6 @@ def broadcast_object(value: Any = None) -> Any:
     if world_size() == 1:
         return value
     payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if is_main() else torch.empty(0)
-    # its length first, as receivers need memory of that size; JSON, as nothing is unpickled
     length = torch.tensor([payload.numel()])
     dist.broadcast(length, src=0, group=_cpu_group)
     if not is_main():
@@ -356,9 +382,11 @@ class StopFlag:
         self._former = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # where a rank is lost, torchrun's agent and Slurm end the others at once: what they have to say about it takes some seconds
+        ignored = STOP_SIGNALS if error and _roll is not None else ()
         for number, handler in self._former.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if number in ignored and number != signal.SIGINT else handler or signal.SIG_DFL)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:

@@ -2,14 +2,19 @@
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from tiny_run import losses, write_config
 
 from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.runs.log import read_jsonl
 
 COMMON = ["backbone.drop_path_rate=0", "checkpoint.every_steps=4", "checkpoint.keep_last=10"]
 
@@ -56,3 +61,66 @@ def test_one_rank_resumes_a_run_of_two(unbroken, tmp_path):
     (tmp_path / "run" / "summary.json").unlink()
     run(1, config, f"run_dir={tmp_path}/run", *COMMON)
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-4)
+
+
+def worker_of(torchrun: subprocess.Popen, rank: int) -> int:
+    """Process id of a rank that torchrun started; 0 if it is not there (yet)."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent, environment = status.read_text().rpartition(")")[2].split()[1], status.with_name("environ").read_bytes()
+            if int(parent) == torchrun.pid and f"\0RANK={rank}\0".encode() in environment:
+                return int(status.parent.name)
+    return 0
+
+
+def steps_saved(run_dir: Path) -> list[int]:
+    return sorted(int(path.parent.name[-8:]) for path in run_dir.glob("checkpoints/step_*/checkpoint.json"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of torchrun in /proc")
+@pytest.mark.parametrize("resume", ["path", pytest.param("never", marks=pytest.mark.slow)])
+def test_a_worker_that_is_killed_costs_what_came_after_the_newest_checkpoint(unbroken, tmp_path, resume):
+    """torchrun starts both ranks again with the same command line: `--resume PATH` and `never` were meant for the first start."""
+    _, config = unbroken
+    settings = [*COMMON, "optim.epochs=null", "optim.total_steps=48", "checkpoint.keep_last=20"]
+    run(2, config, f"run_dir={tmp_path}/whole", *settings)
+    if resume == "path":
+        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        (tmp_path / "run" / "summary.json").unlink()
+        for step in range(8, 49, 4):
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+        resume = f"{tmp_path}/run/checkpoints/step_00000004"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    command = [
+        *launcher,
+        "-m",
+        "ssl_locat.cli",
+        "pretrain",
+        str(config),
+        f"run_dir={tmp_path}/run",
+        *settings,
+        "--resume",
+        resume,
+    ]
+    with open(tmp_path / "said", "w") as said:
+        job = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=said, stderr=said)
+        try:
+            deadline = time.monotonic() + 120
+            while max(steps_saved(tmp_path / "run"), default=0) < 12 and time.monotonic() < deadline and job.poll() is None:
+                time.sleep(0.02)
+            os.kill(worker_of(job, 1), signal.SIGKILL)
+            newest = max(steps_saved(tmp_path / "run"))
+            assert job.wait(180) == 0, (tmp_path / "said").read_text()[-4000:]
+        finally:
+            job.kill()
+    text, host = (tmp_path / "said").read_text(), socket.gethostname()
+    assert f"rank 0 on {host} ends, because it lost rank 1 on {host}: it failed, was killed" in text
+    starts = [
+        (event["kind"], event["step"])
+        for event in read_jsonl(tmp_path / "run" / "events.jsonl")
+        if event["kind"] in ("start", "resume")
+    ]
+    again = starts[-1][1]
+    assert starts[-2] == (("start", 0) if resume == "never" else ("resume", 4)) and starts[-1][0] == "resume"
+    assert newest - 4 <= again < 48 and again % 4 == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
