@@ -21,7 +21,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from ssl_locat.data.images.headers import check_bytes, check_jpeg, check_memory, check_pixels, jpeg_scans
+from ssl_locat.data.images.headers import check_bytes, check_jpeg, check_memory, check_pixels, check_work, jpeg_scans
 from ssl_locat.errors import CorruptSample, MissingMember
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB: above the largest photographs, far below a decompression bomb
@@ -179,7 +179,7 @@ def decode_mask(data: bytes, *, orientation: int = 1, max_pixels: int = MAX_PIXE
         mask = mask[..., 0]
     if mask.dtype.kind == "f":
         raise CorruptSample("mask holds floating-point values; a palette or greyscale image of class ids is needed")
-    return _turn(mask.astype(np.int64), orientation)
+    return _turn(mask, orientation).astype(np.int64)  # turned while it is small
 
 
 def find_image(members: dict[str, bytes], image_key: str | None = None) -> bytes:
@@ -288,6 +288,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except Exception:
         raise CorruptSample(f"not an image of a known format ({', '.join(FORMATS)}): it begins with {data[:8]!r}") from None
     check_memory(image, max_pixels)
+    check_work(image, data, max_pixels)
     return image
 
 

@@ -21,8 +21,18 @@ from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stores.store import stop_waiting_when
 from ssl_locat.data.stream.prepared import prepared, read_again
-from ssl_locat.data.stream.workers import Failure, as_is, context, next_of, start_worker, starting, stop_workers
-from ssl_locat.errors import DataBudgetExceeded, Outage, UserError
+from ssl_locat.data.stream.workers import (
+    Failure,
+    StuckWorker,
+    Watch,
+    as_is,
+    context,
+    next_of,
+    start_worker,
+    starting,
+    stop_workers,
+)
+from ssl_locat.errors import DataBudgetExceeded, DataError, Outage, UserError
 
 READ_BYTES = 3 << 20  # of one range read
 AHEAD_BYTES = 32 << 20  # read ahead by each worker, besides the batch that it decodes
@@ -47,6 +57,7 @@ class _Batches(IterableDataset):
     def __init__(self, dataset: Dataset, indices: np.ndarray, prepare: Callable, collate: Callable, batch_size: int):
         self.dataset, self.indices, self.prepare, self.collate = dataset, indices, prepare, collate
         self.batch_size = batch_size
+        self.watch: Watch | None = None  # of the workers
         self.per_read = max(1, int(READ_BYTES / max(1, dataset.mean_bytes))) if dataset.by_range else 1
 
     def __iter__(self) -> Iterator[Any]:
@@ -62,7 +73,9 @@ class _Batches(IterableDataset):
             while waiting:
                 reads = waiting.popleft()
                 waiting.extend(self._request(pool, start) for start in islice(batches, 1))
-                yield self.collate([self._item(index, entry) for first, read in reads for index, entry in _told(first, read)])
+                yield self.collate(
+                    [self._item(worker, index, entry) for first, read in reads for index, entry in _told(first, read)]
+                )
         except (UserError, Outage, DataBudgetExceeded) as error:
             if worker is None:
                 raise
@@ -78,7 +91,10 @@ class _Batches(IterableDataset):
         pieces = [run[at : at + self.per_read] for run in runs for at in range(0, len(run), self.per_read)]
         return [(int(piece[0]), pool.submit(self.dataset.fetch, int(piece[0]), int(piece[-1]) + 1)) for piece in pieces]
 
-    def _item(self, index: int, entry: Any) -> Any:
+    def _item(self, worker: Any, index: int, entry: Any) -> Any:
+        if worker:
+            assert self.watch is not None  # made where workers are
+            self.watch.begin(worker.id, index, 0)
         found = prepared(self.dataset.parse(entry), self.prepare, index, lambda: read_again(self.dataset, index))
         return Unread(index, found.shard, found.key, found.reason) if isinstance(found, Damage) else found[1]
 
@@ -108,7 +124,8 @@ def read_in_order(
     stopping = None
     if workers:
         method = context()
-        stopping = torch.multiprocessing.get_context(method).Event()
+        processes = torch.multiprocessing.get_context(method)
+        stopping, source.watch = processes.Event(), Watch(processes, workers)
         options = {
             "num_workers": workers,
             "multiprocessing_context": method,
@@ -121,7 +138,12 @@ def read_in_order(
         batches = iter(DataLoader(source, batch_size=None, collate_fn=as_is, in_order=True, **options))
     try:
         for _ in range(0, len(source.indices), batch_size):
-            yield next_of(batches)
+            yield next_of(batches, source.watch)
+    except StuckWorker as stuck:
+        raw = dataset.read(stuck.sample[0], stuck.sample[0] + 1)[0]
+        raise DataError(
+            f"{raw.shard}: {raw.key} took more than {stuck.seconds:g} s of CPU time to decode: convert the image, or remove it from the data."
+        ) from None
     finally:
         if stopping is not None:
             stop_workers(batches, stopping)

@@ -11,6 +11,7 @@ from typing import BinaryIO, NamedTuple
 from ssl_locat.errors import DataBudgetExceeded
 from ssl_locat.text.shown import to_json
 
+STUCK = "took more CPU time than any image may"  # begins the reason of a sample that is not tried again, by any later start
 TOLERATED = 10  # corrupt samples that stop no run: the share of a handful says nothing yet
 
 
@@ -37,6 +38,7 @@ class Quarantine:
     def __init__(self, path: Path | None, max_bad: float, total: int):
         self.path, self.max_bad, self.total = path, max_bad, total
         self.known: set[tuple[str, int]] = set()
+        self.stuck: set[tuple[str, int]] = set()  # of these, those that ended a worker
         self.added = 0  # by this process
         self._read_up_to = 0
         if path and path.exists():
@@ -86,6 +88,8 @@ class Quarantine:
             try:
                 entry = json.loads(line)
                 self.known.add((entry["dataset"], entry["index"]))
+                if entry["error"].startswith(STUCK):
+                    self.stuck.add((entry["dataset"], entry["index"]))
             except (ValueError, KeyError):
                 continue
         return partial

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,16 +27,17 @@ from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stream.plan import MEMORY_BYTES, Plan, Slot, micro_batch_size
 from ssl_locat.data.stream.prepared import prepared, read_again
-from ssl_locat.data.stream.quarantine import Quarantine, QuarantineEntry
+from ssl_locat.data.stream.quarantine import STUCK, Quarantine, QuarantineEntry
 from ssl_locat.data.stream.read_ahead import ReadAhead, ReadCounts, Share
 from ssl_locat.data.stream.reader_process import SWITCH_SECONDS, ReaderProcess, Received
-from ssl_locat.data.stream.workers import Failure, as_is, next_of, start_worker, starting, stop_workers
+from ssl_locat.data.stream.workers import Failure, StuckWorker, Watch, as_is, next_of, start_worker, starting, stop_workers
 from ssl_locat.data.stream.workers import context as workers_context
-from ssl_locat.errors import EXPECTED, DataBudgetExceeded, Outage, UserError
+from ssl_locat.errors import EXPECTED, DataBudgetExceeded, DataError, Outage, UserError
 
 log = logging.getLogger(__name__)
 
 _SUBSTITUTE_WINDOWS = 8
+_OWN = -1  # in place of a sample's number: the position's own
 
 
 class Batch(NamedTuple):
@@ -49,11 +50,27 @@ class Batch(NamedTuple):
     damaged: list[QuarantineEntry]  # met for this batch
 
 
-class Samples:
-    """Prepared samples: parsed, decoded and cut; what is damaged is replaced by the next good sample of its window."""
+def _untold(position: int, number: int) -> None:
+    """What `Samples` tells before each sample, where nobody watches."""
 
-    def __init__(self, datasets: Sequence[Dataset], plan: Plan, prepare: Callable[[RawSample, int], Any]):
+
+class Samples:
+    """Prepared samples: parsed, decoded and cut; what is damaged is replaced by the next good sample of its window.
+
+    stuck: (dataset's name, number) of samples that are not to be tried. begin: told before each its position, and its number if it stands
+    in for another.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        plan: Plan,
+        prepare: Callable[[RawSample, int], Any],
+        stuck: Collection[tuple[str, int]] = (),
+        begin: Callable[[int, int], None] = _untold,
+    ):
         self.datasets, self.plan, self.prepare = datasets, plan, prepare
+        self.stuck, self.begin = stuck, begin
 
     def take(self, position: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
         """(key, prepared sample) at one position, read for itself alone; what is damaged is added to the list."""
@@ -70,12 +87,19 @@ class Samples:
         return [self._prepared(*one, damaged) for one in zip(positions, raw, seeds, strict=True)]
 
     def _prepared(self, position: int, raw: RawSample | Damage, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
+        self.begin(position, _OWN)
+        if self.stuck:
+            dataset, number, _ = self.plan.locate(position)
+            raw = self._unless_stuck(self.datasets[dataset], number, raw)
         found = prepared(raw, self.prepare, seed, lambda: self._again(position))
         return self._search(position, found, seed, damaged) if isinstance(found, Damage) else found
 
     def _again(self, position: int) -> RawSample | Damage | None:
         dataset, number, _ = self.plan.locate(position)
         return read_again(self.datasets[dataset], number)
+
+    def _unless_stuck(self, dataset: Dataset, number: int, raw: RawSample | Damage) -> RawSample | Damage:
+        return Damage(raw.key, raw.shard, STUCK) if (dataset.name, number) in self.stuck else raw
 
     def _search(self, position: int, damage: Damage, seed: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
         """What stands in for a damaged sample: the rest of its window, and then the lane's next windows, one by one.
@@ -87,7 +111,8 @@ class Samples:
         dataset = self.datasets[slot.dataset]
         for tried, number in enumerate(self._candidates(slot)):
             if tried:  # the first is the damaged one
-                raw = dataset.read(number, number + 1)[0]
+                self.begin(position, number)
+                raw = self._unless_stuck(dataset, number, dataset.read(number, number + 1)[0])
                 found = prepared(raw, self.prepare, seed, partial(read_again, dataset, number))
                 if not isinstance(found, Damage):
                     return found
@@ -122,11 +147,14 @@ class _MicroBatches(IterableDataset):
         self.share, self.memory_bytes = share, memory_bytes
         self.connections: list = []  # one for each worker, set before they start
         self.counts: Any = [0] * len(ReadCounts._fields)
+        self.stuck: Collection[tuple[str, int]] = ()
+        self.watch: Watch | None = None  # of the workers
 
     def __iter__(self) -> Iterator[Batch | Failure]:
         worker = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        samples = Samples(self.datasets, self.plan, self.prepare)
+        begin = partial(self.watch.begin, worker.id) if worker and self.watch else _untold
+        samples = Samples(self.datasets, self.plan, self.prepare, self.stuck, begin)
         raw = (
             Received(self.connections[worker.id], self.share)
             if worker
@@ -198,7 +226,8 @@ class TrainStream:
         prefetch: batches per worker held ready.
         context: how workers start; default: fork while CUDA is not in use, else forkserver.
 
-    Raises while iterating: DataBudgetExceeded, Outage (also when a worker was killed), UserError (also when shared memory is full).
+    Raises while iterating: DataBudgetExceeded, Outage (also when a worker was killed, or ended in the middle of a sample that took too long),
+    UserError (also when shared memory is full).
     """
 
     def __init__(
@@ -228,10 +257,12 @@ class TrainStream:
         self._listed = len(self.quarantine.known) if rank == 0 else 0  # of earlier runs: one rank counts them
         share = Share(start_samples, micro_batch, rank, world_size)
         self._source = _MicroBatches(datasets, plan, prepare, collate, share, memory_bytes)
+        self._source.stuck = frozenset(self.quarantine.stuck)
         self._context = context or workers_context()
         self._loader_options: dict[str, Any] = {"pin_memory": pin_memory}
         if workers:
-            self._stopping = torch.multiprocessing.get_context(self._context).Event()
+            processes = torch.multiprocessing.get_context(self._context)
+            self._stopping, self._source.watch = processes.Event(), Watch(processes, workers)
             self._loader_options |= {
                 "num_workers": workers,
                 "prefetch_factor": prefetch,
@@ -293,11 +324,28 @@ class TrainStream:
     def _next(self) -> Batch:
         assert self._batches is not None  # __iter__ has started them
         try:
-            batch: Batch = next_of(self._batches)
+            batch: Batch = next_of(self._batches, self._source.watch)
             return batch
+        except StuckWorker as stuck:
+            self.close()
+            raise self._left_out(*stuck.sample, stuck.seconds) from None
         except EXPECTED:
             self.close()
             raise
+
+    def _left_out(self, position: int, number: int, seconds: float) -> UserError | Outage:
+        """List the sample that ended a worker; the error that says so. All ranks leave it out from their next start on, as if it were damaged:
+        were it left out at once, ranks and restarts would see other orders."""
+        place, own, _ = self.plan.locate(position)
+        dataset = self._source.datasets[place]
+        number = own if number == _OWN else number
+        raw = dataset.read(number, number + 1)[0]
+        entry = QuarantineEntry(position, dataset.name, number, raw.shard, raw.key, f"{STUCK} ({seconds:g} s)")
+        said = f"{raw.shard}: {raw.key} took more than {seconds:g} s of CPU time to decode"
+        if self.quarantine.path is None:
+            return DataError(f"{said}: convert the image, or remove it from the data.")
+        self.quarantine.add([entry])
+        return Outage(f"{said}. It is listed in {self.quarantine.path}, and left out from now on: start the same command again.")
 
     def take(self, position: int) -> tuple[str, Any]:
         """(key, prepared sample) at one position, read in this process: what a batch that went wrong was made of."""

@@ -13,12 +13,47 @@ from ssl_locat.errors import Outage
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 MOST_WORKERS = 16  # of one process, where nobody chose
+# Of one sample. Headers bound the work of every image that is decoded (images/headers.py; the slowest takes some seconds), so this is for
+# what nobody thought of. CPU time, not the clock's: a busy machine ends no worker that an idle one would not.
+CPU_SECONDS = 120.0
 
 
 class Failure(NamedTuple):
     """An expected error on its way from a worker to the trainer; torch would wrap it into a page of traces."""
 
     error: Exception
+
+
+class StuckWorker(Exception):
+    """A worker was ended after so many seconds of CPU time in the middle of a sample: `sample` as it was told to `Watch.begin`."""
+
+    def __init__(self, sample: tuple[int, int], seconds: float):
+        super().__init__()
+        self.sample, self.seconds = sample, seconds
+
+
+class Watch:
+    """What each worker has in hand, in memory shared with the trainer, and a timer that ends the worker which does not come to its end.
+
+    The timer is the kernel's: a decoder that loops in C holds the interpreter, and no handler or thread of Python would run.
+    """
+
+    def __init__(self, context: Any, workers: int):
+        self.seconds = CPU_SECONDS
+        self._samples = context.RawArray("q", 2 * workers)
+
+    def begin(self, worker: int, *sample: int) -> None:
+        """In the worker, before each sample, named by two numbers."""
+        self._samples[2 * worker : 2 * worker + 2] = sample
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
+
+    def stuck(self, batches: Any) -> tuple[int, int] | None:
+        """The sample of a worker that the timer ended."""
+        for worker, process in enumerate(batches._workers):
+            if process.exitcode == -signal.SIGPROF:
+                position, number = self._samples[2 * worker : 2 * worker + 2]
+                return position, number
+        return None
 
 
 def as_is(batch: Any) -> Any:
@@ -37,7 +72,6 @@ def choose_workers(asked: int | None) -> int:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    # the trainer needs a core for itself
     return 0 if share < 2 else min(share, MOST_WORKERS)
 
 
@@ -50,13 +84,12 @@ def start_worker(stopping: Any, trainer: int, worker: int) -> None:
 
     for name in _SIGNALS:
         signal.signal(name, terminate if name == signal.SIGTERM else signal.SIG_IGN)
-    # held back by `starting`, in which this process was started
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [*_SIGNALS, signal.SIGPROF])
 
 
 def stop_workers(batches: Any, stopping: Any) -> None:
     stopping.set()
-    # private, but the only way to end them now: else they live until the iterator is collected
     batches._shutdown_workers()
 
 
@@ -72,13 +105,16 @@ def starting() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def next_of(batches: Iterator) -> Any:
-    """The next batch; the errors of a worker as they were raised. Raises Outage if a worker was killed, StopIteration at the end."""
+def next_of(batches: Iterator, watch: Watch | None) -> Any:
+    """The next batch; the errors of a worker as they were raised. Raises Outage if a worker was killed, StuckWorker if its timer did so,
+    StopIteration at the end."""
     try:
         batch = next(batches)
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
+        if watch and (sample := watch.stuck(batches)):
+            raise StuckWorker(sample, watch.seconds) from None
         raise Outage(
             f"a data worker was lost: {str(error).strip().splitlines()[0].rstrip('.')}. If the machine ran out of memory (see 'dmesg'), lower data.workers or "
             "the batch size per GPU; if /dev/shm was full, enlarge it. Then start the same command again: nothing is lost."

@@ -167,8 +167,87 @@ def test_long_comments_are_refused():
     refused(b"\xff\xd8" + segment * 300 + bytes(FILES["jpeg"][2:]), "metadata")
 
 
+def packed_bmp(width: int, height: int, body: bytes) -> bytes:
+    """Runs of 8 bits, which Pillow unpacks in Python."""
+    start = 14 + 40 + 1024
+    sizes = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(body), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + sizes + bytes(1024) + body
+
+
+def png_chunk(kind: bytes, content: bytes = b"") -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def test_a_small_packed_bmp_decodes():
+    assert decode_image(packed_bmp(100, 100, b"\x64\5\0\0" * 100 + b"\0\1")).shape == (100, 100, 3)
+
+
+def test_millions_of_small_pieces_are_refused():
+    """Each is a step in Python for Pillow, and hardly a byte."""
+    png, exif = bytes(FILES["png"]), bytes(FILES["jpeg exif"])
+    for kind in (b"IDAT", b"abCd"):
+        refused(png[:33] + png_chunk(kind) * 500_000 + png[33:], "chunks")
+        refused(png[:-12] + png_chunk(kind) * 500_000 + png[-12:], "chunks")
+    refused(png[:33] + png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000))) * 900 + png[33:], "colour profiles")
+    at = exif.index(b"\xff\xdb")
+    refused(exif[:at] + b"\xff\xfe\0\2" * 3_000_000 + exif[at:], "segments")
+    refused(exif[:at] + b"\xff" * 12_000_000 + exif[at:], "segments|stray")
+    jp2 = bytes(FILES["jp2"])
+    at = jp2.index(b"\xff\x52")
+    refused(jp2[:at] + b"\xff\x64\0\4\0\0" * 500_000 + jp2[at:], "segments")
+
+
+def test_a_jpeg_2000_of_millions_of_packets_is_refused():
+    data = bytearray(FILES["jp2"])
+    at = data.index(b"\xff\x52")
+    struct.pack_into(">H", data, at + 6, 65535)
+    refused(bytes(data), "packets")
+    tile = bytes(FILES["jp2"])
+    start = tile.index(b"\xff\x90\0\x0a")
+    own = bytes(data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")])  # in the tile's header it holds as well
+    refused(
+        tile[: start + 6]
+        + struct.pack(">I", len(tile) - start + len(own))
+        + tile[start + 10 : start + 12]
+        + own
+        + tile[start + 12 :],
+        "packets",
+    )
+
+
+def test_what_is_slow_is_refused_by_its_size_not_by_the_clock():
+    """JPEG 2000 takes ten times a JPEG's time: noise of 9 million pixels about 4 s, under a max_pixels that allows 2 s."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8))
+    data = saved(noise, "JPEG2000")
+    assert decode_image(bytes(data), max_pixels=300 * 300).shape == (300, 300, 3)
+    refused(
+        bytes(data) + bytes(20_000_000), "take about 3 s to decode, with max_pixels = 1000000 at most 2", max_pixels=1_000_000
+    )
+
+
+def test_scans_in_a_tiff_that_all_its_strips_share_are_bounded():
+    """125 strips, all of them the same 90 scans: in 0.1 MB what takes a third of a second for each million pixels."""
+    strip = saved(picture(1000, 8).convert("L"), "JPEG", progressive=True)
+    strip = bytes(strip[:-2] + strip[strip.rindex(b"\xff\xda") : -2] * 80 + strip[-2:])
+
+    def tiff(height: int) -> bytes:
+        tags = [(256, 1, 1000), (257, 1, height), (258, 1, 8), (259, 1, 7), (262, 1, 1), (277, 1, 1), (278, 1, 8)]
+        pieces, start = height // 8, 8 + 2 + 12 * 9 + 4
+        tags += [(273, pieces, start), (279, pieces, start + 4 * pieces)]
+        directory = struct.pack("<H", 9) + b"".join(struct.pack("<HHII", tag, 4, *rest) for tag, *rest in sorted(tags)) + bytes(4)
+        lists = struct.pack("<I", start + 8 * pieces) * pieces + struct.pack("<I", len(strip)) * pieces
+        return b"II*\0\x08\0\0\0" + directory + lists + strip
+
+    assert decode_image(tiff(80)).shape == (80, 1000, 3)
+    refused(tiff(8000), "of this kind of TIFF take about 2 s", max_pixels=16_000_000)
+
+
 def test_slow_and_greedy_headers_are_refused():
-    refused(b"P3 5000 5000 255 " + b"1 2 3 " * 4_000_000, "ASCII")
+    refused(b"P3 5000 5000 255 " + b"1 2 3 " * 4_000_000, "of this kind of PPM take about")
+    refused(b"P3 1000 1000 255 " + b"#\n" * 2_000_000, "comments in an ASCII PPM")  # 50 s
+    refused(b"P6 5000 5000 100 " + bytes(75_000_000), "of this kind of PPM take about")
+    refused(b"Pf #" + b"c" * 10_000_000 + b"\n8 8 1 " + bytes(256), "header of a PPM")
+    refused(packed_bmp(8000, 8000, b"\1\5\0\0" * 8000 + b"\0\1"), "of this kind of BMP take about")
     tiff = bytearray(FILES["tiff raw"])
     order = "<" if tiff[:2] == b"II" else ">"
     (at,) = struct.unpack_from(f"{order}I", tiff, 4)
@@ -177,7 +256,7 @@ def test_slow_and_greedy_headers_are_refused():
         tag = struct.unpack_from(f"{order}H", tiff, at + 2 + 12 * number)[0]
         if tag in (273, 279):
             struct.pack_into(f"{order}I", tiff, at + 2 + 12 * number + 4, 50_000_000)
-    refused(bytes(tiff), "tag")
+    refused(bytes(tiff), "strips or tiles")
     refused(jp2_claiming(64_000, 64_000, 1), "", max_pixels=1 << 40)
 
 

@@ -10,6 +10,7 @@ from shards import as_list, write_shards
 from ssl_locat.data.shards.index import open_dataset, open_mix
 from ssl_locat.data.shards.selections import Chosen, Joined, choose_by_key, some
 from ssl_locat.data.stores.store import Store
+from ssl_locat.data.stream import workers as worker_processes
 from ssl_locat.data.stream.ordered import Unread, read_in_order
 from ssl_locat.data.stream.workers import choose_workers
 from ssl_locat.errors import CorruptSample, DataError
@@ -41,6 +42,12 @@ def keyed(raw, index):
 def unlucky(raw, index):
     if index == 7:
         raise DataError("seven is not for sale")
+    return index
+
+
+def endless(raw, index):
+    if index == 70:
+        pow(3, 10**9)  # in C, as a decoder
     return index
 
 
@@ -125,3 +132,12 @@ def test_workers_are_chosen_from_the_cores(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert choose_workers(None) == workers
     assert choose_workers(5) == 5
+
+
+def test_a_sample_that_takes_no_end_is_named(shards, monkeypatch):
+    monkeypatch.setattr(worker_processes, "CPU_SECONDS", 1.0)
+    options = {"batch_size": 16, "workers": 2}
+    with pytest.raises(
+        DataError, match="000_00070 took more than 1 s of CPU time to decode: convert the image, or remove it from the data"
+    ):
+        list(read_in_order(open_dataset(shards), np.arange(200), endless, as_list, **options))

@@ -18,12 +18,13 @@ from shards import as_list, fingerprint, write_shards
 
 from ssl_locat.data.shards.index import open_dataset, open_mix
 from ssl_locat.data.stores.store import Store
+from ssl_locat.data.stream import workers as worker_processes
 from ssl_locat.data.stream.plan import Plan, choose_plan, resume_plan
-from ssl_locat.data.stream.quarantine import Quarantine, QuarantineEntry
+from ssl_locat.data.stream.quarantine import STUCK, Quarantine, QuarantineEntry
 from ssl_locat.data.stream.read_ahead import ReadAhead, Share
 from ssl_locat.data.stream.reader_process import Received
 from ssl_locat.data.stream.stream import TrainStream
-from ssl_locat.errors import CorruptSample, DataBudgetExceeded, Outage, UserError
+from ssl_locat.errors import CorruptSample, DataBudgetExceeded, DataError, Outage, UserError
 
 SIZES = {"global_batch_size": 24, "world_size": 1, "accumulate_steps": 1, "workers": 0}
 
@@ -238,6 +239,34 @@ def test_damaged_samples_are_replaced_listed_once_and_alike_for_all_worlds(shard
         for _ in zip(range(5), stream, strict=False):
             pass
         assert stream.quarantined == len(bad) == len(quarantined(tmp_path / "one.jsonl"))
+
+
+def loops_at_one(raw, seed):
+    """As a decoder in C that does not come back, and lets no thread of Python run."""
+    if raw.key == "002_00031":
+        pow(3, 10**9)
+    return reject_some(raw, seed)
+
+
+def rejects_it(raw, seed):
+    if raw.key == "002_00031":
+        raise CorruptSample("as if it were damaged")
+    return reject_some(raw, seed)
+
+
+def test_a_sample_that_takes_no_end_is_named_and_left_out_from_the_next_start(shards, tmp_path, monkeypatch):
+    """As if it were damaged: the same order for any world size; and nothing else is ever left out by the clock."""
+    monkeypatch.setattr(worker_processes, "CPU_SECONDS", 1.0)
+    path, options = tmp_path / "quarantine.jsonl", {"max_bad": 1.0, "workers": 2}
+    with pytest.raises(Outage, match=r"002\.tar: 002_00031 took more than 1 s of CPU time to decode.*left out from now on"):
+        read(*shards, 480, prepare=loops_at_one, quarantine_path=path, **options)
+    assert [line["key"] for line in quarantined(path) if line["error"].startswith(STUCK)] == ["002_00031"]
+    expected = read(*shards, 480, prepare=rejects_it, max_bad=1.0)
+    for world in (1, 2):
+        assert read(*shards, 480, prepare=loops_at_one, quarantine_path=path, world_size=world, **options) == expected
+    assert len({line["index"] for line in quarantined(path)}) == len(quarantined(path))
+    with pytest.raises(DataError, match="002_00031 took more than 1 s of CPU time to decode: convert the image, or remove it"):
+        read(*shards, 480, prepare=loops_at_one, **options)
 
 
 def test_too_much_damage_stops_the_run(shards, tmp_path):
