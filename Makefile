@@ -36,7 +36,7 @@ test-slurm-full: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/ssl-locat bench all $(ARGS)
 
-# ImageNet's count of samples through a recipe's whole life, with a tiny network; goes on where it stopped. ARGS="--scale 0.01" for a hundredth.
+# ImageNet's count of samples through a recipe's whole life, with a tiny network; resumes where it stopped. ARGS="--scale 0.01" for a hundredth.
 rehearsal: $(VENV)/ready
 	$(BIN)/ssl-locat bench rehearsal $(ARGS)
 

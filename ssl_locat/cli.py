@@ -49,7 +49,7 @@ def _examples(*commands: str) -> str:
 
 
 def _among(folder: str) -> Callable[[str], list[str]]:
-    """Completes shipped names; where none fits, the shell goes on with files."""
+    """Completes shipped names; where none fits, the shell completes files."""
     return lambda incomplete: [name for name in names(folder) if name.startswith(incomplete)]
 
 
@@ -415,7 +415,7 @@ def bench(
     as_json: Json = False,
     compare: Annotated[Path | None, typer.Option(help="show beside the numbers of an earlier --json", metavar="FILE")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a short look: fewer cases and repeats")] = False,
-    folder: Annotated[Path, typer.Option(help="of the rehearsal: shards, runs and results; it goes on there")] = Path(
+    folder: Annotated[Path, typer.Option(help="of the rehearsal: shards, runs and results; the same folder resumes")] = Path(
         "runs/rehearsal"
     ),
     scale: Annotated[float, typer.Option(help="of the rehearsal: share of ImageNet's samples", min=0.001, max=1)] = 1.0,

@@ -107,5 +107,6 @@ def disk_error_message(error: Exception) -> str | None:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' with the nearest known name, or '' if none is near."""
+    # 0.5: 'lt' still finds 'lr', which difflib's own 0.6 would not
     near = get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -5,6 +5,7 @@ model pays of it depends on what else it queues."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +39,20 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
 def packed_rows(repeats: int) -> list[dict]:
     """Attention without a bias over 2 x 224 + 8 x 96 px crops: one call for each size beside both packed into one, where xformers works."""
     shapes = [(2 * 64, HEADS, 196 + PREFIX, HEAD_DIM), (8 * 64, HEADS, 36 + PREFIX, HEAD_DIM)]
-    groups = [tuple(torch.randn(s, device=device(), dtype=torch.bfloat16, requires_grad=True) for _ in range(3)) for s in shapes]
+    groups: list[Any] = [
+        tuple(torch.randn(s, device=device(), dtype=torch.bfloat16, requires_grad=True) for _ in range(3)) for s in shapes
+    ]
     if xformers_unsupported_reason(groups[0][0]):
         return []
+    # backward from random cotangents: a loss would add its own time
     cotangents = [torch.randn_like(group[0]) for group in groups]
     leaves = [leaf for group in groups for leaf in group]
-    variants = {
-        name: lambda backend=backend: torch.autograd.grad(packed_attention(groups, backend=backend), leaves, cotangents)
-        for name, backend in {"a call for each size": "sdpa", "packed by xformers": "xformers"}.items()
-    }
+
+    def both(backend: str) -> object:
+        return torch.autograd.grad(packed_attention(groups, backend=backend), leaves, cotangents)
+
+    backends = {"a call for each size": "sdpa", "packed by xformers": "xformers"}
+    variants = {name: partial(both, backend) for name, backend in backends.items()}
     timings = side_by_side(variants, repeats)
     return time_rows("attention", "vanilla multi-crop, 64 images, bf16", timings, "a call for each size")
 
@@ -54,21 +60,21 @@ def packed_rows(repeats: int) -> list[dict]:
 def measure(side: int, batch: int, precision: str, dtype: torch.dtype, repeats: int) -> list[dict]:
     tokens, patches = side * side + PREFIX, side * side
     q, k, v = (torch.randn(batch, HEADS, tokens, HEAD_DIM, device=device(), dtype=dtype, requires_grad=True) for _ in range(3))
-    coeff = [torch.rand(batch, HEADS, patches, device=device(), requires_grad=True) for _ in range(3)]
+    ax, ay, alpha = (torch.rand(batch, HEADS, patches, device=device(), requires_grad=True) for _ in range(3))
     cotangent = torch.randn_like(q)
 
-    def gaussian(backend):
-        def call():
-            out = gaussian_attention(q, k, v, Gaussian(*coeff, (side - 1.0) ** 2), (side, side), PREFIX, backend=backend)
-            torch.autograd.grad(out, [q, k, v, *coeff], cotangent)
+    def gaussian(backend: str) -> object:
+        out = gaussian_attention(q, k, v, Gaussian(ax, ay, alpha, (side - 1.0) ** 2), (side, side), PREFIX, backend=backend)
+        return torch.autograd.grad(out, [q, k, v, ax, ay, alpha], cotangent)
 
-        return call
+    def plain() -> object:
+        return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), [q, k, v], cotangent)
 
-    variants = {"plain": lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), [q, k, v], cotangent)}
+    variants: dict[str, Callable[[], object]] = {"plain": plain}
     served = [name for name in BACKENDS if not unsupported_reason(name, q, plain=True)]
     if q.is_cuda:
         served.remove("tiled")  # hundreds of small launches, made for the caches of a CPU
-    variants |= {name: gaussian(name) for name in served}
+    variants |= {name: partial(gaussian, name) for name in served}
     case = f"{side}x{side} {precision}"
     if q.is_cuda:
         result = time_rows("attention", case, kernel_times(variants, repeats), "plain", "kernel time")

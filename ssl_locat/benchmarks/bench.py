@@ -54,6 +54,7 @@ def run(what: str, as_json: bool = False, compare: Path | None = None, quick: bo
                     failed.append({"bench": name, "case": case, "error": f"{type(error).__name__}: {error}"})
                     continue
                 if compare:
+                    # ratios, not times: those of another machine, or of another day of this one, say nothing
                     found = [row | {"earlier_ratio": earlier.get(identity(row), {}).get("ratio")} for row in found]
                 rows += found
                 if found and not as_json:
@@ -67,6 +68,7 @@ def run(what: str, as_json: bool = False, compare: Path | None = None, quick: bo
 def subject_cases(name: str, quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     """A subject's cases; if they cannot even be listed to the end, a last one that fails with the reason."""
     try:
+        # listing may allocate, and so fail: then the other subjects are measured all the same
         yield from import_module(BENCHES[name]).cases(quick)
     except Exception as error:
         yield "setting up", partial(_fail, error)
@@ -123,6 +125,7 @@ def hardware() -> dict:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        # AVX2 or AVX512: kernels differ between them
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load": os.getloadavg()[0],  # before; above the number of cores, spreads are wide
     }

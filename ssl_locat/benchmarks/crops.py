@@ -8,6 +8,8 @@ to the device, which is a row of its own where there is a GPU.
 import io
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -26,28 +28,26 @@ MODES = ("cpu", "device-photometric", "device")
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     """One core: 2 x 224 + 8 x 96 crops of photograph-sized JPEGs, and the CIFAR-sized case of small images."""
     threads, repeats = torch.get_num_threads(), 3 if quick else 9
+    # a loader worker has one core
     torch.set_num_threads(1)
     try:
         for name, sizes, count, side in (
             ("500 x 375, 2 x 224 + 8 x 96", (224, 96, 8), 4 if quick else 12, (375, 500)),
             ("48 x 48, 2 x 32 + 4 x 16", (32, 16, 4), 32, (48, 48)),
         ):
-            yield (
-                name,
-                lambda name=name, sizes=sizes, count=count, side=side: _case(make_jpegs(count, *side), name, sizes, repeats),
-            )
+            yield name, partial(_case, count, side, name, sizes, repeats)
         if torch.cuda.is_available():
             yield "on the device", lambda: _device_rows(make_jpegs(64, 375, 500), repeats)
     finally:
         torch.set_num_threads(threads)
 
 
-def _case(jpegs: list[bytes], name: str, sizes: tuple[int, int, int], repeats: int) -> list[dict]:
-    variants = {BASELINE: lambda: dino_batch(jpegs, slow)}
-    slow = dino_augmentation(*sizes)
+def _case(count: int, side: tuple[int, int], name: str, sizes: tuple[int, int, int], repeats: int) -> list[dict]:
+    jpegs = make_jpegs(count, *side)
+    variants: dict[str, Callable[[], object]] = {BASELINE: partial(dino_batch, jpegs, dino_augmentation(*sizes))}
     for mode in MODES:
-        crops = MultiCrop(*sizes, mode=mode)
-        variants[mode] = lambda crops=crops: our_batch(jpegs, crops)
+        # the same images, boxes of its own seeds: sizes of crops vary alike over the repeats
+        variants[mode] = partial(our_batch, jpegs, MultiCrop(*sizes, mode=mode))
     timings = side_by_side(variants, repeats)
     speeds = {variant: len(jpegs) / timing.seconds for variant, timing in timings.items()}
     spreads = {variant: timing.spread for variant, timing in timings.items()}
@@ -55,7 +55,7 @@ def _case(jpegs: list[bytes], name: str, sizes: tuple[int, int, int], repeats: i
     return make_rows("crops", f"{name}, {kilobytes:.0f} kB", "throughput", "images/s/core", speeds, BASELINE, spreads)
 
 
-def our_batch(jpegs: list[bytes], crops: MultiCrop) -> object:
+def our_batch(jpegs: list[bytes], crops: MultiCrop) -> Any:
     payload = crops.collate([crops.cut(decode_image(jpeg), seed) for seed, jpeg in enumerate(jpegs)])
     # the baseline's batch is normalised fp32, so on the CPU ours has to be too
     return crops.finish(payload, "cpu") if crops.mode == "cpu" else payload
@@ -63,12 +63,12 @@ def our_batch(jpegs: list[bytes], crops: MultiCrop) -> object:
 
 def _device_rows(jpegs: list[bytes], repeats: int) -> list[dict]:
     """What `finish` costs on the GPU for a batch, copying included."""
-    variants = {}
+    variants: dict[str, Callable[[], object]] = {}
     for mode in MODES:
         crops = MultiCrop(mode=mode)
         payload = crops.collate([crops.cut(decode_image(jpeg), seed) for seed, jpeg in enumerate(jpegs)])
         payload = {name: tensor.pin_memory() for name, tensor in payload.items()}
-        variants[mode] = lambda crops=crops, payload=payload: crops.finish(payload, "cuda")
+        variants[mode] = partial(crops.finish, payload, "cuda")
     return time_rows("crops", f"on the device, {len(jpegs)} images", side_by_side(variants, repeats), "cpu")
 
 
@@ -79,10 +79,13 @@ def make_jpegs(count: int, height: int, width: int) -> list[bytes]:
     frequency[0, 0] = 1
     jpegs = []
     for _ in range(count):
+        # [3, H, W]; dividing by the frequency makes large shapes strong and details weak, as in photographs
         noise = np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency
         image = np.fft.irfft2(noise, (height, width)).transpose(1, 2, 0)
+        # mostly grey, with some colour: chroma of photographs is smoother than their light
         image = image[..., :1] + 0.35 * image[..., 1:2] * [1, 0, -1] + 0.2 * image[..., 2:] * [0, 1, 0]
         image = np.clip(127 + 55 * image / image.std(), 0, 255).astype(np.uint8)
+        # 4:2:0, as cameras and ImageNet have it
         jpegs.append(simplejpeg.encode_jpeg(image, quality=78, colorsubsampling="420"))
     return jpegs
 
@@ -112,7 +115,7 @@ def dino_augmentation(global_size: int, local_size: int, num_local: int) -> list
     """One callable per crop: PIL image -> normalised tensor."""
     from torchvision import transforms
 
-    def chain(size: int, scale: tuple[float, float], blur: float, solarize: float):
+    def chain(size: int, scale: tuple[float, float], blur: float, solarize: float) -> Any:
         return transforms.Compose(
             [
                 transforms.RandomResizedCrop(size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC),

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +26,7 @@ IN_DTYPE = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV"}  # the other tensors
 IN_FLOAT32 = {"AX", "AY", "ALPHA", "LSE", "DELTA", "DAX", "DAY", "DALPHA"}
 
 
-def compile_kernel(kernel, capability: int, dtype: str, head_dim: int) -> dict:
+def compile_kernel(kernel: Any, capability: int, dtype: str, head_dim: int) -> dict:
     """Compile as a launch on timm's tensors would (pointers and strides divisible by 16), then ask ptxas what it takes."""
     options = kernels.launch_options(kernel, head_dim, getattr(torch, dtype)) | {"POOL": 1}
     signature, constants, attributes = {}, {}, {}
@@ -48,12 +49,12 @@ def compile_kernel(kernel, capability: int, dtype: str, head_dim: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
-        architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)
+        (architecture,) = re.findall(r"\.target (\w+)", compiled.asm["ptx"])
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", str(ptx), "-o", f"{folder}/kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
         "kernel": kernel.__name__,
-        "registers": int(re.search(r"Used (\d+) registers", said).group(1)),
+        "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
         "shared_bytes": compiled.metadata.shared,
     }

@@ -1,5 +1,8 @@
 """What `bench step` runs: models by pairs, a network small enough for a laptop, and our training step on it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import timm
 import torch
 from torch import nn
@@ -21,13 +24,15 @@ PROGRESS = Progress(step=0, epoch=2.0, total_epochs=10)
 
 def make_model(name: str, size: int) -> nn.Module:
     torch.manual_seed(0)
-    options = {"img_size": size} if name.startswith("vit") else {"img_size": size, "dynamic_img_size": True}
+    # vanilla timm models take one size, which they are built for; ours any
+    options: dict[str, Any] = {"img_size": size} if name.startswith("vit") else {"img_size": size, "dynamic_img_size": True}
     return timm.create_model(name, num_classes=0, **options).to(device())
 
 
 def forward_backward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, keep_gradients: bool = False) -> None:
     torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        # any scalar will do: what is timed is the network
         loss = model(images).float().square().mean()
     loss.backward()
     if not keep_gradients:
@@ -37,18 +42,19 @@ def forward_backward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype,
 def tiny_pair(prototypes: int) -> tuple[StudentTeacher, DINO]:
     """2.7 M parameters at 32 px: a DINO step that a laptop does in a second or two."""
     torch.manual_seed(0)
-    size = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
+    size: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
     backbone = timm.models.VisionTransformer(**size, num_classes=0, dynamic_img_size=True)
     objective = DINO(num_prototypes=prototypes).to(device())
     return StudentTeacher(backbone, nn.ModuleDict({"dino": objective})).to(device()), objective
 
 
-def our_stepper(model: StudentTeacher, objective: DINO):
+def our_stepper(model: StudentTeacher, objective: DINO) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """step(globals_ [2 * B, 3, H, W], locals_ [n * B, 3, h, w] or None) -> loss []."""
     optimizer = build_optimizer(model.student, (0.9, 0.999))
 
     def step(globals_: torch.Tensor, locals_: torch.Tensor | None) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
+        # as the loop does it: at every step
         set_hyperparameters(optimizer, 1e-4, 0.04)
         with torch.no_grad():
             targets = model.teacher(globals_, None, 2)

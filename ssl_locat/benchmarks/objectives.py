@@ -1,6 +1,8 @@
 """Time and memory of a training step under each objective, and what the masked patch loss costs beside a head on as many loose tokens."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -17,13 +19,19 @@ from ssl_locat.objectives.koleo import KoLeo
 from ssl_locat.optim.optim import build_optimizer, clip_gradients, set_hyperparameters
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 
-SIZE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}  # 2.7 M parameters, 64 patches
+SIZE: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 192,
+    "depth": 6,
+    "num_heads": 3,
+}  # 2.7 M parameters, 64 patches
 PROTOTYPES = 4096
 PROGRESS = Progress(step=0, epoch=2.0, total_epochs=10)
 MEANS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 # one step each; dino alone is what the others are compared with
-COMBINATIONS = {
+COMBINATIONS: dict[str, Callable[[], dict[str, nn.Module]]] = {
     "dino": lambda: {"dino": DINO(num_prototypes=PROTOTYPES)},
     "dino, sinkhorn": lambda: {"dino": DINO(num_prototypes=PROTOTYPES, targets="sinkhorn", min_images=1)},
     "dino + ibot": lambda: {"dino": DINO(num_prototypes=PROTOTYPES), "ibot": IBOT(num_prototypes=PROTOTYPES)},
@@ -53,6 +61,7 @@ class Step:
     def __init__(self, objectives: dict[str, nn.Module], batch: int):
         torch.manual_seed(0)
         self.losses = nn.ModuleDict(objectives)
+        # an anchor of the same size: its forward pass is what distilling costs
         anchors = {name: make_backbone() for name in objectives if name == "distill"}
         self.model = StudentTeacher(make_backbone(), self.losses, anchors).to(device())
         self.losses.to(device())
@@ -63,7 +72,7 @@ class Step:
     def loss(self) -> torch.Tensor:
         targets, _ = self.model.targets(self.crops, 2, self.masks)
         views = self.model.student(self.crops, self.local, 2, self.masks)
-        return sum(objective(views[name], targets[name], PROGRESS)[0] for name, objective in self.losses.items())
+        return torch.stack([objective(views[name], targets[name], PROGRESS)[0] for name, objective in self.losses.items()]).sum()
 
     def __call__(self) -> None:
         set_hyperparameters(self.optimizer, 1e-4, 0.04)
@@ -88,7 +97,8 @@ def rows(repeats: int) -> list[dict]:
 def patch_rows(repeats: int, batch: int) -> list[dict]:
     """The patch loss, as the loop runs it, beside the same heads on as many tokens that were no one's patches."""
     objective = IBOT(num_prototypes=PROTOTYPES).to(device())
-    student = objective.make_head(SIZE["embed_dim"]).to(device())
+    # [2, B, 64, D] patches of two global crops, and as many loose tokens as are hidden among them
+    student: Any = objective.make_head(SIZE["embed_dim"]).to(device())
     teacher = copy.deepcopy(student).requires_grad_(False)
     hidden = objective.make_masks(list(range(batch)), 2, (8, 8))
     masks = Masks.of(hidden, device())
@@ -96,12 +106,12 @@ def patch_rows(repeats: int, batch: int) -> list[dict]:
     tokens = torch.randn(len(masks.index), SIZE["embed_dim"], device=device())
     weights = torch.full((len(tokens),), 1 / len(tokens), device=device())
 
-    def masked():
+    def masked() -> None:
         views = Views(tokens, patches=patches, masks=masks.hidden.unflatten(0, (2, batch)), masked=masks.index)
         objective(student(views), teacher(views), PROGRESS)[0].backward()
         objective.finish_step()
 
-    def loose():
+    def loose() -> None:
         targets = (teacher.head(tokens) / 0.04).softmax(-1)
         masked_loss(student.head(tokens) / 0.1, targets, weights).backward()
 

@@ -3,7 +3,7 @@
 Shards of the full count (1,281,167 + 50,000 samples; small JPEGs, a few thousand distinct ones under their own keys) are packed from tars, as
 ILSVRC's come, and go through the recipe's own YAML: its workers, batch, probes and checkpoints. Small are the network, crops and images, the
 number of steps at each place, and linear (one epoch); the rest is what users will meet. Each stage is a command or a process of its own, in
-files and over HTTP with 50 ms to the first byte. Its row is kept in FOLDER/rehearsal.json as soon as it is done: the same command goes on
+files and over HTTP with 50 ms to the first byte. Its row is kept in FOLDER/rehearsal.json as soon as it is done: the same command resumes
 where it stopped.
 """
 
@@ -19,13 +19,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ssl_locat.benchmarks.rehearsal_source import TEST, TRAIN, write_source
 from ssl_locat.benchmarks.stream import _in_child, _web_server
 from ssl_locat.config.schema import Config, load
 from ssl_locat.data.images.crops import MultiCrop
 from ssl_locat.errors import UserError
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import console
 
 RECIPE = "dino_locatvit_s16"
@@ -58,7 +59,7 @@ def rehearse(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"recipe": recipe, "scale": scale}
     kept = folder / "rehearsal.json"
-    state = json.loads(kept.read_text()) if kept.exists() else {"settings": settings, "rows": {}}
+    state: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"settings": settings, "rows": {}}
     if state["settings"] != settings:
         raise UserError(
             f"{folder} holds a rehearsal with {state['settings']}, not {settings}: give another folder, or remove it."
@@ -130,7 +131,7 @@ class Rehearsal:
             return _in_child(lambda: _stream(config, ranks)) | served()
 
     def checkpoint(self, place: str) -> dict:
-        """At 90 % of an epoch, written by the run itself: its position is all that says where the data goes on."""
+        """At 90 % of an epoch, written by the run itself: its position is all that says where the data continues."""
         config = self.config(place)
         return _in_child(lambda: _write_checkpoint(config))
 
@@ -196,6 +197,7 @@ class Rehearsal:
     def overrides(self, place: str) -> list[str]:
         small = [part for line in _SMALL[1:] for part in line.split(" ")]
         batch = load(self.recipe, []).optim.global_batch_size
+        # the checkpoint is written two steps before the end: one to resume with, one to end on
         steps = math.ceil(_POSITION * self.train / batch) + 2
         length = ["optim.epochs=null", f"optim.total_steps={steps}", f"checkpoint.milestone_every_steps={10 * steps}"]
         run = [f"run_dir={self.folder / f'run-{place}'}", f"data.num_classes={self.classes}"]
@@ -233,6 +235,7 @@ class Rehearsal:
                 env=environment,
                 cwd=self.folder,
             )
+            # wait4 gives the usage of this child and its own, RUSAGE_CHILDREN that of all children so far
             _, status, used = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
@@ -264,7 +267,7 @@ def _stream(config: Config, ranks: int) -> dict:
     batch, memory = config.optim.global_batch_size, round(config.data.read_memory_gb * 2**30)
     plan = choose_plan(datasets, weights, config.seed, batch, memory)
     crops = MultiCrop(**config.crops.model_dump() | {"mode": "cpu"})
-    size = {
+    size: dict[str, Any] = {
         "global_batch_size": batch,
         "world_size": ranks,
         "workers": config.data.workers,
@@ -320,6 +323,7 @@ def scaled(rows: dict[str, dict], gpu_images_per_second: float | None) -> list[s
         row = rows.get(f"stream, {ranks} ranks, local")
         if not row:
             continue
+        # counts of a part of an epoch, scaled to ImageNet's number of images
         samples = TRAIN / ranks
         fetched = (row["used"] + row["read_ahead"]) / row["fetched_over_used"]
         requests, size = row["requests"] / fetched * samples, row["megabytes"] / fetched * samples

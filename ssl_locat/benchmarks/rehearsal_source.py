@@ -23,10 +23,12 @@ def write_source(folder: Path, train: int, test: int, classes: int) -> int:
     names = [f"n{number:08d}" for number in range(classes)]
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
         for number, name in enumerate(names):
+            # to the image, whatever the number of classes: rounded shares that sum to all of them
             count = train * (number + 1) // classes - train * number // classes
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as archive:
                 for i in range(count):
+                    # 1301: neighbouring classes begin at other pictures
                     _add(archive, f"{name}_{i}.JPEG", pictures[(number * 1301 + i) % len(pictures)])
             _add(outer, f"{name}.tar", inner.getvalue())
     lines = ["name,class"]

@@ -40,12 +40,12 @@ def resolution_rows() -> list[dict]:
     for size in SIZES:
         models = {variant: make_model(model, size) for variant, model in zip(("vanilla", "LocAt"), pair, strict=True)}
         images = torch.randn(8 if on_gpu else 1, 3, size, size, device=device())
-        calls = {variant: lambda m=model, x=images: forward_backward(m, x, dtype) for variant, model in models.items()}
+        calls = {variant: partial(forward_backward, model, images, dtype) for variant, model in models.items()}
         result += time_rows("step", f"{name} {size} px {precision}", side_by_side(calls, 3, warmup=1), "vanilla")
     return result
 
 
-def small_step(batch: int, num_local: int):
+def small_step(batch: int, num_local: int) -> Callable[[], torch.Tensor]:
     model, objective = tiny_pair(4096)
     globals_ = torch.randn(2 * batch, 3, 32, 32, device=device())
     locals_ = torch.randn(num_local * batch, 3, 16, 16, device=device()) if num_local else None
@@ -79,7 +79,7 @@ def rank_rows() -> list[dict]:
         if on_gpu
         else len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
-        else os.cpu_count()
+        else os.cpu_count() or 1
     )
     counts = [count for count in (1, 2, 4, 8) if count <= most]
     with tempfile.TemporaryDirectory() as folder:
@@ -99,8 +99,10 @@ def run_speed(folder: Path, ranks: int, batch: int) -> float:
         f"optim.global_batch_size={batch}",
         "log.tensorboard=false",
     ]
+    # a run of its own, as users start it: processes, loaders and collectives included
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     command = [sys.executable, "-m", *launcher, "ssl_locat", "pretrain", "quickstart", *options, "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     records = read_jsonl(run / "metrics.jsonl")
+    # the first steps wait for workers, caches and the allocator
     return statistics.median(record["images_per_second"] for record in records if record["step"] > RUN_WARMUP)

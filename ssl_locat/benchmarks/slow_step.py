@@ -11,10 +11,11 @@ from torch import Tensor, nn
 def pairwise_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> Tensor:
     """student [S, B, K], teacher [T, B, K] -> []: the mean over pairs of different views, pair by pair (arXiv:2104.14294, alg. 1)."""
     targets = [F.softmax((view - center) / teacher_temp, dim=-1).detach() for view in teacher]
-    total, pairs = 0.0, 0
+    total, pairs = student.new_zeros(()), 0
     for t, target in enumerate(targets):
         for s, view in enumerate(student):
             if s != t:
+                # [B, K] -> [B] -> []
                 total = total + torch.sum(-target * F.log_softmax(view / student_temp, dim=-1), dim=-1).mean()
                 pairs += 1
     return total / pairs
@@ -25,6 +26,7 @@ def clip_each(parameters: list[nn.Parameter], largest: float) -> None:
     """Each gradient to a norm of `largest`, asking the device for every norm."""
     for parameter in parameters:
         if parameter.grad is not None:
+            # .item() waits for the device, once for each tensor
             factor = largest / (parameter.grad.norm(2).item() + 1e-6)
             if factor < 1:
                 parameter.grad.mul_(factor)

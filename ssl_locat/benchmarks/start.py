@@ -51,6 +51,7 @@ def median_seconds(command: list[str], repeats: int, code: int = 0) -> float:
     spent = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):
+            # of all children so far: the difference is that of this one and what it started
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=600)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -4,6 +4,7 @@ objective beside DINO alone."""
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -57,15 +58,17 @@ def model_rows(case: str, name: str, size: int, batch: int, repeats: int, precis
     images = torch.randn(batch, 3, size, size, device=device())
     dtype = precisions()[precision]
 
-    def by_formula():
+    def by_formula() -> None:
         with forced_backend("reference"):
             forward_backward(models["LocAt"], images, dtype)
 
-    networks = dict(models)
+    networks: dict[str, Any] = dict(models)
     for way, mode in {"compiled": None, "CUDA graphs": "reduce-overhead"}.items() if compiled else ():
         networks |= {f"{variant}, {way}": torch.compile(copy.deepcopy(model), mode=mode) for variant, model in models.items()}
-    variants = {name: partial(forward_backward, network, images, dtype) for name, network in networks.items()}
-    variants["LocAt, published formula"] = by_formula
+    variants: dict[str, Callable[[], object]] = {
+        **{name: partial(forward_backward, network, images, dtype) for name, network in networks.items()},
+        "LocAt, published formula": by_formula,
+    }
     timings = side_by_side(variants, repeats, warmup=3 if compiled else 1)  # a graph is captured in the second call
     result = time_rows("step", case, timings, "vanilla")
     if device().type == "cuda" and precision == "bf16":
@@ -81,6 +84,7 @@ def utilisation_rows(case: str, vanilla: nn.Module, images: torch.Tensor, timing
     peak = next((peak for name, peak in PEAKS.items() if name in device_name), None)
     if peak is None:
         return []
+    # of matrix products, convolutions and attention; a multiply-accumulate counts as two
     with FlopCounterMode(display=False) as counter:
         forward_backward(vanilla, images, torch.float32)
     shares = {name: 100 * counter.get_total_flops() / timing.seconds / peak for name, timing in timings.items()}
@@ -101,7 +105,8 @@ def memory_rows(name: str, size: int) -> list[dict]:
             model.set_grad_checkpointing(checkpointing)
             images = torch.randn(2 * few, 3, size, size, device=device())
             forward_backward(model, images[:1], dtype, keep_gradients=True)
-            peaks = [peak_bytes(lambda m=model, x=x: forward_backward(m, x, dtype, True)) for x in (images[:few], images)]
+            peaks = [peak_bytes(partial(forward_backward, model, x, dtype, True)) for x in (images[:few], images)]
+            # the difference of two batches: weights, gradients and workspaces drop out
             values[variant] = (peaks[1] - peaks[0]) / few / 2**20
         case = f"{name} {size} px {precision}" + ", checkpointing" * checkpointing
         result += make_rows("step", case, "memory per image", "MiB", values, "vanilla")
@@ -121,7 +126,7 @@ def dino_rows(repeats: int, compiled: bool) -> list[dict]:
         for network in (model.student, model.teacher):
             network.compile(mode=mode)
         steppers[f"ours, {name}"] = our_stepper(model, objective)
-    steps = {name: lambda step=step: step(globals_, locals_) for name, step in steppers.items()}
+    steps = {name: partial(step, globals_, locals_) for name, step in steppers.items()}
     losses = {name: float(step()) for name, step in steps.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4 * losses["as published"]:
         raise RuntimeError(f"the DINO steps disagree, so their times mean nothing: {losses}")
@@ -137,7 +142,7 @@ def dino_rows(repeats: int, compiled: bool) -> list[dict]:
     return result + make_rows("step", case, "peak memory", "MiB", memory, "as published")
 
 
-def slow_stepper(model: StudentTeacher, objective: DINO):
+def slow_stepper(model: StudentTeacher, objective: DINO) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The same, as published."""
     parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.04, foreach=False, fused=False)
@@ -166,7 +171,7 @@ def job_rows(repeats: int) -> list[dict]:
     ours, slow = our_stepper(model, objective), slow_stepper(*copy.deepcopy((model, objective)))
     augmentation, multi_crop = crops.dino_augmentation(32, 16, 4), MultiCrop(32, 16, 4, mode="cpu")
 
-    def as_published():
+    def as_published() -> None:
         views = crops.dino_batch(jpegs, augmentation)
         slow(torch.cat(views[:2]), torch.cat(views[2:]))
 

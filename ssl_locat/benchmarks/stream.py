@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,8 @@ from ssl_locat.data.stream.stream import TrainStream
 BASELINE = "webdataset, shuffle(1000)"
 OURS = "ssl_locat"
 BATCH = 256
-_SIZES = {"global_batch_size": BATCH, "world_size": 1, "accumulate_steps": 1, "workers": 0}
+_SIZES: dict[str, Any] = {"global_batch_size": BATCH, "world_size": 1, "accumulate_steps": 1, "workers": 0}
+# forked: what is measured is already imported, and closures need not be pickled
 _fork = multiprocessing.get_context("fork")
 
 
@@ -77,7 +78,8 @@ def _compare(case: str, urls: list[str], samples: int, size: int, repeats: int, 
     measured: dict[str, list[_Pass]] = {BASELINE: [], OURS: []}
     for _ in range(repeats):
         for variant, run in ((BASELINE, _webdataset_pass), (OURS, _our_pass)):
-            measured[variant].append(_in_child(lambda run=run: run(urls, samples, requests)))
+            # a fresh process each time: memory that one left behind would hide what the other needs
+            measured[variant].append(_in_child(partial(run, urls, samples, requests)))
 
     def rows(metric: str, unit: str, value: Callable[[_Pass], float]) -> list[dict]:
         medians = {variant: statistics.median(map(value, runs)) for variant, runs in measured.items()}
@@ -105,6 +107,7 @@ def _measure(batches: Iterator, warm: int, timed: int, per_batch: int, requests)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in islice(batches, warm):
         pass
+    # counters before the clock: reading them is no part of the work
     asked, cpu, began = requests.value if requests else 0, _cpu_seconds(), time.perf_counter()
     for _ in islice(batches, timed):
         pass
@@ -114,6 +117,7 @@ def _measure(batches: Iterator, warm: int, timed: int, per_batch: int, requests)
 
 
 def _cpu_seconds() -> float:
+    # webdataset reads the web by `curl`: its time counts once the process has been waited for
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
@@ -150,6 +154,7 @@ def _shuffle_rows(folder: Path, samples: int) -> list[dict]:
     theirs = [url for _, url in islice(_webdataset(urls), samples)]
     plan = choose_plan([open_dataset(urls)], [1.0], 0, _SIZES["global_batch_size"])
     ours = [plan.locate(position)[1] * len(urls) // samples for position in range(BATCH * 8)]
+    # expected number of distinct ones among BATCH draws with replacement
     uniform = len(urls) * (1 - (1 - 1 / len(urls)) ** BATCH)
     values = {
         BASELINE: _distinct(theirs[: len(theirs) // BATCH * BATCH]),
@@ -167,6 +172,7 @@ def _resume_rows(root: Path, samples: int) -> list[dict]:
     """From opening the data to the first batch at 90 % of a pass. One shard under many names: its bytes come from memory anyway."""
     _make_shards(root / "resume", 1, 10_000, 1_000)
     for number in range(1, samples // 10_000):
+        # hard links: 128 shards of 10,000 samples in the room of one
         os.link(root / "resume/00000.tar", root / f"resume/{number:05d}.tar")
     names = [f"{number:05d}.tar" for number in range(samples // 10_000)]
     seconds: dict[str, float] = {}
@@ -202,6 +208,7 @@ def _huge_rows(root: Path, shards: int) -> list[dict]:
     text = json.dumps(lines, separators=(",", ":")).encode()
     with open(root / SIDECAR, "wb") as file:
         file.write(_MAGIC)
+        # a sparse file: the offsets of a shard are read only when its samples are
         file.seek(len(_MAGIC) + shards * block)
         file.write(text + len(text).to_bytes(8, "little"))
     opening, memory, window = _in_child(lambda: _open_huge(str(root / SIDECAR)))
@@ -271,6 +278,7 @@ def _make_shards(folder: Path, shards: int, per_shard: int, size: int) -> int:
                 ):
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
+                    # header, payload, zeros up to the next 512 bytes; two zero blocks end the archive
                     file.write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512))
             file.write(bytes(1024))
     return shards * per_shard
@@ -294,6 +302,7 @@ def _serve(root: Path, delay: float, requests, served, port) -> None:
         try:
             while head := (await reader.readuntil(b"\r\n\r\n")).decode("latin-1"):
                 requests.value += 1
+                # the time to the first byte of a real store; loopback has none
                 await asyncio.sleep(delay)
                 served.value += await _answer(root / head.split()[1].lstrip("/"), head, writer)
         except (asyncio.IncompleteReadError, ConnectionError):

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +28,12 @@ def precisions() -> dict[str, torch.dtype]:
     return {"fp32": torch.float32} if emulated else {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def side_by_side(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
+def side_by_side(variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
     """Median over `repeats` rounds, each of which runs every variant once.
 
     Without a GPU these are CPU-seconds of this process, summed over its threads: other people's work on the machine does not count
     (but for the caches it takes), and images over them are images per second and core."""
+    # a GPU is alone with us, so that wall-clock counts, and waiting for it takes no CPU time
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(warmup + repeats):
@@ -46,11 +47,12 @@ def side_by_side(variants: dict[str, Callable[[], object]], repeats: int, warmup
 
 
 def summary(seconds: list[float]) -> Timing:
+    # quartiles: one slow round, of a collector or of another process, moves neither
     low, middle, high = statistics.quantiles(seconds, n=4)
     return Timing(middle, (high - low) / middle)
 
 
-def kernel_times(variants: dict[str, Callable[[], object]], repeats: int, at_least: float = 0.005) -> dict[str, Timing]:
+def kernel_times(variants: Mapping[str, Callable[[], object]], repeats: int, at_least: float = 0.005) -> dict[str, Timing]:
     """What the GPU takes for each call, without the launching: each is captured as a CUDA graph, which is replayed in rounds of at least
     `at_least` seconds between two events. The calls must not wait for the device."""
     rounds = {name: _replayed(call, at_least) for name, call in variants.items()}
@@ -63,6 +65,7 @@ def kernel_times(variants: dict[str, Callable[[], object]], repeats: int, at_lea
 
 def _replayed(call: Callable[[], object], at_least: float) -> tuple[torch.cuda.CUDAGraph, int]:
     """The call as a graph, and how often it goes into a round."""
+    # torch wants the warm-up before a capture on a stream of its own
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -81,13 +84,14 @@ def _replay(graph: torch.cuda.CUDAGraph, count: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(count):
+        # one after the other in the queue: between the events the GPU never waits for the host
         graph.replay()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1000 / count
 
 
-def host_times(variants: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
+def host_times(variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
     """What the CPU takes until each call has queued its work on an idle GPU."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(warmup + repeats):
@@ -101,7 +105,7 @@ def host_times(variants: dict[str, Callable[[], object]], repeats: int, warmup: 
 
 def make_rows(
     bench: str, case: str, metric: str, unit: str, values: dict[str, float], baseline: str, spreads: dict | None = None
-):
+) -> list[dict]:
     """One row per variant; `ratio` is its value over the baseline's."""
     return [
         {
@@ -146,7 +150,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        # weak references: counting must not keep a tensor alive
         self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
+        # views and in-place results live in what was given: they are no new memory
         given = {StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and StorageWeakRef(leaf.untyped_storage()) not in given:

@@ -73,6 +73,7 @@ def _run_slurm(*words: str) -> str | None:
 
 def queue() -> dict[str, str] | None:
     """Job -> state, of what is in the queue now; each element of an array by itself, as <array>_<index>. None: Slurm does not answer."""
+    # -r: elements of an array one by one; --me: of this user, whatever others have queued
     answer = _run_slurm("squeue", "-r", "-h", "--me", "-o", "%i|%T")
     return None if answer is None else dict(line.strip().split("|", 1) for line in answer.splitlines() if "|" in line)
 
@@ -115,6 +116,7 @@ def _from_scontrol(job: str) -> str:
 
 
 def _from_sacct(job: str) -> str:
+    # -X: the job itself, without its steps
     lines = (_run_slurm("sacct", "-X", "-n", "-P", "-o", "State", "-j", job) or "").split("\n")
     return lines[0].split(" ")[0].strip()  # 'CANCELLED by 0'
 
@@ -123,6 +125,7 @@ def find(name: str) -> dict[str, Any]:
     """The newest record that a job id or a run folder means."""
     path = str(Path(name).absolute())
     record: dict[str, Any]
+    # a run may have been queued many times: its newest job counts
     for record in reversed(records()):
         if name == record["job"] or path in (record["run"], record["folder"]):
             return record
@@ -172,6 +175,7 @@ def stop(names: list[str]) -> None:
     for record in _named(names, "stop"):
         job, now = record["job"], _queued(record["job"])
         if now == "RUNNING" and _saves(record):
+            # the file first: at the signal the job looks for it, and asks for no requeue if it is there
             Path(record["folder"], f"{job}.stop").touch()
             _run_or_fail("scancel", "--signal=USR2", job)
             print(f"{job}: asked to save and stop")

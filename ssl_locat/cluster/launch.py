@@ -107,6 +107,7 @@ def load_profile(on: str) -> Profile:
 
 def _slurm_fields() -> list[str]:
     own = sorted(submitit.SlurmExecutor._valid_parameters())
+    # asked of the installed submitit: the list of Slurm's options that it knows grows
     return [*SHARED_NAMES, *own, *(f"slurm_{name}" for name in own)]
 
 
@@ -129,6 +130,7 @@ def slurm_names(options: dict[str, Any]) -> dict[str, Any]:
     renamed = {}
     for key, value in options.items():
         key = SHARED_NAMES.get(key.removeprefix("slurm_"), key.removeprefix("slurm_"))
+        # Slurm takes a bare number for megabytes; submitit's mem_gb is in GB
         renamed[key] = f"{value}GB" if key == "mem" and isinstance(value, int | float) else value
     return renamed
 
@@ -176,7 +178,7 @@ def submit_pretrain(config: Config, on: str, resume: str = "auto", allow: Sequen
 def submit_evaluate(
     protocol: str, model: str, overrides: list[str], on: str, as_json: bool = False, dry_run: bool = False
 ) -> None:
-    """Judge a backbone where the profile says; the same checks as for a pretraining come first."""
+    """Evaluate a backbone where the profile says; the same checks as for a pretraining come first."""
     from ssl_locat.evaluation.evaluate import check
 
     profile = load_profile(on)
@@ -216,6 +218,7 @@ def expand_sweep(config: Config) -> list[Config]:
     runs = []
     for values in itertools.product(*config.sweep.values()):
         chosen = dict(zip(config.sweep, values, strict=True))
+        # lr=0.001,epochs=100: the folder tells its combination; no slash may deepen it
         name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items()).replace("/", "-").replace(" ", "")
         plain = config.model_copy(update={"sweep": {}, "run_dir": str(Path(config.run_dir) / name)})
         runs.append(_changed(plain, chosen))
@@ -227,6 +230,7 @@ def _changed(config: Config, values: dict[str, Any]) -> Config:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "sweep.yaml")
         path.write_text(config.to_yaml(), encoding="utf-8")
+        # JSON is YAML: lists and text with spaces arrive as they are
         return load(str(path), [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
@@ -319,8 +323,10 @@ def slurm_parameters(profile: Profile, program: str, snapshot: Path) -> dict[str
     options["setup"] = [*options.get("setup", []), *exports]
     # the script runs on the node itself, where a container that lacks Slurm's commands cannot ask for a requeue (worker/task.py)
     wanted = shlex.quote(str(snapshot.parent)) + "/$SLURM_JOB_ID.requeue"
+    # a job that is being cancelled is COMPLETING: requeued then, it would come back
     running = 'scontrol show job -o "$SLURM_JOB_ID" | grep -q JobState=RUNNING'
     asked = f'if [ -e {wanted} ]; then rm -f {wanted}; {running} && scontrol requeue "$SLURM_JOB_ID"; fi'
+    # the exit code of the job is that of its command, not of what follows it
     options["teardown"] = ["code=$?", *options.get("teardown", []), asked, "exit $code"]
     # one rank's failure ends the step on all nodes at once; requeue: a lost node is not the end of the job
     options["srun_args"] = [*options.get("srun_args", []), "--kill-on-bad-exit=1"]
@@ -330,6 +336,7 @@ def slurm_parameters(profile: Profile, program: str, snapshot: Path) -> dict[str
 
 def job_variables(profile: Profile, snapshot: Path) -> dict[str, str]:
     """A job imports the copy of the code beside its logs; the folder it was sent from must not come before that."""
+    # without it Python puts the working directory first: the checkout, edited meanwhile
     variables = {**profile.environment, "PYTHONSAFEPATH": "1"}
     inherited = variables.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
     variables["PYTHONPATH"] = f"{snapshot}:{inherited}" if inherited else str(snapshot)
@@ -376,6 +383,7 @@ def _variables(values: dict[str, str]) -> Iterator[None]:
 def _start_torchrun(commands: list[list[str]], profile: Profile, snapshot: Path, runs: list[str], dry_run: bool) -> None:
     """torchrun on this machine (on each of several, started by hand, with nnodes and rdzv_endpoint)."""
     words = [profile.python or sys.executable, "-m", "torch.distributed.run"]
+    # flags without a value: true says one, false leaves it out
     for key, value in {"nproc_per_node": 1, **profile.options}.items():
         if value is True:
             words.append(f"--{key}")

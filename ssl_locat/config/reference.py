@@ -17,7 +17,14 @@ from ssl_locat.config.signatures import base_target, definition, keyword_default
 
 HEADER = """# Config reference
 
-Every key, its type, default and meaning. A run is one YAML. Every key below may stand in it, or on the command line as `key.sub=value`, which wins. A YAML may name another
+Every key, its type, default and meaning; for looking one up:
+
+```bash
+ssl-locat pretrain quickstart --dry-run                # checks a config, and prints it with every key resolved
+ssl-locat pretrain quickstart optim.epochs=5           # the same recipe with another value
+```
+
+A run is one YAML. Every key below may stand in it, or on the command line as `key.sub=value`, which wins. A YAML may name another
 one as `base:` and say only what differs. Unknown keys, wrong types and values out of range are refused, with the file, the line and the
 nearest key that exists.
 

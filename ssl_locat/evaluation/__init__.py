@@ -10,6 +10,7 @@ PROTOCOLS = {
     "linear": "ssl_locat.evaluation.protocols.linear:evaluate",
     "linear_sweep": "ssl_locat.evaluation.protocols.linear:sweep",
     "supervised": "ssl_locat.evaluation.protocols.supervised:evaluate",
+    "validate": "ssl_locat.evaluation.protocols.validate:evaluate",
     "segmentation": "ssl_locat.evaluation.protocols.segmentation:evaluate",
     "hummingbird": "ssl_locat.evaluation.protocols.hummingbird:evaluate",
     "locality": "ssl_locat.evaluation.protocols.locality:evaluate",

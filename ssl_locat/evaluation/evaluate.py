@@ -150,7 +150,7 @@ def function_of(protocol: str) -> Callable[..., dict[str, float]]:
 
 
 def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Judge MODEL; {"protocol", "model", "data", "metrics", "seconds"} on every process.
+    """Evaluate MODEL; {"protocol", "model", "data", "metrics", "seconds"} on every process.
 
     Keys beside the protocol's own: `which` (teacher or student) and `step` (a number, last, best-dense, best-global), of a run folder. If MODEL is an export folder, its model card
     gets a row.
@@ -186,7 +186,7 @@ def run(protocol: str, model: str, overrides: Sequence[str] = ()) -> dict[str, A
 
 
 def fingerprint(model: str) -> str:
-    """MODEL and what it holds now: a run that went on, or a replaced export, is evaluated anew."""
+    """MODEL and what it holds now: a run that has trained further, or a replaced export, is evaluated anew."""
     path = Path(model.partition("?")[0])
     if not path.exists():
         return model

@@ -10,7 +10,7 @@ from ssl_locat.evaluation.shared.options import check_arguments
 from ssl_locat.runs.best import check_choices
 
 ONLINE = [
-    name for name in PROTOCOLS if name not in ("supervised", "attention", "efficiency")
+    name for name in PROTOCOLS if name not in ("supervised", "validate", "attention", "efficiency")
 ]  # frozen backbone, numbers that move
 
 # protocols whose labels are masks

@@ -14,6 +14,7 @@ def push(folder: Path, name: str) -> str:
     """Upload `folder` to the repository `name`, made if it is not there; returns its full name. Raises UserError if the hub refuses."""
     api = HfApi(library_name="ssl_locat")
     try:
+        # the full name: "mine" becomes "user/mine"
         repository = api.create_repo(name, exist_ok=True).repo_id
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload an ssl_locat export")
     except Exception as error:  # its errors, and those of whichever HTTP client this version of it uses

@@ -57,14 +57,16 @@ class Module:
     """The top level of a module of ours, as text: {name: lines}, and where its imported names come from."""
 
     def __init__(self, name: str):
-        self.name, self.text = name, Path(find_spec(name).origin).read_text(encoding="utf-8")
+        spec = find_spec(name)
+        assert spec is not None and spec.origin is not None, f"{name} has no source"
+        self.name, self.text = name, Path(spec.origin).read_text(encoding="utf-8")
         self.lines = self.text.splitlines()
         self.nodes: dict[str, ast.stmt] = {}
         self.ours: dict[str, str] = {}  # name -> module of ssl_locat that defines it
         self.theirs: dict[str, str] = {}  # name -> the import statement that brings it
         for node in ast.parse(self.text).body:
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("ssl_locat"):
-                self.ours |= {alias.name: node.module for alias in node.names}
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ssl_locat"):
+                self.ours |= {alias.name: node.module or "" for alias in node.names}
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 for alias in node.names:
                     one = ast.Import([alias]) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, [alias], 0)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,13 @@ def write_program(backbone: nn.Module, path: Path) -> tuple[Callable, list[tuple
     """
     module, (channels, height, width) = BothTokens(backbone.eval()), backbone.pretrained_cfg["input_size"]
     shapes = shapes_of(backbone)
+    # two images: the exporter takes a size of 1 for a constant
     images = torch.zeros(2, channels, height, width)
     write = {".onnx": _write_onnx, ".pt2": _write_pt2}[path.suffix]
     if len({shape[1:] for shape in shapes}) > 1:
         try:
             outputs = write(module, images, {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, path)
+            # some graphs export, and are wrong at other sizes
             compare(backbone, outputs, shapes, TOLERANCE[path.suffix[1:]])
             return outputs, shapes
         except Exception as error:  # exporters raise whatever they like for a shape that they cannot keep open
@@ -37,6 +40,7 @@ def write_program(backbone: nn.Module, path: Path) -> tuple[Callable, list[tuple
             log.warning(
                 "%s: this architecture exports at %d x %d only; other formats take any size.", path.suffix[1:], height, width
             )
+    # the batch stays open
     return write(module, images, {0: Dim.AUTO}, path), [(1, height, width), (3, height, width)]
 
 
@@ -62,6 +66,7 @@ def _plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sc
 
 
 def _plain_repeat(x, repeats, dim):
+    # [..., n, ...] -> [..., n, 1, ...] -> [..., n, repeats, ...] -> [..., n * repeats, ...]
     dim %= x.ndim
     return x.unsqueeze(dim + 1).expand(*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]).flatten(dim, dim + 1)
 
@@ -71,6 +76,7 @@ def _patches(images, weight, bias=None, stride=1, padding=0, dilation=1, groups=
     if (tuple(stride), tuple(padding), groups) != ((rows, cols), (0, 0), 1):
         return F.conv2d(images, weight, bias, stride, padding, dilation, groups)
     cut = images.unflatten(2, (-1, rows)).unflatten(4, (-1, cols))  # [B, C, H / rows, rows, W / cols, cols]
+    # a patch as one row: [B, H / rows, W / cols, C * rows * cols] @ [C * rows * cols, D]
     out = cut.permute(0, 2, 4, 1, 3, 5).flatten(3) @ weight.flatten(1).T
     return (out if bias is None else out + bias).permute(0, 3, 1, 2)
 
@@ -94,15 +100,17 @@ def _write_onnx(module: nn.Module, images: Tensor, dynamic: dict, path: Path) ->
         raise UserError("ONNX export needs onnx, onnxruntime and onnxscript: pip install 'ssl_locat[onnx]'.") from None
     names = ["class_token", "patch_tokens"]
     program = torch.onnx.export(_program(module, images, dynamic), input_names=["images"], output_names=names, verbose=False)
+    assert program is not None  # given to whoever names no file
     _name_axes(program.model.graph)
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(array) for array in session.run(names, {"images": images.numpy()})]
 
 
-def _name_axes(graph) -> None:
+def _name_axes(graph: Any) -> None:
     """The open axes by what they are, instead of the exporter's `s77`; that of the patches, a formula of two others, too."""
     (images,) = graph.inputs
+    # the same symbol stands wherever a size follows from this one
     names = {str(images.shape[axis].value): name for axis, name in AXES.items() if not isinstance(images.shape[axis], int)}
     for value in (images, *graph.outputs, *(out for node in graph for out in node.outputs)):
         if value.shape is not None:

@@ -20,7 +20,7 @@ ATTACH = ("gaug", "prr", "pos_resize")
 
 def write_timm(backbone: nn.Module, folder: Path, with_code: bool = False) -> None:
     """Write the two files into `folder`; with_code: a modeling file besides, for transformers where ssl_locat is not installed."""
-    save_for_hf(backbone, folder, safe_serialization=True, data_config={"input_size": backbone.pretrained_cfg["input_size"]})
+    save_for_hf(backbone, str(folder), safe_serialization=True, data_config={"input_size": backbone.pretrained_cfg["input_size"]})
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
@@ -41,6 +41,7 @@ def own_name(backbone: nn.Module, architecture: str, args: dict) -> tuple[str, d
     if getattr(backbone, "pos_resize", "timm") != "timm":  # timm cannot resize positions that way
         return architecture, args
     args = {key: value for key, value in args.items() if key not in ATTACH}
+    # without LocAt the weights are those of a plain timm model: it opens them where this package is not installed
     twin = architecture.removeprefix("locat_")
     if twin in TWINS:
         return twin, {**TWINS[twin], **args}

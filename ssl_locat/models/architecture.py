@@ -4,7 +4,8 @@ For checkpoints that come without a config, as those of the official LocAtViT re
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from timm.models.swin_transformer import resolve_stage_window_sizes
 from torch import Tensor
@@ -45,7 +46,7 @@ def _recognise(state: dict[str, Tensor], source: str, prefix: int | None, given:
     if patch is None or patch.ndim != 4:
         raise CheckpointError(f"{source}: no patch_embed.proj.weight, so these are not weights of a timm, DINO or LocAt model")
     gaug = any(".gaug." in name for name in state)
-    options = {"num_classes": 0, "in_chans": patch.shape[1], "patch_size": patch.shape[2]}
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": patch.shape[1], "patch_size": patch.shape[2]}
     for head in ("head.weight", "head.fc.weight"):
         if head in state:
             options["num_classes"] = state[head].shape[0]
@@ -83,7 +84,7 @@ def _recognise(state: dict[str, Tensor], source: str, prefix: int | None, given:
 
 def _jumbo(state: dict[str, Tensor], options: dict) -> dict:
     """Options of Jumbo's own that differ from those of its name."""
-    own = {"num_class_tokens": state["cls_token"].shape[1], "norm_patches": "norm_patches.weight" in state}
+    own: dict[str, Any] = {"num_class_tokens": state["cls_token"].shape[1], "norm_patches": "norm_patches.weight" in state}
     hidden, wide = state["jumbo_mlp.fc1.weight"].shape
     if hidden != int(wide * options.get("mlp_ratio", 4.0)):  # of the one wide MLP, not of the patches'
         own["jumbo_mlp_ratio"] = (hidden + 0.5) / wide  # a half, since Jumbo rounds down, too
@@ -105,7 +106,7 @@ def as_told(known: Known, given: dict) -> Known:
         return known
     if prefix is None and "no_embed_class" in given:
         prefix = 0 if given["no_embed_class"] else num_special_tokens(known.state)
-    grid = told_grid(given, patch.shape[2])
+    grid: Sequence | None = told_grid(given, patch.shape[2])
     if TABLE.format(0, 0) in known.state:
         stages = {name.split(".")[1] for name in known.state if name.endswith("relative_position_bias_table")}
         grid = _told_windows(given, patch.shape[2], len(stages), known.state[TABLE.format(0, 0)])
@@ -163,7 +164,8 @@ def _mlp(state: dict[str, Tensor], options: dict) -> bool:
 
 def _dinov3(state: dict[str, Tensor], options: dict, gaug: bool) -> str:
     """timm's Eva with DINOv3's periodic RoPE; pooled by the class token, as its makers do (timm's default is the mean)."""
-    hidden = state.get("blocks.0.mlp.fc1_g.weight", state.get("blocks.0.mlp.fc1.weight"))
+    gated = "blocks.0.mlp.fc1_g.weight"
+    hidden = state[gated if gated in state else "blocks.0.mlp.fc1.weight"]
     options |= {"mlp_ratio": (hidden.shape[0] + 0.5) / options["embed_dim"], "global_pool": "token"}
     options["num_reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
     if gaug:

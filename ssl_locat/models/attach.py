@@ -10,8 +10,10 @@ compiled, too), explicit loops, and `timm_...` names instead of super(). FX sees
 """
 
 import inspect
+from collections.abc import Sequence
 from functools import cache, update_wrapper
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,7 @@ from ssl_locat.models.prr import PRR, ClassAttention
 from ssl_locat.models.tokens import recomputed
 
 POOLINGS = ("prr", "class_attention")
+Front: Any = object  # base of what stands in front of a timm class, whose attributes it reads
 GAUG_OPTIONS = tuple(p.name for p in inspect.signature(GAug).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
@@ -60,7 +63,8 @@ def attach_locat(model: nn.Module, gaug: bool | dict = True, prr: bool | dict = 
     check_model(model, gaug, prr, pos_resize)
     if gaug is not False:
         attach_gaug(model, {} if gaug is True else dict(gaug))
-    model.__class__ = locat_class(type(model))
+    kind: Any = type(model)
+    model.__class__ = locat_class(kind)
     for name, value in {"has_gaug": False, "prr": None, "drop_patches": None, "pos_resize": "timm"}.items():
         if name not in model.__dict__ and name not in model._modules:  # TorchScript reads no attribute of a class
             setattr(model, name, value)
@@ -111,9 +115,11 @@ def attach_gaug(model: nn.Module, options: dict) -> None:
     for stage, grid in zip(stages, grids, strict=True):
         for attention in stage:
             weight = attention.proj.weight
+            # EVA may have three projections instead of one; it then knows its head_dim
             head_dim = attention.qkv.out_features // 3 // attention.num_heads if attention.qkv is not None else attention.head_dim
             attention.gaug = GAug(head_dim, weight.shape[0], attention.num_heads, grid, **options).to(weight.device, weight.dtype)
-            attention.__class__ = gaug_class(type(attention))
+            # parameters, hooks and names stay where they are: only the methods change
+            attention.__class__ = gaug_class(attention.__class__)
             if not isinstance(attention, WindowAttention):
                 attention.num_prefix_tokens, attention.seen_grids = model.num_prefix_tokens, seen
     model.has_gaug, model.seen_grids = True, seen
@@ -125,15 +131,16 @@ def attach_gaug(model: nn.Module, options: dict) -> None:
         model.patch_drop = None if isinstance(model, Eva) else nn.Identity()
 
 
-def default_grids(model: nn.Module, stages: list[list[nn.Module]]) -> list[tuple[int, int]]:
+def default_grids(model: nn.Module, stages: list[list[Any]]) -> list[tuple[int, int]]:
     """Windows are what a Swin's attentions see, a ViT's see the image."""
     if isinstance(model, SwinTransformer):
         return [stage[0].window_size for stage in stages]
     return [model.patch_embed.grid_size]
 
 
-def initial_grids(given, num_stages: int) -> list[tuple[int, int]]:
+def initial_grids(given: Any, num_stages: int) -> list[tuple[int, int]]:
     """One (rows, cols) per stage of what a user or a config gives: one for all, or a list of them. Raises UserError."""
+    # [14, 14] is one grid, [[7, 7], [4, 4]] several
     grids = given if isinstance(given, tuple | list) and given and isinstance(given[0], tuple | list) else [given]
     for grid in grids:
         if not (isinstance(grid, tuple | list) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)):
@@ -142,7 +149,7 @@ def initial_grids(given, num_stages: int) -> list[tuple[int, int]]:
         raise UserError(
             f"gaug.initial_grid is {given!r}; expected one (rows, cols) for all, or one for each of {num_stages} stages"
         )
-    return [tuple(grid) for grid in (grids * num_stages if len(grids) == 1 else grids)]
+    return [(grid[0], grid[1]) for grid in (grids * num_stages if len(grids) == 1 else grids)]
 
 
 def one_or_all(grids: list[tuple[int, int]]) -> tuple:
@@ -150,10 +157,11 @@ def one_or_all(grids: list[tuple[int, int]]) -> tuple:
     return grids[0] if len(set(grids)) == 1 else tuple(grids)
 
 
-def set_initial_grid(model: nn.Module, grid: tuple) -> None:
+def set_initial_grid(model: nn.Module, grid: Sequence) -> None:
     """Tell every GAug which grid its weights were trained at, and remember it for exports; of a Swin also one grid per stage."""
     if not getattr(model, "has_gaug", False):
         return
+    # one for each block: blocks of a stage share the grid, not its module
     stages = [[m for m in stage.modules() if isinstance(m, GAug)] for stage in stages_of(model).values()]
     grids = initial_grids(grid, len(stages))
     for stage, own in zip(stages, grids, strict=True):
@@ -180,8 +188,9 @@ def attach_prr(model: nn.Module, options: dict) -> None:
             f"prr.kind=class_attention pools into one class token of the patches' width, which this {type(model).__name__} "
             "does not pool by; choose a ViT with global_pool='token'"
         )
+    # the last attention of the network: PRR has as many heads as it
     last = [m for m in model.modules() if hasattr(m, "num_heads") and hasattr(m, "proj")][-1]
-    num_heads = options.get("num_heads", last.num_heads)
+    num_heads: Any = options.get("num_heads", last.num_heads)
     weight, dim = last.proj.weight, last.proj.out_features
     if dim % num_heads:
         raise UserError(f"prr.num_heads is {num_heads}, which does not divide the tokens' width {dim}")
@@ -196,16 +205,17 @@ def stages_of(model: nn.Module) -> dict[str, nn.Module]:
     return {"blocks": model.blocks}
 
 
-def find_attentions(model: nn.Module) -> list[list[nn.Module]]:
-    """Every attention that GAug goes into, by stage; raises UserError for a block whose attention it cannot serve."""
-    found = []
+def find_attentions(model: nn.Module) -> list[list[Any]]:
+    """Every attention of timm that GAug goes into, by stage; raises UserError for a block whose attention it cannot serve."""
+    found: list[list[Any]] = []
     for name, blocks in stages_of(model).items():
         found.append([])
         for index, block in enumerate(blocks):
-            inside = [m for m in block.modules() if isinstance(m, tuple(ATTENTIONS))]
+            # ATTENTIONS by isinstance: subclasses of timm's attentions count, if they compute the same (gaug_class)
+            inside: list[Any] = [m for m in block.modules() if isinstance(m, tuple(ATTENTIONS))]
             if any(hasattr(m, "gaug") for m in inside):
                 raise UserError(f"GAug is attached to {name}.{index} already")
-            if not inside or any(gaug_class(type(m)) is None for m in inside):
+            if not inside or any(gaug_class(m.__class__) is None for m in inside):
                 kind = type(getattr(block, "attn", block)).__name__
                 raise UserError(
                     f"GAug cannot serve {name}.{index} of this {type(model).__name__}: its attention is {kind}; "
@@ -228,6 +238,7 @@ def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             qkv = F.linear(x, self.qkv.weight, bias)
         else:
             qkv = self.qkv(x)
+        # [B, T, 3 * heads * d] -> [B, T, 3, heads, d] -> 3 x [B, heads, T, d], T = R + N
         q, k, v = qkv.unflatten(-1, [3, self.num_heads, -1]).permute(2, 0, 3, 1, 4).unbind(0)
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
@@ -243,11 +254,12 @@ def rotate(self, x: Tensor, rope: Tensor | None) -> Tensor:
         return x
     prefix = self.num_prefix_tokens
     half = self.rotate_half if hasattr(self, "rotate_half") else False
+    # prefix tokens lie nowhere in the image, hence no rotation of them
     rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
     return torch.cat([x[:, :, :prefix], rotated.to(x.dtype)], dim=2)
 
 
-class GaugAttention:
+class GaugAttention(Front):
     """In front of a timm attention class: the same projections, gate, norms and dropouts around attention with GAug's bias."""
 
     project, rotate = project, rotate
@@ -265,16 +277,18 @@ class GaugAttention:
         else:
             if is_causal:
                 raise UserError("an attention with GAug is not causal: GAug adds its own bias between all patches")
-            if attn_mask is None:
-                attn_mask = self.remembered_grid(x.shape[1] - self.num_prefix_tokens)
-            if isinstance(attn_mask, tuple):
-                attn_mask = grid_mask(x, *attn_mask)
-            return self.attend(x, rope, attn_mask)
+            where: Any = attn_mask
+            if where is None:
+                where = self.remembered_grid(x.shape[1] - self.num_prefix_tokens)
+            if isinstance(where, tuple):
+                where = grid_mask(x, *where)
+            return self.attend(x, rope, where)
 
     def attend(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor) -> Tensor:
         prefix = self.num_prefix_tokens
         rows, cols, kept = read_mask(attn_mask)
         q, k, v = self.project(x)
+        # of queries before rotation: rotated ones would also tell where their patch lies
         coefficients = self.gaug(q[:, :, prefix:], (rows, cols), k=k[:, :, prefix:], x=x[:, prefix:], kept=kept)
         q, k = self.rotate(q, rope), self.rotate(k, rope)
         dropout_p = self.attn_drop.p if self.training else 0.0
@@ -282,7 +296,7 @@ class GaugAttention:
             out = dense_bias_attention(q, k, v, self.gaug.bias(coefficients, (rows, cols)), prefix, dropout_p=dropout_p)
         else:
             out = self.gaug.attend(q, k, v, coefficients, (rows, cols), prefix, dropout_p=dropout_p)
-        out = self.norm(out.transpose(1, 2).flatten(2))
+        out = self.norm(out.transpose(1, 2).flatten(2))  # [B, heads, T, d] -> [B, T, D]; an Identity in most models
         if hasattr(self, "gate") and self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
@@ -301,7 +315,7 @@ class GaugAttention:
         return grid
 
 
-class GaugWindowAttention:
+class GaugWindowAttention(Front):
     """In front of timm's Swin attention: each window is a grid, padding positions take part."""
 
     project = project
@@ -317,7 +331,9 @@ class GaugWindowAttention:
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self.project(x)
+        # each window is a grid of its own: no prefix tokens, distances within it
         coefficients = self.gaug(q, self.window_size, k=k, x=x)
+        # Swin's own bias [1, heads, N, N] stays, and GAug's is added to it
         extra = self._get_rel_pos_bias()
         if mask is not None:
             extra = (extra + mask[:, None]).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)  # windows of one image are neighbours
@@ -330,7 +346,7 @@ class GaugWindowAttention:
 
 
 # timm's attentions that GAug can enter -> what goes in front of them
-ATTENTIONS = {
+ATTENTIONS: dict[Any, type] = {
     Attention: GaugAttention,
     AttentionRope: GaugAttention,  # the bias is predicted from the query before rotation
     EvaAttention: GaugAttention,
@@ -339,9 +355,10 @@ ATTENTIONS = {
 
 
 @cache
-def gaug_class(kind: type) -> type | None:
+def gaug_class(kind: Any) -> Any:
     """The class with GAug of a timm attention, or of a subclass that computes the same (gated, say); None if GAug cannot enter."""
     for base, front in ATTENTIONS.items():
+        # a subclass with another forward computes something that ours would not
         if issubclass(kind, base) and kind.forward is base.forward:
             return type(
                 f"LocAt{kind.__name__}", (front, kind), {"__module__": __name__, "__doc__": f"{kind.__name__} with GAug."}
@@ -349,13 +366,14 @@ def gaug_class(kind: type) -> type | None:
     return None
 
 
-class LocAtModel:
+class LocAtModel(Front):
     """In front of a timm model class: PRR before the head, and what an export needs to build the same model again."""
 
     has_gaug = False
     __jit_unused_properties__ = ("_model_args",)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):  # a distilled model gives two tensors in training
+        # before timm pools: the head sees the refined class token
         if self.prr is not None:
             x = self.prr(x)
         return self.timm_forward_head(x, pre_logits)
@@ -363,6 +381,7 @@ class LocAtModel:
     @property
     def _model_args(self) -> dict:
         """timm writes these into config.json. GAug's grid belongs to the weights, so it is always among them."""
+        # kept in __dict__: the name itself is this property
         return {**self.__dict__.get("_timm_args", {}), **locat_args(self)}
 
     @_model_args.setter
@@ -412,6 +431,7 @@ class LocAtViT(LocAtModel):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x, rope, mask = self.place_patches(self.patch_embed(x), attn_mask, is_causal)
+        # -1: no block has this number, so that no output is kept
         x, _ = self.run_blocks(x, rope, mask, [-1])
         return self.norm(x)
 
@@ -440,6 +460,7 @@ class LocAtViT(LocAtModel):
         prefixes = [y[:, :prefix] for y in outputs]
         maps = [y[:, prefix:] for y in outputs]
         if output_fmt == "NCHW":
+            # [B, N, D] -> [B, D, rows, cols]
             maps = [y.reshape(y.shape[0], rows, cols, -1).permute(0, 3, 1, 2).contiguous() for y in maps]
         if torch.jit.is_scripting():
             if intermediates_only:
@@ -447,12 +468,15 @@ class LocAtViT(LocAtModel):
             return self.norm(x), maps
         else:
             if output_dict:
-                found = {"image_intermediates": maps}
+                found: Any = {"image_intermediates": maps}
                 if prefix and return_prefix_tokens:
                     found["image_intermediates_prefix"] = prefixes
-                return found if intermediates_only else {**found, "image_features": self.norm(x)}
+                if not intermediates_only:
+                    found["image_features"] = self.norm(x)
+                return found
             if prefix and return_prefix_tokens:
-                maps = list(zip(maps, prefixes, strict=True))
+                pairs: Any = list(zip(maps, prefixes, strict=True))
+                return pairs if intermediates_only else (self.norm(x), pairs)
             return maps if intermediates_only else (self.norm(x), maps)
 
     def remember(self, x: Tensor) -> None:
@@ -462,6 +486,7 @@ class LocAtViT(LocAtModel):
         if not self.has_gaug or isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         grid = Grid(*x.shape[1:3]) if x.ndim == 4 else Grid(*self.patch_embed.grid_size)
+        # 16 patches are 4 x 4 or 2 x 8: two grids of one count cannot be told apart later
         if self.seen_grids.setdefault(grid.rows * grid.cols, grid) != grid:
             self.seen_grids[grid.rows * grid.cols] = ()
 
@@ -480,7 +505,7 @@ class LocAtViT(LocAtModel):
     def add_resized_positions(self, x: Tensor) -> Tensor:
         """Patches [B, rows, cols, D] -> all tokens with positions in the way of `pos_resize`."""
         skip = 0 if self.no_embed_class else self.num_prefix_tokens
-        positions = resize_table(self.pos_embed, skip, self.patch_embed.grid_size, x.shape[1:3], self.pos_resize)
+        positions = resize_table(self.pos_embed, skip, self.patch_embed.grid_size, (x.shape[1], x.shape[2]), self.pos_resize)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = x.flatten(1, 2)
         if self.no_embed_class:
@@ -532,19 +557,19 @@ torch.fx.wrap("resize_table")
 
 
 @cache
-def locat_class(base: type) -> type:
+def locat_class(base: Any) -> Any:
     """The LocAt subclass of a timm model class (of `VisionTransformer`, `VisionTransformerDistilled`, ...); one per base."""
     if issubclass(base, LocAtModel):
         return base
     mixin = LocAtModel if issubclass(base, SwinTransformer) else LocAtEva if issubclass(base, Eva) else LocAtViT
-    own = {"__module__": __name__, "__doc__": f"timm's {base.__name__} with LocAt attached."}
+    own: dict[str, Any] = {"__module__": __name__, "__doc__": f"timm's {base.__name__} with LocAt attached."}
     for name, new_name in {"forward_head": "timm_forward_head", "_pos_embed": "timm_pos_embed"}.items():
         if hasattr(base, name):  # what super() would call, which TorchScript does not know
             own[new_name] = renamed(getattr(base, name), new_name)
     return type(f"LocAt{base.__name__}", (mixin, base), own)
 
 
-def renamed(function: FunctionType, name: str) -> FunctionType:
+def renamed(function: Any, name: str) -> Any:
     """The same function under another name, by which TorchScript tells a class's methods apart."""
     copy = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     return update_wrapper(copy, function, assigned=("__module__", "__doc__", "__annotations__"))
@@ -554,7 +579,7 @@ def locat_args(model: nn.Module) -> dict:
     """Options that rebuild what was attached to `model`: gaug, prr, pos_resize; {} for a model without LocAt."""
     if not isinstance(model, LocAtModel):
         return {}
-    args = {"gaug": dict(model.gaug_options) if model.has_gaug else False, "prr": False}
+    args: dict[str, Any] = {"gaug": dict(model.gaug_options) if model.has_gaug else False, "prr": False}
     if model.prr is not None:
         args["prr"] = {"num_heads": model.prr.num_heads}
         if isinstance(model.prr, ClassAttention):

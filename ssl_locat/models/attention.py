@@ -113,7 +113,17 @@ def factors(coeff: Gaussian, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return bounded_exp(-coeff.ax[..., None] * dx2), bounded_exp(-coeff.ay[..., None] * dy2)
 
 
-def reference(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) -> Tensor:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coeff: Gaussian,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    scale: float | None,
+    dropout_p: float,
+    extra_bias: Tensor | None,
+) -> Tensor:
     """The formula step by step, nothing fused: what the other backends are tested against."""
     r = num_prefix_tokens
     logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [B, heads, T, T], T = R + N
@@ -124,7 +134,17 @@ def reference(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_b
     return weights.to(v.dtype) @ v
 
 
-def sdpa(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) -> Tensor:
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coeff: Gaussian,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    scale: float | None,
+    dropout_p: float,
+    extra_bias: Tensor | None,
+) -> Tensor:
     """PyTorch's fused attention with S as its mask; any device, any dtype, dropout, torch.compile and export."""
     bias = separable_bias(coeff, grid, num_prefix_tokens, q.dtype)
     if extra_bias is not None:
@@ -132,7 +152,17 @@ def sdpa(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
 
-def triton(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) -> Tensor:
+def triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coeff: Gaussian,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    scale: float | None,
+    dropout_p: float,
+    extra_bias: Tensor | None,
+) -> Tensor:
     """One fused kernel each way, nothing N x N in memory."""
     from ssl_locat.models.attention_triton import triton_attention  # imports triton, which not every machine has
 

@@ -59,7 +59,9 @@ def packed_by_xformers(groups: list[tuple[Tensor, Tensor, Tensor]], scale: float
     from xformers.ops.fmha import BlockDiagonalMask
 
     sizes = [q.shape for q, _, _ in groups]
+    # one for each sequence: the block mask keeps them apart
     lengths = [tokens for batch, _, tokens, _ in sizes for _ in range(batch)]
+    # each [B_i, heads, T_i, d] -> [B_i * T_i, heads, d]; joined [1, sum B_i * T_i, heads, d]
     q, k, v = ([t.transpose(1, 2).flatten(0, 1) for t in tensors] for tensors in zip(*groups, strict=True))
     out = memory_efficient_attention(
         *(torch.cat(t).unsqueeze(0) for t in (q, k, v)), attn_bias=BlockDiagonalMask.from_seqlens(lengths), scale=scale

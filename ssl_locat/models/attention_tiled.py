@@ -6,6 +6,9 @@ last, both the bias and the sums of its gradient along rows and columns of the g
 the time that they take in the other order (docs/performance.md). A call costs 5 to 10 us whatever it does, hence few, large ones.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +20,18 @@ QUERIES = 192  # of one head at least: narrower tiles waste more on matrix produ
 ALIGNED = 16  # queries: matrix products are a tenth faster where rows begin at multiples of a cache line
 
 
-def tiled(q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias) -> Tensor:
-    """One tile is some queries of one head, or several whole heads (of several images), over all keys."""
+def tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coeff: Any,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    scale: float | None,
+    dropout_p: float,
+    extra_bias: Tensor | None,
+) -> Tensor:
+    """coeff: attention.Gaussian. One tile is some queries of one head, or several whole heads (of several images), over all keys."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = [t.flatten(0, 1) for t in (q, k, v, *coeff[:3])]
     with torch.autocast(q.device.type, enabled=False):
@@ -31,7 +44,7 @@ class Where:
 
     Kept patches differ from image to image: all get a first dimension M, heads of any images."""
 
-    def __init__(self, coeff, grid: tuple[int, int], heads: int):
+    def __init__(self, coeff: Any, grid: tuple[int, int], heads: int):
         self.grid, self.kept = grid, coeff.kept
         dx2, dy2 = squared_distances(grid, coeff.clamp, coeff.pool, coeff.alpha.device, coeff.kept)
         if coeff.kept is not None:
@@ -175,7 +188,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.bmm(a, b)
 
 
-def view(buffer: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def view(buffer: Tensor, shape: Sequence[int]) -> Tensor:
     """The buffer, or its beginning for a smaller last tile."""
     return buffer if buffer.shape == shape else buffer.flatten()[: shape[0] * shape[1] * shape[2]].view(shape)
 

@@ -8,6 +8,7 @@ Runs without a GPU under TRITON_INTERPRET=1 (tests). Imported only where a CUDA 
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, coeff, grid: tuple[int, int], num_prefix_tokens: int, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, coeff: Any, grid: tuple[int, int], num_prefix_tokens: int, scale: float | None
 ) -> Tensor:
     """softmax(q k^T * scale + S) v; see attention.gaussian_attention. Head dimension at most 128."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -227,7 +228,7 @@ def key_grad_kernel(
     store_rows(DV + b * dv_b + h * dv_h, n, dv_t, T, dv, D, BLOCK_D)
 
 
-def launch_options(kernel, head_dim: int, dtype: torch.dtype) -> dict:
+def launch_options(kernel: Any, head_dim: int, dtype: torch.dtype) -> dict:
     """Tile sizes and warps, a function of head dimension and dtype alone: tuning at run time would change the rounding.
 
     A program keeps `kept` tokens (queries, or the key kernel's keys) and walks over the others. No register spills in bfloat16, nor
@@ -311,13 +312,13 @@ def _(dout, q, k, v, ax, ay, alpha, kept, out, lse, clamp, pool, cols, num_prefi
     return *(token_major(x) for x in (q, k, v)), *(torch.empty_like(x) for x in (ax, ay, alpha))
 
 
-def save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, clamp, pool, _, cols, num_prefix_tokens, scale = inputs  # the last of the tensors may be None
     ctx.save_for_backward(*tensors, *output)
     ctx.options = clamp, pool, cols, num_prefix_tokens, scale
 
 
-def backward(ctx, dout, _):
+def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *attend_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None, None
 
 

@@ -12,6 +12,7 @@ training size of models without positional embeddings, whether GAug or PRR is at
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import timm
 import yaml
@@ -38,7 +39,7 @@ NOT_FOR_THE_CONSTRUCTOR = ("name", "init", "frozen_epochs")  # keys of a config'
 NOT_OF_THE_WEIGHTS = ("num_classes", "in_chans", "img_size")  # options that a run chooses by itself
 
 
-def create_backbone(name: str, **options) -> nn.Module:
+def create_backbone(name: str, **options: Any) -> nn.Module:
     """A timm model by name, freshly initialised, without a classifier unless `num_classes` is given.
 
     Options go to timm; ViTs are made to take images of any size (`dynamic_img_size`) unless told otherwise. `gaug`, `prr` and `pos_resize`
@@ -139,13 +140,13 @@ def init_weights(backbone: nn.Module, source: str) -> list[str]:
             compare_normalisation(backbone, mean, std, source)
         return missing
     if source.startswith("timm:"):
-        given = create_pretrained(source.removeprefix("timm:").removesuffix("?pretrained"), num_classes=0)
+        other = create_pretrained(source.removeprefix("timm:").removesuffix("?pretrained"), num_classes=0)
     else:
-        given = load_backbone(source)
-    missing = fit(backbone, weights_of_model(given, source), source)
-    if getattr(given, "has_gaug", False) and getattr(backbone, "has_gaug", False):
-        set_initial_grid(backbone, given.gaug_options["initial_grid"])
-    compare_normalisation(backbone, given.pretrained_cfg["mean"], given.pretrained_cfg["std"], source)
+        other = load_backbone(source)
+    missing = fit(backbone, weights_of_model(other, source), source)
+    if getattr(other, "has_gaug", False) and getattr(backbone, "has_gaug", False):
+        set_initial_grid(backbone, other.gaug_options["initial_grid"])
+    compare_normalisation(backbone, other.pretrained_cfg["mean"], other.pretrained_cfg["std"], source)
     return missing
 
 
@@ -201,7 +202,7 @@ def split_options(spec: str) -> tuple[str, dict]:
     return name, options
 
 
-def create_pretrained(name: str, **options) -> nn.Module:
+def create_pretrained(name: str, **options: Any) -> nn.Module:
     """A timm model with the weights that timm, a folder (`local-dir:`) or the hub (`hf-hub:`) holds for it."""
     if ":" not in name and not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}.{did_you_mean(name, timm.list_models())}")

@@ -103,6 +103,7 @@ def normalisation(known: Known, facts: dict, name: str | None, num_classes: int)
         return (own["mean"], own["std"]), "of config.json beside it", False
     if name is not None:
         config = timm.get_pretrained_cfg(name)
+        assert config is not None  # of a name that timm knows
         return (config.mean, config.std), f"of timm's {name}", False
     if known.layout.normalisation:
         return known.layout.normalisation, f"of {known.layout.name}", False

@@ -126,6 +126,7 @@ class GAug(nn.Module):
                 trunc_normal_(layer.weight, std=0.02)  # timm's for every other linear layer
                 nn.init.zeros_(layer.bias)
         if self.small_start:
+            assert self.log_alpha is not None  # alpha is learned then
             nn.init.zeros_(self.log_alpha.weight)
             nn.init.constant_(self.log_alpha.bias, SMALL_ALPHA)
 
@@ -233,8 +234,10 @@ class GAug(nn.Module):
         """Learned standard deviations (or lambdas) in patches, along columns and along rows, each [B, heads, N]."""
         eps = self.constants.eps
         if self.kernel != "gaussian":
-            return (1 / coefficients.ax - eps,) * 2
-        return tuple((0.5 / a - eps).clamp(min=0).sqrt() for a in coefficients[:2])
+            same = 1 / coefficients.ax - eps
+            return same, same
+        along_x, along_y = ((0.5 / a - eps).clamp(min=0).sqrt() for a in coefficients[:2])
+        return along_x, along_y
 
     def extra_repr(self) -> str:
         chosen = {n: getattr(self, n) for n in CHOICES} | {"sigma": self.sigma}

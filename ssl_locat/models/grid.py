@@ -33,11 +33,13 @@ def grid_mask(x: Tensor, rows: int, cols: int, attn_mask: Tensor | None = None, 
     """
     if attn_mask is not None or is_causal:
         raise UserError("a LocAt model takes no attention mask and is not causal: GAug adds its own bias between all patches")
+    # on x's device and of its dtype: checkpointing and FSDP move and cast what they pass on
     return x.new_empty([rows, cols])
 
 
 def kept_mask(kept: Tensor, rows: int, cols: int) -> Tensor:
     """The mask of some patches: kept [B, n], numbers of patches (row-major over rows x cols) in the order of the tokens."""
+    # expanded, not repeated: four dimensions of shape, n numbers of memory
     return kept[:, :, None, None].expand(-1, -1, rows, cols)
 
 
@@ -61,6 +63,7 @@ def coordinates(
     """Column and row of each patch, both float32 [N]; of kept ones [B, 1, n], the 1 standing for heads."""
     x, y = axis(cols, device, pool), axis(rows, device, pool)
     if kept is None:
+        # row-major: columns run fastest
         return x.repeat(rows), y.repeat_interleave(cols, 0)
     return x[kept % cols][:, None], y[torch.div(kept, cols, rounding_mode="floor")][:, None]
 
@@ -79,7 +82,7 @@ def squared_distances(
     """Clamped squared differences from each patch to each column [N, cols] and to each row [N, rows], float32; of kept ones [B, 1, n, ...]."""
     rows, cols = grid
     x, y = coordinates(rows, cols, kept, device, pool)
-    dx2, dy2 = (
+    dx2, dy2 = (  # the Gaussian is a product of both axes: N * (rows + cols) numbers instead of N * N
         (of[..., None] - to).square().clamp(max=clamp)
         for of, to in ((x, axis(cols, device, pool)), (y, axis(rows, device, pool)))
     )

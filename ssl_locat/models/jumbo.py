@@ -5,6 +5,7 @@ In attention the wide token is J tokens; behind it, they are one vector of J * D
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from ssl_locat.errors import UserError
 class JumboBlock(Block):
     """timm's block for the patches, and the shared wide MLP, with this block's norm and scale, for the class token."""
 
-    def __init__(self, dim: int, num_class_tokens: int, init_values: float | None = None, drop_path: float = 0.0, **options):
+    def __init__(self, dim: int, num_class_tokens: int, init_values: float | None = None, drop_path: float = 0.0, **options: Any):
         super().__init__(dim, init_values=init_values, drop_path=drop_path, **options)
         wide = num_class_tokens * dim
         self.num_class_tokens = num_class_tokens
@@ -29,12 +30,14 @@ class JumboBlock(Block):
 
     def __prepare_scriptable__(self) -> "JumboBlock":
         """What TorchScript compiles in its place: it knows no modules in tuples, and lets blocks share one."""
+        # a copy without __init__: it shares all parameters with the block that it stands for
         block = self.__new__(type(self))
         block.__dict__ = {**self.__dict__, "_modules": {**self._modules, "wide_mlp": self.shared[0]}}
         return block
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask)))
+        # [B, J * D] and [B, N, D]
         wide, patches = x[:, : self.num_class_tokens].flatten(1), x[:, self.num_class_tokens :]
         wide = wide + self.drop_path3(self.ls3(self.transform_wide(self.norm3(wide))))
         patches = patches + self.drop_path2(self.ls2(self.mlp(self.norm2(patches))))
@@ -90,26 +93,29 @@ class Jumbo(VisionTransformer):
         init_values: float | None = 1e-4,
         global_pool: str = "token",
         jumbo_mlp_ratio: float | None = None,
-        **options,
+        **options: Any,
     ):
         if global_pool != "token":
             raise UserError(f"Jumbo pools by its class token, not by global_pool={global_pool!r}; leave it out")
         for name in ("class_token", "reg_tokens", "block_fn", "no_embed_class"):
             if name in options:
                 raise UserError(f"Jumbo has no option {name}: it has one wide class token, without a position, and no registers")
-        block = partial(JumboBlock, num_class_tokens=num_class_tokens)
+        block: Any = partial(JumboBlock, num_class_tokens=num_class_tokens)
         super().__init__(num_classes=0, init_values=init_values, no_embed_class=True, block_fn=block, **options)
         dim = self.embed_dim
         self.num_prefix_tokens = num_class_tokens
         self.num_features = self.head_hidden_size = num_class_tokens * dim
         self.cls_token = nn.Parameter(torch.empty(1, num_class_tokens, dim))
+        # timm's start of a class token
         nn.init.normal_(self.cls_token, std=1e-6)
         wide, ratio = num_class_tokens * dim, options.get("mlp_ratio", 4.0) if jumbo_mlp_ratio is None else jumbo_mlp_ratio
         self.jumbo_mlp = Mlp(wide, int(wide * ratio))
         for layer in (self.jumbo_mlp.fc1, self.jumbo_mlp.fc2):
             trunc_normal_(layer.weight, std=0.02)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         for each in self.blocks:
+            # in a tuple, as a module would be registered, saved and counted once in every block
             each.shared = (self.jumbo_mlp,)
         self.norm_patches = nn.LayerNorm(dim) if norm_patches else None
         self.norm = JumboNorm(num_class_tokens, dim, self.norm_patches)
@@ -137,7 +143,7 @@ class Jumbo(VisionTransformer):
         return x[:, : self.num_prefix_tokens].flatten(1)
 
 
-def drop_copies_of_the_shared_mlp(module: nn.Module, state: dict, prefix: str, *_) -> None:
+def drop_copies_of_the_shared_mlp(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
     """The release writes the shared MLP once per block besides; its names are dropped before the check of names."""
     for name in [n for n in state if n.startswith(f"{prefix}blocks.") and ".jumbo_mlp." in n]:
         del state[name]

@@ -7,7 +7,7 @@ a line in docs/weights.md. Block i, in the order of the columns: facebookresearc
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 class Known(NamedTuple):
     layout: Layout
     state: State  # in timm's names
-    grid: tuple | None = (
+    grid: Sequence | None = (
         None  # (rows, cols) of patches that it was trained at, of a Swin a window for each stage, where they are known
     )
 
@@ -69,7 +69,7 @@ def ends(weights: Weights, *endings: str) -> bool:
     return all(any(name == ending or name.endswith(f".{ending}") for name in weights.state) for ending in endings)
 
 
-def substitute(state: State, *rules: tuple[str, str]) -> State:
+def substitute(state: State, *rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> State:
     """Every name with each rule (pattern, replacement) applied in turn."""
     renamed = {}
     for name, value in state.items():
@@ -151,8 +151,9 @@ def join_qkv(state: State) -> State:
         block = name.removesuffix("q.weight")
         state[f"{block}qkv.weight"] = torch.cat([state.pop(f"{block}{part}.weight") for part in "qkv"])
         if f"{block}q.bias" in state:
-            q, k, v = (state.pop(f"{block}{part}.bias", None) for part in "qkv")
-            state[f"{block}qkv.bias"] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
+            q, v = state.pop(f"{block}q.bias"), state.pop(f"{block}v.bias")
+            k = state.pop(f"{block}k.bias", torch.zeros_like(q))
+            state[f"{block}qkv.bias"] = torch.cat([q, k, v])
     return state
 
 

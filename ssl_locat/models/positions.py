@@ -93,10 +93,10 @@ def own_grid(
         prefix = 0  # positions for patches alone
     readings = [prefix] if prefix is not None else sorted({0, special})
     if told is not None and (native := [k for k in readings if tokens - k == told[0] * told[1]]):
-        return native[0], tuple(told)
+        return native[0], (told[0], told[1])
     found = {(k, square(tokens - k)) for k in readings if is_square(tokens - k)}
     if hint is not None:
-        found |= {(k, tuple(hint)) for k in readings if tokens - k == hint[0] * hint[1]}
+        found |= {(k, (hint[0], hint[1])) for k in readings if tokens - k == hint[0] * hint[1]}
     # GAug's weights have positions for the class token, too: a square of all rows (16 = 15 patches + 1, say) proves nothing
     certain = {k for k, _ in found} != {0} or not special or prefix is not None or not any(".gaug." in name for name in state)
     if prefix is None and no_embed_class is not None and (len(found) > 1 or not certain):
@@ -134,11 +134,12 @@ def own_windows(
     for stage, (_, name) in enumerate(sorted(names)):
         length = state[name].shape[0]
 
-        def fits(grids, stage=stage, length=length) -> bool:
-            return grids is not None and stage < len(grids) and (2 * grids[stage][0] - 1) * (2 * grids[stage][1] - 1) == length
+        def fitting(grids: Sequence[tuple[int, int]] | None, stage: int = stage, length: int = length) -> set[tuple[int, int]]:
+            rows, cols = grids[stage] if grids is not None and stage < len(grids) else (0, 0)
+            return {(rows, cols)} if (2 * rows - 1) * (2 * cols - 1) == length and rows else set()
 
         found = {square((math.isqrt(length) + 1) ** 2 // 4)} if is_square(length) else set()
-        found = {tuple(told[stage])} if fits(told) else found | ({tuple(hint[stage])} if fits(hint) else set())
+        found = fitting(told) or found | fitting(hint)
         if len(found) != 1:
             raise CheckpointError(
                 f"{source}: the {length} relative positions of stage {stage} are of no square window, or of more than one that fits, so the "
@@ -151,10 +152,7 @@ def own_windows(
 
 def swin_windows(grid: tuple[int, int], windows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Windows (rows, cols) of a Swin's stages on images of `grid` patches: as large as the stage's map at most, which halves, rounded up."""
-    return [
-        tuple(min(-(-side >> stage), most) for side, most in zip(grid, window, strict=True))
-        for stage, window in enumerate(windows)
-    ]
+    return [(min(-(-grid[0] >> stage), rows), min(-(-grid[1] >> stage), cols)) for stage, (rows, cols) in enumerate(windows)]
 
 
 def num_special_tokens(state: dict[str, Tensor]) -> int:

@@ -12,7 +12,9 @@
 All take timm's options of their class (`patch_size`, `img_size`, `drop_path_rate`, ...) and those of `attach_locat` (`gaug`, `prr`, `pos_resize`).
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
@@ -65,7 +67,7 @@ FEATURE_OPTIONS = ("out_indices", "out_map", "return_dict", "output_fmt", "norm"
 
 
 def build_locat(
-    base: type, *, gaug: bool | dict = True, prr: bool | dict = True, pos_resize: str = "timm", **options
+    base: type, *, gaug: bool | dict = True, prr: bool | dict = True, pos_resize: str = "timm", **options: Any
 ) -> nn.Module:
     """A timm model of class `base` with LocAt attached."""
     return attach_locat(base(**options), gaug=gaug, prr=prr, pos_resize=pos_resize)
@@ -73,21 +75,23 @@ def build_locat(
 
 def named_models() -> dict[str, tuple]:
     """name -> (base class, options, filter of foreign state dicts); each LocAt name has a vanilla twin."""
-    models = {}
+    models: dict[str, tuple[type, dict[str, Any], Callable]] = {}
+    kinds: list[tuple[str, type, dict[str, Any], Callable]]
     for size, shape in SIZES.items():
-        for suffix, base, options, load_filter in (
+        kinds = [
             ("vit_{}", VisionTransformer, VIT, filter_vit),
             ("regvit_{}", VisionTransformer, {**VIT, "reg_tokens": 4}, filter_vit),
             ("vit_{}_nopos", VisionTransformer, {**VIT, "pos_embed": "none"}, filter_vit),
             ("vit_{}_rope_mixed", Eva, ROPE_MIXED, filter_eva),
-        ):
+        ]
+        for suffix, base, options, load_filter in kinds:
             name = suffix.format(size)
             models[f"locat{name}"] = (base, {**options, **shape}, load_filter)
             models[name] = (base, {**options, **shape, **VANILLA}, load_filter)
-    for size, shape in SWIN.items():
+    for size, stages in SWIN.items():
         models[f"locatswin_{size}"] = (
             SwinTransformer,
-            {"patch_size": 4, "window_size": 7, "strict_img_size": False, **shape},
+            {"patch_size": 4, "window_size": 7, "strict_img_size": False, **stages},
             filter_swin,
         )
     for size in ("tiny", "base"):
@@ -96,8 +100,8 @@ def named_models() -> dict[str, tuple]:
     return models
 
 
-def register(name: str, base: type, defaults: dict, load_filter) -> None:
-    def create(pretrained: bool = False, **options):
+def register(name: str, base: type, defaults: dict, load_filter: Callable) -> None:
+    def create(pretrained: bool = False, **options: Any) -> nn.Module:
         return build_model_with_cfg(
             partial(build_locat, base),
             name,
@@ -115,7 +119,9 @@ def register(name: str, base: type, defaults: dict, load_filter) -> None:
 def register_twin(name: str, options: dict) -> None:
     """`locat_NAME`: timm's model NAME with LocAt. `pretrained=True` starts it from NAME's weights, or opens an export of its own."""
 
-    def create(pretrained: bool = False, gaug: bool | dict = True, prr: bool | dict = True, pos_resize: str = "timm", **given):
+    def create(
+        pretrained: bool = False, gaug: bool | dict = True, prr: bool | dict = True, pos_resize: str = "timm", **given: Any
+    ) -> nn.Module:
         # feature maps alone: timm cuts blocks off, so that LocAt and the weights must be there before
         maps = {key: given.pop(key) for key in FEATURE_OPTIONS if key in given} if given.pop("features_only", False) else None
         if maps is not None and maps.pop("feature_cls", "getter") not in ("getter", FeatureGetterNet):

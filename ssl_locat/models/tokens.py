@@ -7,7 +7,7 @@
 The grid of patches is derived from the images in every call, so that one model serves any mix of resolutions.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.eva import Eva
@@ -64,6 +64,7 @@ def run_blocks(
     grid = Grid(*x.shape[1:3]) if x.ndim == 4 else Grid(*model.patch_embed.grid_size)
     if masks is not None:
         # before positions: a hidden patch keeps its place, as in BEiT and iBOT
+        assert mask_token is not None  # comes with masks
         x = torch.where(masks.view(*x.shape[:-1], 1), mask_token.to(x.dtype), x)
     last = range(len(model.blocks) - n, len(model.blocks))
     if hasattr(model, "place_patches"):  # a LocAt model, which tells its blocks where patches lie
@@ -80,7 +81,7 @@ def run_blocks(
     return outputs, grid
 
 
-def recomputed(block: nn.Module, x: Tensor, **context: Tensor | None) -> Tensor:
+def recomputed(block: nn.Module, x: Tensor, **context: Any) -> Tensor:
     """block(x), whose inside the backward pass recomputes."""
     return checkpoint(block, x, use_reentrant=False, **context) if torch.is_grad_enabled() else block(x, **context)
 

@@ -8,6 +8,7 @@ import json
 import logging
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -115,9 +116,11 @@ def fit(backbone: nn.Module, known: Known, source: str) -> list[str]:
     state = dict(known.state)
     own = backbone.state_dict()
     drop_copies_of_the_shared_mlp(backbone, state, "")
-    swin = isinstance(backbone, SwinTransformer)
-    table = (fit_windows if swin else fit_positions)(backbone, state, known, source)
-    convert = filter_swin if swin else filter_eva if isinstance(backbone, Eva) else filter_vit
+    convert: Any = filter_eva if isinstance(backbone, Eva) else filter_vit
+    if isinstance(backbone, SwinTransformer):
+        table, convert = fit_windows(backbone, state, known, source), filter_swin
+    else:
+        table = fit_positions(backbone, state, known, source)
     try:
         converted = convert(state, backbone)
     except (RuntimeError, LookupError) as error:
@@ -163,7 +166,8 @@ def fit_positions(backbone: nn.Module, state: dict[str, Tensor], known: Known, s
     wanted = own.shape[1] - new[0] * new[1]
     # vanilla weights of the same shape are taken to be alike; GAug's constants follow the grid, which another model's does not prove
     hint, no_embed_class = (None, None) if gaug else (new, wanted == 0)
-    prefix, old = own_grid(state, known.layout.prefix, known.grid, source, hint, no_embed_class)
+    told: Any = known.grid  # (rows, cols): of a Swin it would be windows
+    prefix, old = own_grid(state, known.layout.prefix, told, source, hint, no_embed_class)
     if gaug:
         set_initial_grid(backbone, old)
     moved = embed_special_tokens(state, prefix, wanted)

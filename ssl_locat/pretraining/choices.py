@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Choices:
-    """Of one run. `enough`: in words, why it ends before its last step; '' while it goes on."""
+    """Of one run. `enough`: in words, why it ends before its last step; '' while it continues."""
 
     def __init__(self, config: Config, checkpointer: Checkpointer, events: EventLog):
         self.checkpointer, self.events = checkpointer, events

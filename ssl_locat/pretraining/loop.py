@@ -62,23 +62,27 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
             torch.manual_seed(mix64(config.seed, run.step, rank()))  # stochastic depth
             rate, at = run.rates(), run.progress()
             set_hyperparameters(optimizer, rate.lr, rate.weight_decay)
-            metrics, positions = {}, []
+            metrics: dict[str, Tensor] = {}
+            positions: list[int] = []
             torch.compiler.cudagraph_mark_step_begin()  # graphs may write over the last step's tensors; gradients of micro-batches stay
 
             for micro in range(optim.accumulate_steps):
                 with monitor.waiting_for_data():
                     batch, (global_crops, local_crops) = next(run.batches)  # [2*B, C, H, W], [L*B, C, h, w]
                 masks = model.make_masks(losses, mask_seeds(config, batch.positions), global_crops)
+                # gradients cross the network once a step, with the last micro-batch
                 with distributed.gradient_sync(student, now=micro == optim.accumulate_steps - 1):
                     with teacher_autocast:
                         targets, teacher_tokens = model.targets(global_crops, 2, masks)
                     with student_autocast:
                         views = student(global_crops, local_crops, 2, masks)
                     loss, parts = total_loss(losses, config, views, targets, at)
+                    # gradients add up over micro-batches: a share each makes them those of the mean
                     scaler.scale(loss / optim.accumulate_steps).backward()
                 add_mean(metrics, {"loss": loss.detach(), **parts}, optim.accumulate_steps)
                 positions.extend(batch.positions)
 
+            # clipping must see true norms, not those times the loss scale of fp16
             scaler.unscale_(optimizer)
             metrics["grad_norm"] = clip_gradients(model.student.parameters(), optim.clip_grad, optim.clip)
             drop_frozen_gradients(model, losses, config, at)

@@ -44,6 +44,7 @@ class Monitor:
 
         Raises Diverged if a loss was not finite, or if a collapse named in `stop_on` was seen."""
         run, config = self.run, self.run.config
+        # tokens of all patches: worth a look once per transfer, not once a step
         if (run.step - 1) % config.log.every_steps == 0:
             metrics.update(collapse_metrics(teacher_tokens))
         images_per_second, data_wait = self.speed.after(config.optim.global_batch_size)
@@ -57,6 +58,7 @@ class Monitor:
         metrics.update({name: torch.full((), float(value), device=run.device) for name, value in numbers.items()})
         self.own_losses.append((run.step, metrics["loss"], positions))
         written = run.metrics_log.add(run.step, run.samples_seen, **mean_over_ranks(metrics, run.device), **rate._asdict())
+        # the mean over ranks hides which rank, and which batch, it was
         if len(self.own_losses) == config.log.every_steps or run.step == run.length.total_steps:
             self.look_for_nan()
         if written:
@@ -138,6 +140,7 @@ def stop_at_nan(own_losses: list, run: Run) -> None:
         return
     step, _, positions = own_losses[bad]
     taken = [run.stream.take(int(position)) for position in positions]
+    # positions make the same crops again: nothing of a batch need be kept in case it goes wrong
     keys = [key for key, _ in taken]
     path = run.folder / "replay" / f"step_{step:08d}_rank_{rank()}.safetensors"
     replay = save_replay(path, run.crops.collate([sample for _, sample in taken]), step=step, rank=rank(), keys=keys)
@@ -150,4 +153,5 @@ def memory_gb(device: torch.device) -> float:
     """Peak memory, GB: of the device, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    # kilobytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,6 +1,6 @@
 """Where a run starts from: nothing, the newest checkpoint of its folder, or one that is named; with its settings, or with others on purpose.
 
-The one mechanism for every change of settings on the way (docs/branching.md): `--resume auto|PATH --allow KEY,...`. The full state goes on,
+The one mechanism for every change of settings on the way (docs/branching.md): `--resume auto|PATH --allow KEY,...`. The full state is taken over,
 the keys that are allowed may differ, everything else must not. In the run's own folder the run itself changes; with the checkpoint of another
 run it becomes a branch, in a folder of its own that names its parent. The order of data never changes: `resume_plan` refuses that.
 """
@@ -19,10 +19,10 @@ from ssl_locat.data.stream.plan import Plan, resume_plan
 from ssl_locat.errors import CheckpointError, ConfigError, UserError
 from ssl_locat.pretraining.parts import Since, check_backbone, rates, run_length
 from ssl_locat.runs import distributed
-from ssl_locat.runs.checkpoint import Checkpointer, read_marker
+from ssl_locat.runs.checkpoint import Checkpointer
 from ssl_locat.runs.folder import Difference, differences, saved_config
 from ssl_locat.runs.log import read_jsonl
-from ssl_locat.runs.marker import MARKER, problem, step_folders
+from ssl_locat.runs.marker import MARKER, problem, read_marker, step_folders
 
 # which settings a key of --allow covers besides itself and what stands below it
 TOGETHER = {"optim.epochs": ("optim.total_steps",), "optim.total_steps": ("optim.epochs",)}
@@ -107,7 +107,7 @@ def _compared(path: Path, saved: Config, config: Config, allow: Iterable[str]) -
     if refused := [change for change in changes if not _allowed(change.key, allow)]:
         keys = ",".join(dict.fromkeys(change.key for change in refused))
         raise UserError(
-            f"{path} is of a run with other settings: {'; '.join(map(str, refused))}. Give the same settings to resume; or, to go on with these on "
+            f"{path} is of a run with other settings: {'; '.join(map(str, refused))}. Give the same settings to resume; or, to continue with these on "
             f"purpose, add --allow {keys}; or start a new run from its weights: backbone.init={path}."
         )
     return config, changes

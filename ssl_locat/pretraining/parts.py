@@ -1,8 +1,9 @@
 """The parts of a pretraining run, made from its config: data and length, rates, model and losses, how they are distributed, the summed loss."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -11,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_locat import objectives
 from ssl_locat.config.schema import OBJECTIVES, Config, Data
-from ssl_locat.data.images.crops import MultiCrop
+from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.index import Dataset, open_mix
+from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.data.stores.cache import CachedStore
 from ssl_locat.data.stores.store import Store
@@ -77,15 +79,19 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
         )
     check_backbone(config)
     check_probes(config)
+    # two commands on a fresh machine: rank 0 makes the images, the others wait
     made = config.data.make
-    to_come = made is not None and not may_write and not Path(made.folder).is_dir()
+    to_come = made if made is not None and not may_write and not Path(made.folder).is_dir() else None
     if made and not to_come:
         if is_main():
             make_textures(made.folder, **made.model_dump(exclude={"folder"}))
         distributed.barrier()
     budget, cache = 60 * config.data.retry_minutes, config.data.cache
     store = CachedStore(cache.folder, int(cache.max_gb * 1e9), budget_seconds=budget) if cache else Store(budget_seconds=budget)
-    datasets, weights = ([range(made.num_train)], [1.0]) if to_come else open_mix(config.data.model_dump()["train"], store=store)
+    datasets: list[Any] = [range(to_come.num_train)] if to_come else []
+    weights = [1.0]
+    if not to_come:
+        datasets, weights = open_mix(config.data.model_dump()["train"], store=store)
     if config.data.epoch_samples is None and len(datasets) > 1:
         raise ConfigError(
             "data.train mixes several data sets: say how many samples count as an epoch, such as data.epoch_samples=1281167."
@@ -113,7 +119,7 @@ def run_length(config: Config, datasets: list[Dataset]) -> Length:
             f"optim.epochs is {config.optim.epochs:g}: of {epoch_samples:,} images ({steps_per_epoch:,} steps of {batch} an epoch) that is not one "
             f"step. Give at least {1 / steps_per_epoch:.2g}, or optim.total_steps."
         )
-    total_steps = config.optim.total_steps or max(1, round(config.optim.epochs * steps_per_epoch))
+    total_steps = config.optim.total_steps or max(1, round((config.optim.epochs or 0) * steps_per_epoch))
     length = Length(epoch_samples, steps_per_epoch, total_steps, total_steps * batch)
     if (decay := decay_steps(config, length)) > total_steps:
         raise ConfigError(
@@ -134,6 +140,7 @@ def rates(config: Config, length: Length, samples_seen: int, since: Since | None
     """
     optim, batch = config.optim, config.optim.global_batch_size
     begin = since.samples_seen if since and optim.schedule in ("restart", "decay") else 0
+    # steps of today's batch, fractions where it was another one before
     iteration, total = (samples_seen - begin) / batch, (length.total_samples - begin) / batch
     warmup = optim.warmup_epochs * length.steps_per_epoch
     if optim.schedule in ("wsd", "decay"):
@@ -187,6 +194,7 @@ def make_backbone(config: Config) -> nn.Module:
 
 def check_backbone(config: Config) -> None:
     """UserError if the backbone cannot be made, or does not take crops of these sizes; allocates nothing."""
+    # shapes without memory: a ViT-g is checked on a login node
     with torch.device("meta"):
         backbone = make_backbone(config)
         for name in ("global_size", "local_size") if config.crops.num_local else ("global_size",):
@@ -203,6 +211,7 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
     """Student and teacher, and the objectives, on the device; a pure function of config and seed.
 
     checkpoint: the one whose weights will be loaded next; `backbone.init` need not be there any more then."""
+    # stream 0 of the seed: weights; 1 are the masks
     torch.manual_seed(mix64(config.seed, 0))
     backbone = make_backbone(config)
     backbone.pretrained_cfg = {
@@ -232,7 +241,7 @@ def saved_modules(model: StudentTeacher, losses: nn.ModuleDict) -> dict[str, nn.
     return {"student": model.student, "teacher": model.teacher, "objective": losses, "snapshot": model.snapshots}
 
 
-def mask_seeds(config: Config, positions) -> list[int]:
+def mask_seeds(config: Config, positions: Iterable[int]) -> list[int]:
     """One per image, of its place in the stream: any resume and any number of ranks hides the same patches."""
     return [mix64(config.seed, 1, int(position)) for position in positions]
 
@@ -241,10 +250,12 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
     """The student as the loop calls it: compiled, recomputing its blocks, its gradients averaged over ranks, as the config says."""
     blocks = {network: backbone_blocks(network.backbone) for network in (model.student, model.teacher)}
     if config.activation_checkpointing:
+        # the student alone: the teacher keeps nothing for a backward pass
         distributed.checkpoint_activations(blocks[model.student])
     if config.compile:
         mode = "reduce-overhead" if config.compile == "cuda-graphs" else None
         for network in blocks:
+            # in place: torch.compile(network) would wrap it, and put `_orig_mod.` before each name of a checkpoint
             network.compile(mode=mode)  # dynamic sizes are found out: the number of hidden patches changes
     if world_size() == 1:
         return model.student
@@ -252,6 +263,7 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
         for network, parts in blocks.items():
             distributed.shard(network, [*parts, *network.heads.values()], device)
         return model.student
+    # looking for unused parameters walks the whole graph once a step
     ids = [device.index] if device.type == "cuda" else None
     # ours leave no parameter without a gradient; of someone else's model or loss nobody knows
     own_model = isinstance(model.student.backbone, LocAtModel) or type(model.student.backbone) is VisionTransformer
@@ -274,26 +286,32 @@ class Prepare:
     """From a raw sample to its crops; runs in the loader's workers."""
 
     def __init__(self, crops: MultiCrop, data: Data):
+        # a class and no closure: workers that are not forked get it pickled
         self.crops, self.image_key = crops, data.image_key
         self.options = {"channels": len(crops.mean), "max_pixels": data.max_pixels}
 
-    def __call__(self, sample, seed: int):
+    def __call__(self, sample: RawSample, seed: int) -> Sample:
         return self.crops.cut(decode_image(find_image(sample.members, self.image_key), **self.options), seed)
 
 
 def autocasts(config: Config, device: torch.device) -> tuple[torch.autocast, torch.autocast]:
     """What the teacher's forward pass runs under, and the student's."""
-    precisions = (config.teacher.precision or config.precision, config.precision)
-    return tuple(torch.autocast(device.type, DTYPES[name], enabled=name != "fp32") for name in precisions)
+    teacher, student = (
+        torch.autocast(device.type, DTYPES[name], enabled=name != "fp32")
+        for name in (config.teacher.precision or config.precision, config.precision)
+    )
+    return teacher, student
 
 
 def total_loss(
     losses: nn.ModuleDict, config: Config, views: dict, targets: dict, at: Progress
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the objectives; their metrics, under their own names where there are several."""
-    total, metrics = 0.0, {}
+    total: Any = 0.0
+    metrics: dict[str, Tensor] = {}
     for option in config.objectives:
         loss, seen = losses[option.name](views[option.name], targets[option.name], at)
+        # metrics show a loss as it is, without its weight
         total = total + option.weight * loss
         if len(losses) > 1:
             seen = {option.name: loss.detach(), **{f"{option.name}_{name}": value for name, value in seen.items()}}

@@ -14,7 +14,7 @@ from ssl_locat.evaluation.probe_options import own_data, resolve
 from ssl_locat.evaluation.protocols.knn import raw_pixel_knn
 from ssl_locat.pretraining.probe_costs import MOST, limits, period
 from ssl_locat.runs.distributed import barrier, broadcast_object, is_main
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import EventLog, read_jsonl
 from ssl_locat.text.shown import to_json
 
@@ -42,6 +42,7 @@ class Probes:
         self.period, self.total_steps = period(config, steps_per_epoch, total_steps), total_steps
         self.folder = Path(config.run_dir) / "probes"
         automatic = limits(config, steps_per_epoch, total_steps)
+        # the run's own sets, cut to subsets; what a probe names itself is laid over them later (resolve)
         self.data = {name: own_data(config) | automatic[name] for name in config.probes.options}
         self.results: dict[str, list[dict]] = {name: [] for name in self.data}
 
@@ -65,6 +66,7 @@ class Probes:
             kept = (
                 [record for record in read_jsonl(self.folder / f"{name}.jsonl") if record["step"] <= step] if is_main() else None
             )
+            # the same on all ranks: they decide together whether a probe is still missing
             self.results[name] = broadcast_object(kept)
 
     def run(self, step: int) -> None:
@@ -77,6 +79,7 @@ class Probes:
             self.results[name].append({"step": step, **scores})
             if is_main():
                 self.folder.mkdir(exist_ok=True)
+                # written whole: after a resume the file may hold steps beyond the checkpoint
                 lines = "".join(to_json(record) + "\n" for record in self.results[name])
                 write_atomically(self.folder / f"{name}.jsonl", lines)
             self.events.add("probe", step=step, name=name, seconds=round(time.monotonic() - began, 2), **scores)
@@ -90,6 +93,7 @@ class Probes:
             return
         first = self.results["knn"][0]
         key = _top1(first)
+        # top1_k20 and top1_k20_t0.07: the first k that the probe measures
         k = int(key.removeprefix("top1_k").partition("_t")[0])
         raw = raw_pixel_knn(data=section, k=k, channels=len(self.config.crops.mean), most_images=MOST)
         if is_main():
@@ -125,5 +129,5 @@ def _top1(record: dict) -> str:
 def counted(run: str | Path) -> tuple[int, int] | None:
     """(training images in the bank, test images) of a run's k-NN probe; None where nothing tells."""
     records = read_jsonl(Path(run) / "probes" / "knn.jsonl")
-    names = ("train_images", "test_images")
-    return tuple(int(records[-1][name]) for name in names) if records and all(name in records[-1] for name in names) else None
+    last = records[-1] if records else {}
+    return (int(last["train_images"]), int(last["test_images"])) if {"train_images", "test_images"} <= set(last) else None

@@ -1,7 +1,9 @@
 """`ssl-locat pretrain CONFIG --replay FILE`: run one saved batch again, and say where it stops being finite."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ def replay(config: Config, path: Path) -> None:
     model, losses = build_model(config, device, newest)
     if newest:
         optim = config.optim
+        # a checkpoint is loaded as a whole; no step is made
         optimizer = build_optimizer(model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr)
         Checkpointer(config.run_dir).load(newest, saved_modules(model, losses), optimizer)
     _print(f"{path}: step {meta['step']} of rank {meta['rank']}, {len(meta['keys'])} samples: {', '.join(meta['keys'][:8])} ...")
@@ -59,8 +62,9 @@ def replay(config: Config, path: Path) -> None:
 def _watch(network: nn.Module, prefix: str, broken: list[str]) -> None:
     """Note the modules whose output is not finite, in the order in which they ran."""
 
-    def hook_for(name: str):
-        def hook(_module, _inputs, output) -> None:
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            # named tuples, views and the like are made of what the modules inside gave
             if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
                 broken.append(name)
 

@@ -57,11 +57,13 @@ class Run:
         self.folder, self.resume = Path(config.run_dir), resume
         self.device = distributed.setup(config.device)
         self.datasets, self.weights, self.length = check(config, world_size())
+        # rank 0 holds the lock, the others wait until it has it: a second job on this folder ends here
         self.claim = RunFolder(self.folder) if is_main() else None
         distributed.barrier()
         self.events = EventLog(self.folder)
         options = config.checkpoint
         self.checkpointer = Checkpointer(self.folder, options.keep_last, options.milestone_every_steps, options.asynchronous)
+        # before config.yaml is written: a refused resume leaves it as it was
         self.origin = find_origin(config, self.checkpointer, self.datasets, self.weights, resume, tuple(allow))
         self.start_from = self.origin.checkpoint
         self.config = self._decide_crops(self.origin.config)
@@ -105,6 +107,7 @@ class Run:
         self.introduction = describe(config, self.model, self.length, self.datasets, self.device)
         self.student = distribute(self.model, config, self.device)
         optim = config.optim
+        # after distributing: FSDP replaces the parameters by their shards
         self.optimizer = build_optimizer(self.model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.modules = saved_modules(self.model, self.losses)
@@ -128,6 +131,7 @@ class Run:
                     may_differ
                 ):  # an objective that is new: it starts from this teacher
                     distributed.copy_whole(self.model.teacher.backbone, anchor.backbone)
+            assert self.origin.plan is not None  # of the checkpoint
             self.plan = self.origin.plan
             if "diagnosis" in meta:  # of a version before it was saved
                 self.diagnosis.load_state(meta["diagnosis"])
@@ -234,6 +238,7 @@ class Run:
         """A checkpoint of this step; `block`: return when it is on disk on all ranks."""
         if self.claim:
             self.claim.require_in_place()
+        # a checkpoint must not be ahead of its metrics: the lines up to here are not computed again
         self.metrics_log.flush()
         meta = {
             "samples_seen": self.samples_seen,

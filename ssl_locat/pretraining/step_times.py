@@ -50,6 +50,7 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
 
     def step(collated: dict[str, Tensor]) -> None:
         images, local = crops.finish(collated, device)
+        # two global crops an image
         masks = model.make_masks(losses, mask_seeds(config, range(len(images) // 2)), images)
         with teacher_autocast:
             targets, _ = model.targets(images, 2, masks)
@@ -66,6 +67,7 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
     heads = [head for head in heads if any(True for _ in head.parameters())]  # KoLeo has none to train
 
     def run_heads(images: int) -> None:
+        # [2 + n, B, D]: class tokens of all crops
         views = Views(torch.randn(2 + crops.num_local, images, model.student.backbone.num_features, device=device))
         for head in heads:
             head(views).sum().backward()

@@ -26,6 +26,7 @@ class Network(nn.Module):
         self.backbone = backbone
         self.heads = heads
         self.needs = needs
+        # [D], zero at first, as iBOT's and DINOv2's
         self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim)) if needs.masks else None
 
     def forward(
@@ -47,14 +48,16 @@ class Network(nn.Module):
         """
         batch = len(global_crops) // num_global
         hidden = masks.hidden if masks is not None and self.hides else None
+        # a pass for each size of crops, as their numbers of tokens differ; prefix [T*B, R, D], patches [T*B, N, D]
         raw = forward_tokens(self.backbone, global_crops, masks=hidden, mask_token=self.mask_token)
         tokens = refine(self.backbone, raw)
-        cls = class_token(self.backbone, tokens)
+        cls = class_token(self.backbone, tokens)  # [T*B, D]; Jumbo's J tokens side by side: [T*B, J*D]
         if local_crops is not None:
             local = refine(self.backbone, forward_tokens(self.backbone, local_crops))
-            cls = torch.cat([cls, class_token(self.backbone, local)])
-        views = Views(cls.unflatten(0, (-1, batch)))
+            cls = torch.cat([cls, class_token(self.backbone, local)])  # [(T + n) * B, D]
+        views = Views(cls.unflatten(0, (-1, batch)))  # [T + n, B, D]
         if self.needs.patches:
+            # [T, B, N, D], before PRR: it mixes tokens of all places, and a loss on patches wants each by itself
             views = views._replace(patches=normalise(self.backbone, raw).patches.unflatten(0, (num_global, batch)))
         if self.needs.refined_patches:
             views = views._replace(refined_patches=tokens.patches.unflatten(0, (num_global, batch)))
@@ -76,15 +79,17 @@ class Anchor(nn.Module):
         super().__init__()
         self.backbone, self.scale = backbone.eval().requires_grad_(False), scale
         own = backbone.pretrained_cfg
+        # crops * std + mean is the image in 0..1, and (image - own mean) / own std what this backbone was trained on; not saved
         self.register_buffer("gain", _channels(std) / _channels(own["std"]), persistent=False)
         self.register_buffer("shift", (_channels(mean) - _channels(own["mean"])) / _channels(own["std"]), persistent=False)
 
     def train(self, mode: bool = True) -> "Anchor":
-        return super().train(False)
+        return super().train(False)  # `model.train()` reaches every module
 
     def forward(self, images: Tensor, num_global: int, grid: Grid) -> Views:
         """images [T*B, 3, H, W], grid of the student's patches -> class tokens, patches before and after PRR, on that grid."""
         sides = self.backbone.patch_embed.patch_size
+        # (height, width) in pixels; sides of a patch may differ
         size = tuple(round(cells * self.scale) * side for cells, side in zip(grid, sides, strict=True))
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
@@ -102,8 +107,8 @@ def _on(grid: Grid, tokens: Tokens) -> Tensor:
     """Patch tokens [B, N, D] brought to another grid; bicubic without antialiasing, as DINOv3 does."""
     if tokens.grid == grid:
         return tokens.patches
-    maps = tokens.patches.mT.unflatten(2, tokens.grid).float()
-    return F.interpolate(maps, grid, mode="bicubic").flatten(2).mT
+    maps = tokens.patches.mT.unflatten(2, tokens.grid).float()  # [B, D, rows, cols]
+    return F.interpolate(maps, grid, mode="bicubic").flatten(2).mT  # [B, D, N] -> [B, N, D]
 
 
 class StudentTeacher(nn.Module):
@@ -119,6 +124,7 @@ class StudentTeacher(nn.Module):
     def __init__(self, backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str, nn.Module] | None = None):
         super().__init__()
         anchors = anchors or {}
+        # what any of the objectives reads is computed, once for all of them
         needs = Needs(*(any(flags) for flags in zip(*(objective.needs for objective in objectives.values()), strict=True)))
         if any(needs) and hasattr(backbone, "jumbo_mlp"):
             raise UserError(
@@ -135,12 +141,14 @@ class StudentTeacher(nn.Module):
         self.teacher.hides = False
         self.teacher.requires_grad_(False)
         for module in self.teacher.modules():
+            # timm's DropPath: targets with blocks left out would be noise
             if hasattr(module, "drop_prob"):
                 module.drop_prob = 0.0
         self.anchors, self.snapshots = nn.ModuleDict(), nn.ModuleDict()
         for name, objective in objectives.items():
             if getattr(objective, "anchor", None):
                 frozen = anchors[name] if name in anchors else copy.deepcopy(self.teacher.backbone)
+                # checkpoints hold snapshots; anchors from outside are loaded from where they lie
                 place = self.anchors if name in anchors else self.snapshots
                 place[name] = Anchor(
                     frozen, objective.anchor_scale, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]
@@ -166,12 +174,14 @@ class StudentTeacher(nn.Module):
         """Copy the teacher anew into the anchors that are due; all ranks call it."""
         for name, anchor in self.snapshots.items():
             every = objectives[name].anchor_every_steps
+            # a copy of the teacher of this very step, in all ranks at once: FSDP gathers its parts for it
             if every and step % every == 0:
                 copy_whole(self.teacher.backbone, anchor.backbone)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers are each network's own."""
+        # one call for all tensors: a launch for each of hundreds would take longer than its work
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
 
 
@@ -180,6 +190,7 @@ def make_heads(backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str
     heads = nn.ModuleDict()
     for name, objective in objectives.items():
         anchored = getattr(objective, "anchor", None)
+        # an anchor from outside may be wider than the student
         widths = (anchors.get(name, backbone).num_features,) if anchored else ()
         heads[name] = objective.make_head(backbone.num_features, *widths)
     for name, objective in objectives.items():

@@ -19,7 +19,7 @@ from ssl_locat.pretraining.setup import Run
 from ssl_locat.runs import distributed
 from ssl_locat.runs.best import read_best
 from ssl_locat.runs.distributed import broadcast_object, is_main, world_size
-from ssl_locat.runs.folder import write_atomically
+from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import next_steps, say
 from ssl_locat.text.shown import redacted, to_json
 
@@ -64,8 +64,10 @@ def write_summary(run: Run, before: dict[str, Any] | None = None) -> dict[str, A
         "steps": run.step,
         "samples_seen": run.samples_seen,
         "seconds": round(seconds, 1),
+        # of this start alone: what a former process took is not known
         "images_per_second": round((run.samples_seen - run.resumed_at) / seconds, 1),
         "knn": run.probes.knn(),
+        # each rank knows those that it met
         "quarantined": int(distributed.all_reduce_sum_(torch.tensor(run.stream.quarantined, device=run.device))),
         "restarts": run.restarts,
         **decisions(run),

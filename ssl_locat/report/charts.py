@@ -89,6 +89,7 @@ class Chart:
 def points_each(charts: Sequence[Chart]) -> int:
     """How many points a curve may have, so that the page stays small with any number of curves."""
     curves = sum(len(chart.lines) for chart in charts)
+    # 4: x, mean, lowest and highest of each stretch
     return max(50, min(MAX_POINTS, MAX_NUMBERS // (4 * max(1, curves))))
 
 
@@ -108,6 +109,7 @@ def _points(line: Line, most: int, log: bool) -> dict[str, Any]:
         "dots": line.dots,
     }
     if len(x) > most:
+        # stretches of equal length; their extremes are shown as a band, so that no spike is lost
         parts = np.array_split(np.arange(len(x)), most)
         found |= {"low": _short([y[part].min() for part in parts]), "high": _short([y[part].max() for part in parts])}
         # the middle of a stretch, but the ends of the run: a zoomed chart begins and ends where the run does

@@ -46,6 +46,7 @@ def render(runs: list[Run], live: str = "") -> str:
     charts = _Charts()
     sections = [(heading, [charts.place(chart) for chart in found]) for heading, found in curves(runs)]
     seen = [{"name": run.name, **_placed(pictures(run), charts)} for run in runs]
+    # of all charts together: pictures have some, too
     most = points_each(charts.all)
     return template("page.html").render(
         live=live,
@@ -60,12 +61,14 @@ def render(runs: list[Run], live: str = "") -> str:
         configs=[(run.name, dump_yaml(redacted(run.config))) for run in runs],
         environments=[(run.name, flatten(run.environment)) for run in runs],
         events=[(run.name, happenings(run)) for run in runs],
+        # the first 500: a page of millions of lines opens nowhere
         quarantines=[(run.name, run.quarantine[:500], len(run.quarantine)) for run in runs if run.quarantine],
     )
 
 
 def template(name: str) -> Any:
     """A page of this room. Whatever is put into it is escaped, and shown without credentials and control characters."""
+    # what is not given is an error (StrictUndefined), not an empty place on the page
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_safe)
     environment.globals["style"] = _file("style.css")
     return environment.from_string(files("ssl_locat").joinpath(f"report/{name}").read_text(encoding="utf-8"))
@@ -132,7 +135,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _sentence(advice: str) -> str:
-    """What people change, beginning with a capital: warnings go on from a colon."""
+    """What people change, beginning with a capital: warnings continue after a colon."""
     return advice[:1].upper() + advice[1:]
 
 
@@ -156,5 +159,6 @@ def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Keys whose values differ between the runs, each with its values."""
     flats = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for flat in flats for key in flat)
+    # run_dir differs by itself
     rows = [(key, [str(flat.get(key, "(not set)")) for flat in flats]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1 and key != "run_dir"]

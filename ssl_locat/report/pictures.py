@@ -73,6 +73,7 @@ def pictures(run: Run) -> dict:
 
 
 def _sections(run: Run, steps: list[int]) -> list[dict]:
+    # evenly over the checkpoints that are left, the newest always among them
     chosen = sorted({steps[round(place)] for place in np.linspace(0, len(steps) - 1, NUM_CHECKPOINTS)})
     backbones = ((step, load_backbone(str(run.path), step=step)) for step in chosen)
     components: list[tuple[int, Tensor]] = []
@@ -82,6 +83,7 @@ def _sections(run: Run, steps: list[int]) -> list[dict]:
             if images is None:
                 images = _fixed_images(run, backbone)
             shot = _capture(backbone, images[:NUM_IMAGES])
+            # the former picture fixes the signs of the components
             components.append((step, _components(shot.patches, components[-1][1] if components else None)))
             bar.update()
         assert images is not None, "there is at least one checkpoint"
@@ -104,6 +106,7 @@ def _fixed_images(run: Run, backbone: nn.Module) -> Tensor:
     data = run.config["data"]
     members = Members(data.get("test") or data["train"])
     size = int(backbone.pretrained_cfg["input_size"][-1])
+    # spread, as classes may lie one after the other
     places = np.linspace(0, len(members) - 1, min(NUM_SEARCHED, len(members))).round().astype(int)
     images = []
     for place in places.tolist():
@@ -159,7 +162,9 @@ def _capture(backbone: nn.Module, images: Tensor) -> Shot:
         raw = forward_tokens(backbone, images)
     rows, cols = raw.grid
     num_prefix = raw.prefix.shape[1]
+    # of the last block
     weights = recorder.weights[-1] if recorder.weights else None
+    # [B, heads, T, T] with T of the whole image
     if weights is not None and weights.shape[::3] != (len(images), num_prefix + rows * cols):
         weights = None  # windowed attention: no map of the whole image
     return Shot(class_token(backbone, refine(backbone, raw)), raw.patches.unflatten(1, (rows, cols)), weights, num_prefix)
@@ -169,12 +174,14 @@ def _components(patches: Tensor, former: Tensor | None) -> Tensor:
     """[B, rows, cols, D] -> [B, rows, cols, 3] in 0..1: the first three principal components of all patches, as colours.
 
     Signs follow the former checkpoint's picture, so that colours do not flip from column to column."""
+    # [B * rows * cols, D]: one set of axes for all images, so that like parts look alike
     flat = patches.flatten(0, 2)
     flat = flat - flat.mean(0)
     _, _, directions = torch.linalg.svd(flat, full_matrices=False)
     projected = flat @ directions[:3].T
     if former is not None:
         projected = projected * torch.where((projected * (former.flatten(0, 2) - 0.5)).sum(0) < 0, -1.0, 1.0)
+    # quantiles, as a few outlier tokens would take the whole range of colours
     low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
     return ((projected - low) / (high - low).clamp_min(1e-6)).clamp(0, 1).unflatten(0, patches.shape[:3])
 
@@ -188,6 +195,7 @@ def _attention_sections(shot: Shot, thumbnails: list[np.ndarray]) -> list[dict]:
     rows, cols = shot.patches.shape[1:3]
     sections = []
     if shot.num_prefix:
+        # [B, heads, T, T] -> [B, heads, rows, cols]: what the class token gives to each patch
         maps = shot.attention[:, :, 0, shot.num_prefix :].unflatten(-1, (rows, cols))
         heads = min(maps.shape[1], 6)
         tiles = [[thumbnails[index], *(_heat(maps[index, head]) for head in range(heads))] for index in range(len(maps))]
@@ -222,7 +230,7 @@ def _neighbour_section(features: Tensor, thumbnails: list[np.ndarray]) -> dict |
     if len(features) <= NUM_NEIGHBOURS:
         return None
     similarity = F.normalize(features, dim=-1) @ F.normalize(features, dim=-1).T
-    similarity.fill_diagonal_(-2)
+    similarity.fill_diagonal_(-2)  # no image is its own neighbour; cosines end at -1
     queries = np.linspace(0, len(features) - 1, NUM_IMAGES + 1).astype(int)[:NUM_IMAGES]
     tiles = [[thumbnails[q], *(thumbnails[i] for i in similarity[q].topk(NUM_NEIGHBOURS).indices.tolist())] for q in queries]
     meaning = (

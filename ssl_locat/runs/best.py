@@ -32,7 +32,7 @@ LABELLED = {
 }
 LABEL_FREE = {"dense": {"unlabelled": "dse"}, "global": {}}
 
-# metric -> which values are good; k-NN's names go on with _k20. What is not here (counts of images, settings) says nothing about a backbone
+# metric -> which values are good; k-NN's names continue with _k20. What is not here (counts of images, settings) says nothing about a backbone
 BETTER = dict.fromkeys(
     (
         "top1",
@@ -144,7 +144,7 @@ def kept_measures(config: Config) -> dict[str, Measure]:
 
 
 def stop_measure(config: Config) -> Measure | None:
-    """Of `stop_when`; None where the run goes on to its last step in any case."""
+    """Of `stop_when`; None where the run continues to its last step in any case."""
     return measure_of(config.stop_when.measure, config.probes.options, key="stop_when.measure") if config.stop_when else None
 
 

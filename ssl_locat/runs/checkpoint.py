@@ -104,7 +104,7 @@ class Checkpointer:
         """Saves `modules` (names become prefixes), the optimizer's state and `meta` (anything JSON can hold) as `step`.
 
         A periodic save that fails (full disk) is logged at once, counted in `.failures`, and the former checkpoint stays; training
-        goes on, and the loop asks again soon. With `block` it returns when all is on disk on all ranks, and raises Outage where that failed.
+        continues, and the loop asks again soon. With `block` it returns when all is on disk on all ranks, and raises Outage where that failed.
         """
         self.wait()
         if distributed.is_main() and not self._made:
@@ -256,7 +256,7 @@ class Checkpointer:
     def _write(self, step: int, tensors: dict[str, Tensor], content: dict) -> tuple[int, float, str | None]:
         """-> (step, seconds, what went wrong on this or another rank).
 
-        In three parts, after each of which the ranks agree: one that went on alone would wait for the others until the time-out."""
+        In three parts, after each of which the ranks agree: one that continued alone would wait for the others until the time-out."""
         start = time.monotonic()
         partial, files = self.folder / f".step_{step:08d}.partial", _HashedFiles()
 
@@ -272,7 +272,7 @@ class Checkpointer:
             error = self._attempt(lambda: self._commit(step, partial, content, found) if distributed.is_main() else None)
         if error and distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
-            log.error("%s Training goes on; it is tried again soon.", self._words(step, error))  # at once, not at the next save
+            log.error("%s Training continues; it is tried again soon.", self._words(step, error))  # at once, not at the next save
         return step, time.monotonic() - start, error
 
     def _attempt(self, part: Callable[[], object]) -> str | None:

@@ -27,6 +27,7 @@ def feature_std(features: Tensor) -> Tensor:
     """features [B, D] -> []: spread of the directions, 1 for isotropic ones, 0 when all images look the same.
 
     Standard deviation per dimension of the unit vectors, averaged, times sqrt(D) (SimSiam, arXiv:2011.10566, section 4.1)."""
+    # isotropic unit vectors spread by 1 / sqrt(D) in each dimension
     spread: Tensor = F.normalize(features.float(), dim=-1).std(dim=0, unbiased=False).mean()
     return spread * float(features.shape[-1] ** 0.5)
 
@@ -68,7 +69,7 @@ ADVICE = {
     "features_collapsing": "a higher teacher momentum (0.996), a lower lr or a longer warm-up, a larger global batch, gradient clipping, "
     "{koleo}, a head in fp32.",
     "rank_falling": "{koleo}, less weight decay at the end, a larger global batch, more varied data, a lower lr.",
-    "patches_collapsing": "{locat}, {registers}, {ibot}, Gram anchoring, an earlier checkpoint for dense tasks; k-NN may go on rising meanwhile.",
+    "patches_collapsing": "{locat}, {registers}, {ibot}, Gram anchoring, an earlier checkpoint for dense tasks; k-NN may keep rising meanwhile.",
     "center_drifting": "a lower lr or a longer warm-up, a higher teacher momentum, a quicker centre (center_momentum 0.9), "
     "a larger global batch.",
 }
@@ -141,6 +142,7 @@ class Diagnosis:
         self.fatal, self.warmup_fraction, self.patience = frozenset(fatal), warmup_fraction, patience
         self.best: dict[str, float] = defaultdict(float)
         self.losses: deque[float] = deque()  # of the last tenth of the run
+        # the last answers for each kind; a run that resumes has them from its checkpoint
         self.recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=patience))
         self.warned: set[str] = set()
 
@@ -160,8 +162,10 @@ class Diagnosis:
         """`metrics`: plain floats (what MetricsLog.add returned last); those that are missing are not checked.
 
         Raises Diverged for a kind in `fatal`."""
+        # falls are measured against the best so far: what is normal depends on width, data and batch
         for name in ("feature_std", "rankme"):
             self.best[name] = max(self.best[name], metrics.get(name, 0.0))
+        # DINO's own where losses are summed: ln K is a bound of that one alone
         if (loss := metrics.get("dino", metrics.get("loss"))) is not None:
             self.losses.append(loss)
             if len(self.losses) > max(1, 0.1 * total_steps):
@@ -172,6 +176,7 @@ class Diagnosis:
         warnings = []
         for kind, sentence in seen.items():
             self.recent[kind].append(sentence is not None)
+            # as many "no" as "yes" in a row: a metric at its threshold does not warn at every other step
             steady = len(self.recent[kind]) == self.patience
             if steady and all(self.recent[kind]) and kind not in self.warned:
                 self.warned.add(kind)

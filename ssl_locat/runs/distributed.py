@@ -272,6 +272,7 @@ def all_gather_cat(tensor: Tensor) -> Tensor:
     """[b, ...] on each rank -> [W*b, ...] in rank order. All ranks give the same shape; no gradient flows."""
     if world_size() == 1:
         return tensor
+    # gloo and NCCL write into contiguous memory of equal size
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
@@ -306,6 +307,7 @@ class SyncBatchNorm(nn.BatchNorm1d):
         others = [dim for dim in range(x.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
         count = world_size() * x.numel() // x.shape[1]
+        # two sums, one after the other: E[x^2] - E[x]^2 in one would lose digits
         mean: Tensor = _SumOverRanks.apply(x.float().sum(others)) / count
         centred = x.float() - mean.view(shape)
         var: Tensor = _SumOverRanks.apply(centred.square().sum(others)) / count
@@ -314,6 +316,7 @@ class SyncBatchNorm(nn.BatchNorm1d):
             assert self.momentum is not None  # only affine layers with running statistics are made
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
+            # unbiased, as torch keeps it; the normalisation itself takes the biased one
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
         return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
@@ -324,6 +327,7 @@ def broadcast_object(value: Any = None) -> Any:
     if world_size() == 1:
         return value
     payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if is_main() else torch.empty(0)
+    # its length first, as receivers need memory of that size; JSON, as nothing is unpickled
     length = torch.tensor([payload.numel()])
     dist.broadcast(length, src=0, group=_cpu_group)
     if not is_main():

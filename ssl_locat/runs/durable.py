@@ -13,6 +13,7 @@ def write_atomically(path: Path, text: str, private: bool = False) -> None:
     """A reader sees the old file or the new one, never half of it; so does whoever starts after a power cut.
 
     private: for its owner alone, else as the umask has it."""
+    # in the same folder: a rename is atomic within one file system only
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.unlink(missing_ok=True)
     write_and_flush(beside, text, 0o600 if private else 0o666)
@@ -25,6 +26,7 @@ def write_and_flush(path: Path, text: str, mode: int = 0o666) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
+        # Python's buffer first, then the kernel's
         os.fsync(stream.fileno())
 
 
@@ -51,6 +53,7 @@ def flush_folder(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """mkdir with parents, each new name on disk."""
+    # a new name is kept by the folder above it
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:

@@ -67,6 +67,7 @@ def save_tensors(tensors: dict[str, Any], path: str | Path, **options: Any) -> N
     from safetensors.torch import save_file  # imports torch, which the commands that only look at a run do without
 
     path = Path(path)
+    # made by us first, it has the mode that the umask leaves
     path.touch()
     mode = path.stat().st_mode & 0o777
     save_file(tensors, path, **options)
@@ -105,6 +106,7 @@ class RunFolder:
         with self._writable():
             make_folder(self.path)
             self._lock = acquire_lock(self.path)
+        # by its inode: another folder of this name has a lock file of that name
         self._identity = os.fstat(self._lock.fileno()).st_ino
 
     def require_same_settings(self, config: Config) -> None:
@@ -261,6 +263,7 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
+        # "-dirty" behind the commit: a number that comes from changed files must say so
         found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, UserError, did_you_mean
+from ssl_locat.errors import ConfigError, Diverged, Outage, Preempted, did_you_mean
 from ssl_locat.runs.durable import flush, flush_folder
+from ssl_locat.runs.trackers import TRACKERS, Tracker
 from ssl_locat.text.shown import printable, redact, redacted, shown, to_json
 
 if TYPE_CHECKING:  # rich is a third of the time that `--help` takes: it is imported by what shows something
@@ -42,7 +43,9 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if isinstance(record.args, tuple):
+            # numbers stay numbers, for %d and %.1f
             safe = tuple(arg if isinstance(arg, int | float) else shown(arg) for arg in record.args)
+            # a copy: other handlers get the record as it was made
             record = logging.makeLogRecord(record.__dict__ | {"args": safe})
         return printable(redact(super().format(record)))
 
@@ -100,6 +103,7 @@ def setup(quiet: bool = False, verbose: bool = False) -> None:
     logger = logging.getLogger("ssl_locat")
     logger.handlers[:] = [handler]
     logger.setLevel(level)
+    # else a root handler, of whatever library configured one, prints each line again
     logger.propagate = False
 
 
@@ -132,6 +136,7 @@ class _Bar:
 
     def pause(self, seconds: float, every: int | None = None) -> None:
         """Time that was no work: kept out of the rate. `every`: it comes again each time so many more are done, and at the end."""
+        # the clock of the rate stands still meanwhile
         self.began += seconds
         if every:
             self.pauses[every] = seconds
@@ -139,6 +144,7 @@ class _Bar:
     def update(self, n: int = 1, **fields: float | str) -> None:
         """`n` more done; `fields` (loss=2.31) stay shown until replaced. Floats, no device tensors: showing must not wait."""
         self.done += n
+        # not at the end: a count of one has no rate but that of its slow first step
         if self.counted_from is None and self.done != self.total:
             self.counted_from, self.began = self.done, time.monotonic()
         self.fields.update(fields)
@@ -222,6 +228,7 @@ def progress(description: str, total: int | None = None, unit: str = "", start: 
         finally:
             plain.finish()
         return
+    # rich shows one live display at a time
     live, outermost = _live, _live is None
     if live is None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -249,6 +256,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     except FileNotFoundError:
         return []
     records = []
+    # what follows the last line end is empty, or half a line
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line) if line else None
@@ -263,6 +271,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 def _append(path: Path, records: list[dict]) -> None:
     """One write of whole lines, so that a kill cuts at most the last one, and `tail -f` sees whole ones. A line that was cut off is ended."""
     with open(path, "ab+") as file:
+        # the offset of a file opened for appending is its end
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             file.write(b"\n")
         file.write("".join(to_json(record, allow_nan=False) + "\n" for record in records).encode())
@@ -333,7 +342,7 @@ class MetricsLog:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.every_steps = every_steps
         self._pending: list[dict] = []
-        self._trackers: list[_Tracker] = []
+        self._trackers: list[Tracker] = []
         if _rank():
             return
         _drop_after(self.path, resume_step)
@@ -347,6 +356,7 @@ class MetricsLog:
         floats: mostly none, every `every_steps` calls that many."""
         if _rank():
             return []
+        # tensors as they are: reading one here would wait for the step
         self._pending.append({"step": step, "samples_seen": samples_seen, "time": round(time.time(), 3), **values})
         return self.flush() if len(self._pending) >= self.every_steps else []
 
@@ -380,6 +390,7 @@ def _to_host(records: list[dict]) -> list[dict]:
         return records
     import torch
 
+    # loss and metrics may be on a GPU, counts on the CPU: one stacked transfer each
     by_device: dict = {}
     for record, name in places:
         by_device.setdefault(record[name].device, []).append((record, name))
@@ -389,80 +400,3 @@ def _to_host(records: list[dict]) -> list[dict]:
         for (record, name), number in zip(group, numbers, strict=True):
             record[name] = number
     return records
-
-
-# --- trackers ---------------------------------------------------------------------------------------------------------
-
-
-class _Tracker:
-    def log(self, step: int, values: dict) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
-class _TensorBoard(_Tracker):
-    def __init__(self, run_dir: Path, resume_step: int, config: dict):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
-
-    def log(self, step: int, values: dict) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class _Wandb(_Tracker):
-    """Offline unless WANDB_MODE=online; `wandb sync RUN/wandb/offline-run-*` uploads later."""
-
-    def __init__(self, run_dir: Path, resume_step: int, config: dict):
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; it reports to its makers otherwise
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("The wandb tracker needs the wandb package: pip install 'ssl_locat[wandb]'.") from None
-        mode = os.environ.get("WANDB_MODE", "offline")
-        project = os.environ.get("WANDB_PROJECT", "ssl_locat")
-        self.run = wandb.init(dir=str(run_dir), name=run_dir.name, project=project, mode=mode, config=config)
-
-    def log(self, step: int, values: dict) -> None:
-        self.run.log(values, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class _Mlflow(_Tracker):
-    """Into RUN/mlruns unless MLFLOW_TRACKING_URI names a server; look with `mlflow ui --backend-store-uri RUN/mlruns`."""
-
-    def __init__(self, run_dir: Path, resume_step: int, config: dict):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at import
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # plain files: its newer default needs a database driver
-        try:
-            from mlflow import MlflowClient
-        except ImportError:
-            raise UserError("The mlflow tracker needs the mlflow package: pip install 'ssl_locat[mlflow]'.") from None
-        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", (run_dir / "mlruns").resolve().as_uri()))
-        experiment = self.client.get_experiment_by_name("ssl_locat")
-        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment("ssl_locat")
-        self.run_id = self.client.create_run(experiment_id, run_name=run_dir.name).info.run_id
-        for name, value in config.items():
-            self.client.log_param(self.run_id, name, str(value)[:500])  # the shortest limit of its stores
-
-    def log(self, step: int, values: dict) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        numbers = [Metric(name, float(value), now, step) for name, value in values.items() if isinstance(value, int | float)]
-        self.client.log_batch(self.run_id, metrics=numbers)
-
-    def close(self) -> None:
-        self.client.set_terminated(self.run_id)
-
-
-TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}

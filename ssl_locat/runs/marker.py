@@ -57,6 +57,7 @@ def damage(path: Path, expected: dict[str, str], names: Iterable[str] | None = N
     """The first of the files (or of `names` among them) whose bytes are not those that were written."""
     for name in expected if names is None else names:
         try:
+            # inode, size and time are part of the cache's key: a replaced file is read again
             stat = (path / name).stat()
             found = _sha256(path / name, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         except OSError as error:
@@ -118,10 +119,12 @@ def _outside(path: Path) -> str | None:
                 return f"{MARKER}: files and hashes are not of the same names"
         if path.name.startswith("step_") and path.name[5:].isdecimal() and step_of(path) != content["step"]:
             return f"it is of step {content['step']}: folders were exchanged or renamed"
+        # a shard of an older save among them would be loaded with the rest
         unlisted = {file.name for file in path.glob("*.safetensors")} - content["files"].keys()
         if unlisted:
             return f"it holds {', '.join(sorted(unlisted))}, which {MARKER} does not list"
         for name, size in content["files"].items():
+            # a listed "../x" must not lead out of the folder
             if Path(name).name != name:
                 return f"{MARKER} lists {name!r}, which is no name of a file"
             found = (path / name).stat().st_size
@@ -137,6 +140,7 @@ def _outside(path: Path) -> str | None:
 def _wrong_header(file: Path, size: int) -> str | None:
     """What is wrong with a safetensors header, by itself and for a file of this size."""
     with file.open("rb") as stream:
+        # safetensors: 8 bytes of length, JSON of that length, then the tensors
         (length,) = struct.unpack("<Q", stream.read(8))
         if length > min(LONGEST_HEADER, size - 8):
             return f"its header would be {length} bytes long"

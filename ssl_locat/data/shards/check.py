@@ -75,6 +75,7 @@ def check(spec: str | list[str], decode: Callable[[RawSample], object] | None = 
     store, report = store or Store(), Report()
     urls = list(store.expand(_as_pattern(spec, store)))
     with ThreadPoolExecutor(_THREADS) as pool, progress("Checking shards", len(urls), "shards") as bar:
+        # in the order of the pattern, whichever thread is first
         for url, (samples, found) in zip(urls, pool.map(lambda url: _check_one(store, url, decode), urls), strict=True):
             report.shards += 1
             report.samples += sum(samples.values())
@@ -114,6 +115,7 @@ def _check_one(store: Store, url: str, decode: Callable[[RawSample], object] | N
                 continue
             found.repeated += sample.key in keys
             keys.add(sample.key)
+            # as sets of extensions: the order of members within a sample means nothing
             kinds[tuple(sorted(sample.members))] += 1
     except (CorruptSample, Gone, DataError) as error:
         found.damage.append(Damage("", shown(url), str(error)))
@@ -127,6 +129,7 @@ def _samples(store: Store, url: str) -> Iterator[RawSample | Damage]:
     first = 0
     while first < len(crcs):
         last = first + 1
+        # as many slots as fit into a piece, at least one
         while last < len(crcs) and starts[last + 1] - starts[first] <= _PIECE:
             last += 1
         data = store.read(url, starts[first], starts[last], stat)

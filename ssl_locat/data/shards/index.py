@@ -85,12 +85,14 @@ class ShardDataset:
         self.name, self.store, self.shards = name, store, shards
         self.ends = list(accumulate(shard.count for shard in shards))
         self.manifest_hash = hashlib.blake2b("".join(shard.digest for shard in shards).encode(), digest_size=8).hexdigest()
+        # headers and padding included: what a range read costs
         self.mean_bytes = sum(shard.stat.size for shard in shards) / max(1, len(self))
         self.remote = any(scheme_of(shard.url) != "file" for shard in shards[:1])
         self._blocks: OrderedDict[int, tuple[array, array]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
+        # a copy in a worker reads its own blocks: locks cannot be pickled, and 256 blocks would travel with each
         return self.__dict__ | {"_blocks": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -171,6 +173,7 @@ class FolderDataset:
         self._paths = b"".join(encoded)
         self.manifest_hash = hashlib.blake2b(b"\0".join(encoded), digest_size=8).hexdigest()
         sizes = []
+        # some 32 of them: a stat of a million files on a network disk takes minutes
         for path in paths[:: max(1, len(paths) // 32)]:
             with suppress(Gone):  # a link to nowhere counts as corrupt when it is read, and ends nothing
                 sizes.append(store.stat(join(folder, path)).size)
@@ -286,6 +289,7 @@ def read_compressed(url: str, store: Store | None = None) -> Iterator[RawSample 
     with tempfile.NamedTemporaryFile(suffix=".tar") as plain:
         try:
             with opener(io.BytesIO(store.read_all(normalise(url)))) as packed:
+                # piece by piece: unpacked it may be larger than memory
                 shutil.copyfileobj(packed, plain, 1 << 20)
         except Gone:
             raise DataError(f"shard {name} does not exist. Check the data pattern.") from None

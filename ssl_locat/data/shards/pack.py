@@ -59,6 +59,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
                 count += 1
+        # a rename shows it whole or not at all: what is there is never packed again
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -118,8 +119,10 @@ def pack(
     if masks is not None:
         listing = _with_masks(listing, Path(source), Path(masks))
     classes, samples = _labelled(listing.samples, labels)
+    # by a hash of the index: the same order on every machine, also when packing resumes
     samples = _shuffled(samples, seed)
     folder = source if os.path.isdir(source) else ""
+    # before `resize`, so that shards are cut alike whether images shrink or not: a resumed packing must find the same cuts
     sizes = array("Q", (sum(place.size + _PADDING for place in sample.places) for sample in samples))
     plan = plan_shards(sizes, int(max_shard_mb * 1e6))
     settings = {
@@ -135,6 +138,7 @@ def pack(
     jobs = []  # shards that are whole already are left alone
     for path, (start, stop) in zip(paths, plan, strict=True):
         if not path.exists():
+            # a whole shard is known by its name, as nothing half written ever has it
             jobs.append((path, *_with_own_files(samples[start:stop], listing.files), resize, max_pixels))
     done = len(samples) - sum(len(job[1]) for job in jobs)
     with progress("packing", total=len(samples), unit="images", start=done) as bar:
@@ -264,10 +268,13 @@ def _resized(content: dict[str, bytes], size: int, max_pixels: int) -> dict[str,
         if scale >= 1:
             continue
         shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+        # INTER_AREA averages what it drops; the others would alias
         reduced = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
         if "seg.png" in content:
+            # the image is stored upright from here on, so the mask must turn with it
             turned = image_orientation(content[name])
             mask: np.ndarray = decode_mask(content["seg.png"], orientation=turned, max_pixels=max_pixels).astype(np.uint16)
+            # nearest, as averaged class ids would be other classes; EXACT, as plain INTER_NEAREST is shifted by up to half a pixel
             mask = cv2.resize(mask, shape, interpolation=cv2.INTER_NEAREST_EXACT)
             mask = mask.astype(np.uint8) if mask.max() < 256 else mask
             content["seg.png"] = cv2.imencode(".png", mask)[1].tobytes()
@@ -336,6 +343,7 @@ def _shuffled(samples: list[Source], seed: int) -> list[Source]:
     for sample in samples:
         seen[sample.key] += 1
         unique.append(sample if seen[sample.key] == 1 else sample._replace(key=f"{sample.key}__{seen[sample.key]}"))
+    # not random.shuffle: its algorithm is not promised to stay
     order = sorted(range(len(unique)), key=lambda index: mix64(seed, index))
     return [unique[index] for index in order]
 

@@ -219,7 +219,7 @@ def _extended(
             reason = "unreadable pax header"
     if reason is None:
         return name, size
-    # not to be taken for a member under the short name in its own header: go on behind it
+    # not to be taken for a member under the short name in its own header: the next one begins behind it
     block = fetch(at, BLOCK)
     found, after = b"", at
     if len(block) == BLOCK and is_header(block) and block[156] not in _EXTENDED:
@@ -231,7 +231,7 @@ def _extended(
 def scan(fetch: Fetch, size: int) -> Scan:
     """Slots of the whole archive of `size` bytes.
 
-    Raises CorruptSample if it does not begin as a tar at all. Damage further on never ends the scan: it goes on at the next valid header.
+    Raises CorruptSample if it does not begin as a tar at all. Damage further on never ends the scan: it continues at the next valid header.
     A missing end marker counts as damage. Flagged is the sample whose member is damaged, if a name can still be read and the sample before
     it is as whole as its own neighbour; else the sample before: nobody can tell whether it lost a member.
     """

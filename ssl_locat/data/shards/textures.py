@@ -67,7 +67,9 @@ def make_textures(
             for number, (split, count) in enumerate({"train": num_train, "test": num_test}.items()):
                 for shard, start in enumerate(range(0, count, _PER_SHARD)):
                     size = min(_PER_SHARD, count - start)
+                    # a generator for each shard: none depends on how many were made before it
                     rng = np.random.default_rng([VERSION, seed, number, shard])
+                    # equally many of each class, in an order drawn anew in every shard
                     labels = (np.arange(start, start + size) % len(CLASSES))[np.argsort(rng.random(size))]
                     write_shard(temporary / f"textures-{split}-{shard:06d}.tar", _samples(labels, start, image_size, rng))
                     bar.update(size)
@@ -113,6 +115,7 @@ def draw_scenes(labels: np.ndarray, size: int, rng: np.random.Generator) -> tupl
 
     inside = _outline(x, y, size, uniform, rng)
     image = np.where(inside[..., None], first, background)
+    # light that changes over the image, and noise of up to 8 of 255
     image = image * (0.92 + 0.15 * _smooth(rng, count, size, cells=2, channels=1)) + rng.random(image.shape) * 16 - 8
     masks = np.where(inside, labels[:, None, None] + 1, 0).astype(np.uint8)
     return np.clip(image, 0, 255).astype(np.uint8), masks

@@ -45,7 +45,9 @@ class CachedStore(Store):
             reason = error.strerror
         if reason:
             log.warning(
-                "the data cache %s is not used (%s): reading goes on without it. Name a folder of your own.", self.folder, reason
+                "the data cache %s is not used (%s): reading continues without it. Name a folder of your own.",
+                self.folder,
+                reason,
             )
         self._usable = not reason
         return self._usable
@@ -101,12 +103,12 @@ class CachedStore(Store):
                 file.write(page)
                 file.write(zlib.crc32(page).to_bytes(4, "little"))
             temporary.replace(path)
-        except OSError as error:  # full or read-only: go on without
+        except OSError as error:  # full or read-only: read without it
             with suppress(OSError):
                 temporary.unlink()
             if not self._complained:
                 self._complained = True
-                log.warning("the data cache %s cannot be written (%s): reading goes on without it", self.folder, error.strerror)
+                log.warning("the data cache %s cannot be written (%s): reading continues without it", self.folder, error.strerror)
             self.trim(self.limit_bytes // 2)
             return
         with self._trim_lock:

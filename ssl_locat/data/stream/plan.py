@@ -156,6 +156,7 @@ class Plan:
         count = self.sizes[dataset] // self.chunk
         if chunk >= count:
             return chunk
+        # the network permutes 2^(2 * half) numbers, fewer than 4 * count: a few rounds of walking at most
         half = max(1, ((count - 1).bit_length() + 1) // 2)
         mask = (1 << half) - 1
         key = mix64(self.seed, _CHUNK, dataset, epoch)
@@ -266,6 +267,7 @@ def choose_quotas(weights: Sequence[float]) -> tuple[int, ...]:
     """Integers in the proportion of `weights`, to a thousandth, none zero: (0.7, 0.29, 0.01) -> (70, 29, 1)."""
     if not all(weight > 0 for weight in weights):
         raise ConfigError(f"data.train has weights {list(weights)}: each must be above 0. Leave out what should not be read.")
+    # thousandths, rounded down; what is then missing goes to those that lost most
     exact = np.array(weights, dtype=np.float64) / sum(weights) * 1000
     quotas = np.maximum(1, np.floor(exact)).astype(int)
     for dataset in np.argsort(quotas - exact, kind="stable")[: max(0, 1000 - quotas.sum())]:

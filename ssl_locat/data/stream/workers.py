@@ -72,6 +72,7 @@ def choose_workers(asked: int | None) -> int:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # the trainer needs a core for itself
     return 0 if share < 2 else min(share, MOST_WORKERS)
 
 
@@ -85,11 +86,13 @@ def start_worker(stopping: Any, trainer: int, worker: int) -> None:
     for name in _SIGNALS:
         signal.signal(name, terminate if name == signal.SIGTERM else signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    # held back by `starting`, in which this process was started
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [*_SIGNALS, signal.SIGPROF])
 
 
 def stop_workers(batches: Any, stopping: Any) -> None:
     stopping.set()
+    # private, but the only way to end them now: else they live until the iterator is collected
     batches._shutdown_workers()
 
 

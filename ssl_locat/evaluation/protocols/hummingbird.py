@@ -140,7 +140,7 @@ def evaluate(
 ) -> dict[str, float]:
     """miou, mean_accuracy, pixel_accuracy and miou_hungarian (what the reference reports), in percent.
 
-    Images and masks are squashed to image_size x image_size and judged there, as published.
+    Images and masks are squashed to image_size x image_size and scored there, as published.
 
     Args:
         data: train, test: images with masks; num_classes; optionally layout, reduce_zero_label, image_key, mask_key (segmentation.py).

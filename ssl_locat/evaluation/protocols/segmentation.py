@@ -136,7 +136,7 @@ def evaluate(
 
     # [1, D, rows, cols]
     width = read(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
-    # the head alone depends on the seed here; the caller's numbers go on as they were
+    # the head alone depends on the seed here; the caller's generator is left as it was
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         probe = make_head(head, width, hidden, train.num_classes, paper_compat=paper_compat)
@@ -205,7 +205,7 @@ def test_whole(
     *,
     paper_compat: bool,
 ) -> Tensor:
-    """Confusion [C, C] over whole images: resized into `scale`, padded to the patch grid, judged at the mask's own resolution.
+    """Confusion [C, C] over whole images: resized into `scale`, padded to the patch grid, scored at the mask's own resolution.
 
     `paper_compat`: the padded grid's logits are stretched over the image, as in the reference, where timm pads inside the patch embedding
     and mmseg does not know: up to a patch out of place at the right and the bottom. Else the padding is cut off.

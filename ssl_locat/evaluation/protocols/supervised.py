@@ -25,10 +25,10 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError
+from ssl_locat.evaluation.shared.classifier import test_accuracy
 from ssl_locat.evaluation.shared.features import check_colours, check_image_size, labelled_for_training, split
 from ssl_locat.evaluation.shared.heads import load_progress, purpose_of, save_progress
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
-from ssl_locat.evaluation.shared.metrics import top_hits
 from ssl_locat.evaluation.shared.options import (
     BelowOne,
     Count,
@@ -41,11 +41,11 @@ from ssl_locat.evaluation.shared.options import (
     Text,
     Whole,
 )
-from ssl_locat.evaluation.shared.samples import LabelledImage, Pass, check_damage, open_split, same_classes
+from ssl_locat.evaluation.shared.samples import LabelledImage, Pass, open_split, same_classes
 from ssl_locat.evaluation.shared.stopping import asked_to_stop, stopped
 from ssl_locat.evaluation.shared.training_data import plan_for, training_batches
 from ssl_locat.models.backbone import load_backbone
-from ssl_locat.runs.distributed import all_reduce_sum_, is_main, rank, world_size
+from ssl_locat.runs.distributed import is_main, rank, world_size
 from ssl_locat.runs.folder import save_tensors
 from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
@@ -202,7 +202,7 @@ def evaluate(
         precision: fp32, bf16 or fp16 (with loss scaling) autocast.
         resume_file: progress is kept there after every epoch and every 1000 steps, and the same command resumes from it (the commands
             give one by themselves).
-        weights_file: a .safetensors for the trained weights; as a MODEL it is judged by the other protocols.
+        weights_file: a .safetensors for the trained weights; as a MODEL it is evaluated by the other protocols.
     """
     purpose = purpose_of("supervised", locals())
     if not layer_decay:
@@ -302,18 +302,3 @@ def _training_view(augment: Callable[[Image.Image], Tensor], image: np.ndarray, 
     """timm's augmentation, a function of the seed."""
     with seeded(seed):
         return augment(Image.fromarray(image))
-
-
-@torch.no_grad()
-def test_accuracy(classifier: nn.Module, images: Pass, device: torch.device) -> dict[str, float]:
-    """top1 and top5 in percent over all processes."""
-    classifier.eval()
-    counts = torch.zeros(3, device=device)
-    with progress("testing", total=len(images), unit="images") as bar:
-        for batch in images:
-            logits, labels, valid = classifier(batch.images.to(device)).float(), batch.labels.to(device), batch.valid.to(device)
-            counts += torch.stack([*(top_hits(logits, labels, k)[valid].sum() for k in (1, 5)), valid.sum()])
-            bar.update(int(batch.valid.sum()) * world_size())
-    one, five, seen = all_reduce_sum_(counts).tolist()
-    check_damage(len(images) - int(seen), len(images), images.max_bad)
-    return {"top1": 100 * one / seen, "top5": 100 * five / seen}

@@ -135,7 +135,7 @@ def reading(device: torch.device, precision: str | None) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     half = precision == "bf16" or (precision is None and device.type == "cuda")
     try:
-        # "high" is TF32, and a setting of the process: put back below, as training may go on after a probe
+        # "high" is TF32, and a setting of the process: put back below, as training continues after a probe
         torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             yield

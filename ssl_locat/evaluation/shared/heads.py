@@ -41,7 +41,7 @@ def purpose_of(protocol: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class Resumed(NamedTuple):
-    """Where a training goes on: steps done, and the plan of its samples (None for a fresh start)."""
+    """Where a training resumes: steps done, and the plan of its samples (None for a fresh start)."""
 
     step: int = 0
     plan: dict | None = None
@@ -84,7 +84,7 @@ def load_progress(
     purpose: dict[str, Any],
     scaler: torch.amp.GradScaler | None = None,
 ) -> Resumed:
-    """Where to go on from: step 0 without a file. Raises CheckpointError for a file of other settings, data or weights."""
+    """Where to resume from: step 0 without a file. Raises CheckpointError for a file of other settings, data or weights."""
     if path is None or not Path(path).exists():
         return Resumed()
     try:

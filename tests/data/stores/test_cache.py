@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written_means_no_cache(remote, tmp_path, caplog
     (tmp_path / "file").write_text("in the way")
     store = CachedStore(tmp_path / "file" / "cache", 1 << 30)
     assert store.read(url, 0, len(content), stat) == content
-    assert "reading goes on without it" in caplog.text
+    assert "reading continues without it" in caplog.text
 
 
 def on_full_disk(folder, url, content, stat, answers) -> None:
