@@ -379,7 +379,10 @@ def shards_show(data: Annotated[list[str], typer.Argument(metavar="DATA...")], a
 
 @app.command(
     epilog=_examples(
-        "ssl-locat report runs/mine", "ssl-locat report runs/a runs/b --out compare.html", "ssl-locat report runs/mine --watch"
+        "ssl-locat report runs/mine",
+        "ssl-locat report runs/a runs/b --out compare.html",
+        "ssl-locat report runs/mine --watch",
+        "ssl-locat report runs",
     )
 )
 def report(
@@ -388,7 +391,7 @@ def report(
     watch: Annotated[bool, typer.Option("--watch", help="serve it on loopback and refresh")] = False,
     port: Annotated[int, typer.Option(help="for --watch; 0: any free one")] = 0,
 ) -> None:
-    """One self-contained HTML page about one run, or several compared."""
+    """One self-contained HTML page about one run, or several compared; of a folder of runs a table of them."""
     from ssl_locat.doctor.early import check_runs
 
     check_runs(runs)

@@ -152,8 +152,10 @@ def check_enough(source: str) -> None:
 
 
 def check_runs(runs: list[str]) -> None:
-    """UserError unless all are run folders."""
-    from ssl_locat.runs.history import check_run
+    """UserError unless all are run folders, or one is a folder of runs."""
+    from ssl_locat.runs.history import check_run, find_runs, is_run
 
+    if len(runs) == 1 and os.path.isdir(runs[0]) and not is_run(runs[0]) and find_runs(runs[0]):
+        return
     for run in runs:
         check_run(run)

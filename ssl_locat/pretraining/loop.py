@@ -70,6 +70,7 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
                 with monitor.waiting_for_data():
                     batch, (global_crops, local_crops) = next(run.batches)  # [2*B, C, H, W], [L*B, C, h, w]
                 masks = model.make_masks(losses, mask_seeds(config, batch.positions), global_crops)
+                monitor.first_crops.show(global_crops, local_crops, masks and masks.hidden)
                 # gradients cross the network once a step, with the last micro-batch
                 with distributed.gradient_sync(student, now=micro == optim.accumulate_steps - 1):
                     with teacher_autocast:

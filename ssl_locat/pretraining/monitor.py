@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ssl_locat.label_free.rankme import rankme
+from ssl_locat.measure.usage import Usage
 from ssl_locat.models.tokens import Tokens
+from ssl_locat.pretraining.first_crops import FirstCrops
 from ssl_locat.pretraining.parts import Rates
 from ssl_locat.pretraining.setup import Run
 from ssl_locat.runs import distributed
@@ -29,6 +31,10 @@ class Monitor:
     def __init__(self, run: Run, bar: Any):
         self.run, self.bar, self.speed = run, bar, Speed()
         self.waiting_for_data = self.speed.waiting
+        self.first_crops = FirstCrops(run.folder, run.config.crops.mean, run.config.crops.std)
+        self.usage = Usage(run.device)
+        looks = torch.tensor(float(self.usage.looks_at_gpu), device=run.device)
+        self.usage.looks_at_gpu = bool(distributed.all_reduce_mean_(looks) == 1)  # all ranks log the same numbers
         self.own_losses: list[tuple[int, Tensor, list]] = []  # (step, this rank's loss, positions), since the last look at them
 
     @contextmanager
@@ -54,6 +60,8 @@ class Monitor:
             "memory_gb": memory_gb(run.device),
             "quarantined": run.stream.quarantined * world_size(),  # a sum over ranks, not a mean
         }
+        if (run.step - 1) % config.log.every_steps == 0:
+            numbers |= self.usage.since_last()
         # filled on the device: a copy of a host number would wait for all that is queued there
         metrics.update({name: torch.full((), float(value), device=run.device) for name, value in numbers.items()})
         self.own_losses.append((run.step, metrics["loss"], positions))

@@ -75,7 +75,7 @@ class Probes:
             if self._measured(name, step):
                 continue
             began = time.monotonic()
-            scores = probe(self.backbone, name, options or {}, self.data[name])
+            scores = probe(self.backbone, name, self._with_classes(name, options or {}), self.data[name])
             self.results[name].append({"step": step, **scores})
             if is_main():
                 self.folder.mkdir(exist_ok=True)
@@ -85,6 +85,12 @@ class Probes:
             self.events.add("probe", step=step, name=name, seconds=round(time.monotonic() - began, 2), **scores)
             log.info("step %d  %s: %s", step, name, "  ".join(f"{key} {value:.2f}" for key, value in scores.items()))
         self._raw_pixels()
+
+    def _with_classes(self, name: str, options: dict) -> dict:
+        """The options of a k-NN probe with a file for what it finds class by class, which costs it nothing: the newest one is kept."""
+        if options.get("protocol", name) != "knn" or options.get("folds"):
+            return options
+        return {"per_class": str(self.folder / f"{name}_classes.json"), **options}
 
     def _raw_pixels(self) -> None:
         """What learned features must beat, on the same images as the k-NN probe: measured with the first of them, and kept."""

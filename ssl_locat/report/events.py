@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ssl_locat.runs.history import Run
+from ssl_locat.runs.history import Run, findings
 
 MOST = 200  # events on a page: the last ones
 
@@ -17,8 +17,9 @@ class Happening(NamedTuple):
 
 
 def happenings(run: Run) -> list[Happening]:
-    """The last events in their order; saves that follow each other are one."""
+    """The last events in their order; saves that follow each other are one, and what the summary says is not said again."""
     found: list[Happening] = []
+    told = {fact for fact, _ in findings(run)}
     saves: list[dict[str, Any]] = []
     for event in [*run.events, {"kind": "end"}]:
         if event["kind"] == "save":
@@ -29,6 +30,8 @@ def happenings(run: Run) -> list[Happening]:
             saves = []
         if event["kind"] != "end":
             grave = event["kind"] in ("diverged", "fault", "outage", "warning")
+            if grave and event.get("message") in told:
+                event = {**event, "message": "see the summary.", "advice": ""}
             found.append(Happening(_time(event), sentence(event), event["kind"] == "probe", grave))
     return found[-MOST:]
 
@@ -54,7 +57,7 @@ def sentence(event: dict[str, Any]) -> str:
         seconds = f" in {event['seconds']:g} s" if isinstance(event.get("seconds"), int | float) else ""
         return f"Probed {event.get('name', 'the teacher')}{at}{seconds}."
     if kind == "warning":
-        return f"Warning{'' if 'message' in event else at}: {event.get('message', '')} {_advice(event)}".strip()
+        return f"Warning{at}: {event.get('message', '')} {_advice(event)}".strip()
     if kind == "preempt":
         return f"Stopped by {event.get('signal', 'a signal')}{at}, after saving."
     if kind == "requeue":

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from ssl_locat.config.yaml_files import dump_yaml
 from ssl_locat.report.charts import Chart, points_each
+from ssl_locat.report.classes import by_class
 from ssl_locat.report.curves import curves
 from ssl_locat.report.events import happenings
 from ssl_locat.runs.history import Run, ending, findings, flatten, open_run
@@ -55,7 +56,8 @@ def render(runs: list[Run], live: str = "") -> str:
         curves=sections,
         charts=[chart.data(most) for chart in charts.all],
         uplot=vendored(),
-        script=_file("curves.js"),
+        scripts=[_file("curves.js"), _file("scatter.js")],
+        classes=[(run.name, table) for run in runs for table in by_class(run)],
         pictures=seen,
         differences=_differences(runs),
         configs=[(run.name, dump_yaml(redacted(run.config))) for run in runs],
@@ -103,7 +105,8 @@ class _Charts:
 def _placed(seen: dict[str, Any], charts: _Charts) -> dict[str, Any]:
     """What `pictures` gave, with its charts numbered."""
     sections = [
-        section | {"charts": [charts.place(chart) for chart in section.get("charts", [])]} for section in seen["sections"]
+        section | {"charts": [charts.place(chart) for chart in section.get("charts", [])], "scatter": section.get("scatter")}
+        for section in seen["sections"]
     ]
     return {**seen, "sections": sections}
 

@@ -1,11 +1,9 @@
 """Pictures for the report, made from a run's checkpoints on a few fixed images of its data.
 
-Attention of the class token per head and of chosen patches, principal components of patch features over checkpoints, nearest neighbours,
-and what GAug learned (sigma and alpha per layer).
+Attention of the class token per head and of chosen patches, principal components of patch features over checkpoints, nearest neighbours, a
+scatter of images (embedding.py), and what GAug learned (sigma and alpha per layer). The crops of the first batch come from the run itself.
 """
 
-import base64
-import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ssl_locat.data.images.decode import decode_image, find_image
+from ssl_locat.data.images.decode import decode_image, find_image, find_label
+from ssl_locat.data.images.tiles import GAP, TILE, as_tiles, montage
 from ssl_locat.errors import EXPECTED, CorruptSample
 from ssl_locat.evaluation.shared.image_views import as_picture
 from ssl_locat.evaluation.shared.samples import Members
@@ -27,6 +26,7 @@ from ssl_locat.models.backbone import load_backbone
 from ssl_locat.models.gaug import GAug
 from ssl_locat.models.tokens import class_token, forward_tokens, refine
 from ssl_locat.report.charts import Chart, Line
+from ssl_locat.report.embedding import encoded, scatter
 from ssl_locat.runs.history import Run
 from ssl_locat.runs.log import progress
 from ssl_locat.runs.marker import problem
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 NUM_IMAGES = 4  # rows of every picture
 NUM_CHECKPOINTS = 5  # columns of the component pictures
 NUM_NEIGHBOURS = 6
-NUM_SEARCHED = 128  # images among which neighbours are looked for: a glance, not a score
-TILE = 96  # pixels on the page
+NUM_SEARCHED = 256  # images among which neighbours are looked for, and dots of the scatter: a glance, not a score
+MOST_BYTES = 20_000_000  # of a picture that a run left: one that is larger is not of ours
 
 GAUG_CHARTS = [
     ("Width of the Gaussian, sigma", "In patches, per layer.", "Small keeps attention near the patch."),
@@ -60,16 +60,37 @@ def pictures(run: Run) -> dict:
     """{"sections": [{title, meaning, pictures}], "note"} for the page; no sections, and the reason, where there is nothing to show."""
     folders = sorted((run.path / "checkpoints").glob("step_" + "[0-9]" * 8))
     whole = [path for path in folders if problem(path) is None]
+    crops = _crops_section(run)
     if not whole:
-        return {"sections": [], "note": ""}
+        return {"sections": crops, "note": ""}
     key = (str(run.path.resolve()), whole[-1].name)
     if key not in _made:
         try:
-            _made[key] = {"sections": _sections(run, [int(path.name[5:]) for path in whole]), "note": f"From {whole[-1].name}."}
+            found = _sections(run, [int(path.name[5:]) for path in whole])
+            _made[key] = {"sections": found, "note": f"By the teacher of step {int(whole[-1].name[5:]):,}."}
         except (*EXPECTED, OSError) as error:  # data that has moved must not cost the rest of the page
-            log.warning("The report goes without pictures: %s", error)
+            log.warning("The report goes without pictures of the checkpoints: %s", error)
             _made[key] = {"sections": [], "note": f"No pictures: {error}"}
-    return _made[key]
+    return _made[key] | {"sections": [*crops, *_made[key]["sections"]]}
+
+
+def _crops_section(run: Run) -> list[dict]:
+    """Crops of the first batch, which the run left as a picture; [] for a run of a version that left none."""
+    path = run.path / "pictures" / "crops.png"
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            return []
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture = picture.convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return []
+    columns = (picture.width + GAP) // (TILE + GAP)
+    meaning = (
+        "Crops of the first batch after augmentation, as the networks saw them: in each row one image, first its two global crops, then local "
+        "ones, all drawn at one size. Grey patches are hidden from the student. What you would not recognise yourself is too much."
+    )
+    alt = f"{(picture.height + GAP) // (TILE + GAP)} images, {columns} augmented crops each."
+    return [{"title": "What it was trained on", "meaning": meaning, "pictures": [_inlined(picture, alt)]}]
 
 
 def _sections(run: Run, steps: list[int]) -> list[dict]:
@@ -81,7 +102,7 @@ def _sections(run: Run, steps: list[int]) -> list[dict]:
     with progress("pictures", total=len(chosen) + 1, unit="checkpoints") as bar:
         for step, backbone in backbones:
             if images is None:
-                images = _fixed_images(run, backbone)
+                images, labels = _fixed_images(run, backbone)
             shot = _capture(backbone, images[:NUM_IMAGES])
             # the former picture fixes the signs of the components
             components.append((step, _components(shot.patches, components[-1][1] if components else None)))
@@ -89,11 +110,12 @@ def _sections(run: Run, steps: list[int]) -> list[dict]:
         assert images is not None, "there is at least one checkpoint"
         everything = torch.cat([_capture(backbone, part).features for part in images.split(16)])
         bar.update()
-    thumbnails = _thumbnails(images, backbone)
+    thumbnails = as_tiles(images, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
     sections = [
-        *_attention_sections(shot, thumbnails),
-        _component_section(components, thumbnails),
+        _scatter_section(everything, labels, thumbnails),
         _neighbour_section(everything, thumbnails),
+        _component_section(components, thumbnails),
+        *_attention_sections(shot, thumbnails),
     ]
     return [section for section in [*sections, *_gaug_sections(backbone, images[:16])] if section]
 
@@ -101,25 +123,35 @@ def _sections(run: Run, steps: list[int]) -> list[dict]:
 # --- looking --------------------------------------------------------------------------------------------------------------
 
 
-def _fixed_images(run: Run, backbone: nn.Module) -> Tensor:
-    """[n, C, S, S], normalised as the backbone wants it: the same images for every checkpoint, spread over the data."""
+def _fixed_images(run: Run, backbone: nn.Module) -> tuple[Tensor, list[str | None]]:
+    """[n, C, S, S], normalised as the backbone wants it, and the name of each one's class, if it has one: the same images for every
+    checkpoint, spread over the data."""
     data = run.config["data"]
     members = Members(data.get("test") or data["train"])
     size = int(backbone.pretrained_cfg["input_size"][-1])
     # spread, as classes may lie one after the other
     places = np.linspace(0, len(members) - 1, min(NUM_SEARCHED, len(members))).round().astype(int)
-    images = []
+    images, labels = [], []
     for place in places.tolist():
         try:
-            channels = len(backbone.pretrained_cfg["mean"])
-            pixels = decode_image(find_image(members[place].members, data.get("image_key")), channels=channels)
+            channels, sample = len(backbone.pretrained_cfg["mean"]), members[place]
+            pixels = decode_image(find_image(sample.members, data.get("image_key")), channels=channels)
         except CorruptSample:
             continue
+        labels.append(_class_name(sample.members, data.get("label_key"), members.dataset.classes))
         images.append(
             torch.from_numpy(np.array(as_picture(pixels, lambda picture: _square(picture, size)))).permute(2, 0, 1) / 255
         )
     mean, std = (torch.tensor(backbone.pretrained_cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    return (torch.stack(images) - mean) / std
+    return (torch.stack(images) - mean) / std, labels
+
+
+def _class_name(members: dict, label_key: str | None, classes: list[str]) -> str | None:
+    try:
+        label = find_label(members, label_key)
+    except CorruptSample:
+        return None
+    return classes[label] if label < len(classes) else str(label)
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
@@ -127,15 +159,6 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
     return image.crop((left, top, left + size, top + size))
-
-
-def _thumbnails(images: Tensor, backbone: nn.Module) -> list[np.ndarray]:
-    """uint8 [TILE, TILE, 3] each; of more than three channels the first three, of fewer the first as grey."""
-    mean, std = (torch.tensor(backbone.pretrained_cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    images = images * std + mean
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    pixels = (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
-    return [np.array(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS)) for image in pixels]
 
 
 class _Recorder(TorchFunctionMode):
@@ -226,6 +249,19 @@ def _component_section(components: list[tuple[int, Tensor]], thumbnails: list[np
     return {"title": "Patch features over the run", "meaning": meaning, "pictures": [picture]}
 
 
+def _scatter_section(features: Tensor, labels: list[str | None], thumbnails: list[np.ndarray]) -> dict | None:
+    drawing = scatter(features, labels, thumbnails)
+    if drawing is None:
+        return None
+    first, second = (f"{100 * share:.0f} %" for share in drawing["shares"])
+    of_what = "coloured by label" if drawing["legend"] else "without labels"
+    meaning = (
+        f"Each dot is an image, {of_what}: the first two principal components of its features, which hold {first} and {second} "
+        "of their variance. Good: dots of one colour lie together. In two dimensions much of that is lost."
+    )
+    return {"title": "Images by their features", "meaning": meaning, "pictures": [], "scatter": drawing}
+
+
 def _neighbour_section(features: Tensor, thumbnails: list[np.ndarray]) -> dict | None:
     if len(features) <= NUM_NEIGHBOURS:
         return None
@@ -313,21 +349,8 @@ def _marked(tile: np.ndarray, y: int, x: int, rows: int, cols: int) -> np.ndarra
 
 
 def _picture(tiles: list[list[np.ndarray]], alt: str) -> dict:
-    """Tiles in rows, 4 px apart on a transparent ground, as a PNG."""
-    gap = 4
-    height, width = len(tiles) * (TILE + gap) - gap, max(map(len, tiles)) * (TILE + gap) - gap
-    canvas = np.zeros((height, width, 4), np.uint8)
-    for row, line in enumerate(tiles):
-        for column, tile in enumerate(line):
-            top, left = row * (TILE + gap), column * (TILE + gap)
-            canvas[top : top + TILE, left : left + TILE, :3] = tile
-            canvas[top : top + TILE, left : left + TILE, 3] = 255
-    out = io.BytesIO()
-    Image.fromarray(canvas).save(out, "PNG", optimize=True)
-    return {
-        "png": base64.b64encode(out.getvalue()).decode(),
-        "width": width,
-        "height": height,
-        "alt": alt,
-        "caption": "",
-    }
+    return _inlined(montage(tiles), alt)
+
+
+def _inlined(picture: Image.Image, alt: str) -> dict:
+    return {"webp": encoded(picture), "width": picture.width, "height": picture.height, "alt": alt, "caption": ""}

@@ -90,6 +90,19 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "config.yaml").is_file()
 
 
+def find_runs(folder: str | Path, deepest: int = 3) -> list[Path]:
+    """Run folders below a folder, in the order of their names; what lies inside a run is part of it. Links are not followed."""
+    found: list[Path] = []
+    for child in sorted(Path(folder).iterdir()):
+        if child.is_symlink() or not child.is_dir() or child.name.startswith("."):
+            continue
+        if is_run(child) and any((child / name).exists() for name in ("events.jsonl", "metrics.jsonl", "summary.json")):
+            found.append(child)
+        elif deepest > 1:
+            found += find_runs(child, deepest - 1)
+    return found
+
+
 def check_run(path: str | Path) -> None:
     """UserError if it is no run folder."""
     path = Path(path)
@@ -98,20 +111,41 @@ def check_run(path: str | Path) -> None:
         raise UserError(f"{path} {there}; expected a run folder, as `ssl-locat pretrain` makes it (its `run_dir`).")
 
 
-def open_run(path: str | Path) -> Run:
-    """Read a run folder. Raises UserError if it is none."""
+def open_run(path: str | Path, every_line: bool = True) -> Run:
+    """Read a run folder. Raises UserError if it is none. `every_line=False`: of the metrics only the first and the last line."""
     path = Path(path)
     check_run(path)
+    metrics = path / "metrics.jsonl"
     return Run(
         path=path,
         config=load_yaml(str(path / "config.yaml")).data,
         environment=_json(path / "environment.json"),
-        metrics=read_jsonl(path / "metrics.jsonl"),
+        metrics=read_jsonl(metrics) if every_line else _first_and_last(metrics),
         events=read_jsonl(path / "events.jsonl"),
         quarantine=read_jsonl(path / "quarantine.jsonl"),
         probes={file.stem: read_jsonl(file) for file in sorted((path / "probes").glob("*.jsonl"))},
         summary=_json(path / "summary.json"),
     )
+
+
+def _first_and_last(path: Path, enough: int = 65536) -> list[dict[str, Any]]:
+    """Of a .jsonl file of any length: its first whole line and its last."""
+    try:
+        with open(path, "rb") as file:
+            first = file.readline(enough)
+            file.seek(max(0, path.stat().st_size - enough))
+            tail = file.read()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in (first, tail.rpartition(b"\n")[0].rpartition(b"\n")[2]):  # what a kill cut off has no line end
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record and record not in found:
+            found.append(record)
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -76,6 +76,29 @@ def test_several_temperatures_are_named():
     assert set(knn.score(table, table, [5], [0.07, 0.1], 3)) == {"top1_k5_t0.07", "top5_k5_t0.07", "top1_k5_t0.1", "top5_k5_t0.1"}
 
 
+def test_classes_and_confusions_add_up():
+    labels, guesses = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3, 3]), torch.tensor([0, 1, 1, 1, 1, 0, 3, 3, 1])
+    found = knn.by_class(labels, guesses, ["cat", "dog", "cow"])
+    assert found["classes"] == [
+        {"class": "cat", "images": 3, "top1": 33.33},
+        {"class": "dog", "images": 2, "top1": 100.0},
+        {"class": "3", "images": 4, "top1": 50.0},
+    ]
+    assert found["confusions"][0] == {"class": "cat", "taken_for": "dog", "images": 2} and len(found["confusions"]) == 3
+    assert knn.by_class(labels, labels)["confusions"] == []
+    many = knn.by_class(torch.arange(30_000), torch.arange(30_000) + 1)
+    assert (len(many["classes"]), len(many["confusions"])) == (knn.MOST_CLASSES, knn.MOST_CONFUSIONS)
+
+
+def test_guesses_are_those_that_are_scored():
+    torch.manual_seed(0)
+    bank, queries = (Features(torch.randn(n, 4), torch.arange(n) % 3) for n in (60, 40))
+    guesses = torch.zeros_like(queries.labels)
+    scores = knn.score(bank, queries, [5, 10], [0.07, 0.1], 3, guesses=guesses)
+    assert scores == knn.score(bank, queries, [5, 10], [0.07, 0.1], 3)
+    assert scores["top1_k5_t0.07"] == pytest.approx(100 * (guesses == queries.labels).double().mean().item())
+
+
 def test_more_neighbours_than_images_is_refused():
     table = Features(torch.randn(10, 4), torch.arange(10) % 3)
     with pytest.raises(ConfigError, match="k = 200 is more than the 10 images"):

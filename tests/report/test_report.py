@@ -9,15 +9,22 @@ import threading
 import urllib.error
 import urllib.request
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 from browser import open_browser
 from trained import trained_run  # noqa: F401
 
+import ssl_locat.objectives
+from ssl_locat.config.schema import OBJECTIVES
+from ssl_locat.config.yaml_files import load_yaml, names
 from ssl_locat.errors import UserError
+from ssl_locat.report.captions import NO_CURVES, TRAINING, score
 from ssl_locat.report.charts import MAX_POINTS, Chart, Line, points_each
 from ssl_locat.report.command import report
+from ssl_locat.report.curves import curves
+from ssl_locat.report.events import sentence
 from ssl_locat.report.live import make_server
 from ssl_locat.report.page import render, write
 from ssl_locat.report.pictures import _Recorder
@@ -89,9 +96,19 @@ def test_the_page_works_in_a_browser(browser, two_runs):
     wanted = {"Loss nats", "Teacher entropy nats", "RankMe dimensions", "Learning rate", "Throughput images/s", "k-NN: top-1 %"}
     wanted |= {"KL divergence nats", "Waiting for data share"}
     wanted |= {"Attention of the class token", "Attention of patches", "Patch features over the run", "Nearest neighbours"}
+    wanted |= {"What it was trained on", "Images by their features", "knn: the commonest confusions", "Host memory GB"}
+    wanted |= {"knn: top-1 of each class, the worst first k = 5", "Processors in use cores"}
     assert wanted | {"What GAug learned"} <= set(state["titles"]) and state["images"] >= 4
     text = browser.run("return document.body.innerText")
-    for part in ("Step 8: <script>alert('RankMe')</script> fell.", "More data.", "k<1>", "cut off", "k-NN top-1", "Stopped by"):
+    for part in (
+        "Step 8: <script>alert('RankMe')</script> fell.",
+        "More data.",
+        "k<1>",
+        "cut off",
+        "k-NN top-1",
+        "Stopped by SIGTERM",
+        "Warning at step 8: see the summary.",
+    ):
         assert part in text
     assert brightness(state["ground"]) > 200 and brightness(state["ink"]) < 80
 
@@ -131,6 +148,49 @@ def test_values_show_under_the_pointer_and_a_drag_zooms(browser, two_runs):
     browser.run("document.querySelector('#whole').click()")
     browser.point("#loss", 0.99)
     assert "step 12" in legend(browser) and browser.complaints() == []
+
+
+def test_a_dot_of_the_scatter_shows_its_image(browser, two_runs):
+    browser.open(report([str(two_runs[0])]).as_uri())
+    browser.run("const d = document.querySelectorAll('.scatter circle')[5]; d.id = 'dot'; d.parentElement.append(d)")
+    assert browser.run("return document.querySelector('.tip').hidden")
+    browser.point("#dot")
+    assert not browser.run("return document.querySelector('.tip').hidden")
+    assert browser.run("return document.querySelector('.tip').innerText === document.querySelector('#dot').dataset.label")
+    assert browser.run("return document.querySelectorAll('.scatter circle').length") == 40 and browser.complaints() == []
+
+
+def test_a_folder_of_runs_is_a_table_to_sort(browser, two_runs, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(two_runs[0], runs / "a run, <b>bold</b>")
+    shutil.copytree(two_runs[1], runs / "nested" / "é#1?")
+    last = runs / "nested" / "é#1?" / "metrics.jsonl"
+    record = json.loads(last.read_text().splitlines()[-1]) | {"step": 13, "loss": 99.5}
+    last.write_text(last.read_text() + json.dumps(record) + "\n")
+    (runs / "no run").mkdir()
+    (runs / "broken").mkdir()
+    (runs / "broken" / "config.yaml").write_text("a: [")
+    (runs / "broken" / "events.jsonl").write_text("")
+    page = report([str(runs)])
+    assert page == runs / "report.html"
+    browser.resize(1300, 900)
+    browser.open(page.as_uri())
+    losses = "return [...document.querySelectorAll('tbody tr')].map(r => r.cells[10].innerText)"
+    first = browser.run(losses)
+    assert len(first) == 2 and browser.run("return document.querySelector('tbody th').innerText") == "a run, <b>bold</b>"
+    for order in (["99.5", min(first)], [min(first), "99.5"]):  # of numbers the largest first
+        browser.run("document.querySelectorAll('thead button')[10].click()")
+        assert browser.run(losses) == order
+    assert browser.complaints() == []
+    for index in range(2):
+        link = browser.run(f"return document.querySelectorAll('tbody a')[{index}].href")
+        browser.open(link)
+        assert "· ssl_locat" in browser.run("return document.title") and browser.run("return !!document.querySelector('#curves')")
+        browser.open(page.as_uri())
+    with pytest.raises(UserError, match="--watch"):
+        report([str(runs)], watch=True)
+    with pytest.raises(UserError, match="below it"):
+        report([str(runs)], out=str(tmp_path / "elsewhere.html"))
 
 
 def test_smoothing_is_a_switch_that_lasts(browser, two_runs):
@@ -286,6 +346,64 @@ def test_a_page_with_many_curves_stays_small():
     charts = [Chart("c", "", [Line("x", range(2_000), [index / 7 for index in range(2_000)])] * 20, "step")] * 20
     most = points_each(charts)
     assert len(json.dumps([chart.data(most) for chart in charts])) < 2_500_000
+
+
+def test_ln_k_stands_on_every_recipe_with_prototypes(tmp_path):
+    recipes = {name: config for name in names("configs/pretrain") for config in [load_yaml(name, "configs/pretrain").data]}
+    seen = 0
+    for name, config in recipes.items():
+        objectives = config["objective"] if isinstance(config["objective"], list) else [config["objective"]]
+        kinds = [objective["name"] for objective in objectives]
+        several = len(kinds) > 1
+        record = {"step": 1, "samples_seen": 1, "loss": 1.0, f"{'dino_' if several else ''}teacher_entropy": 1.0}
+        record |= dict.fromkeys(kinds, 1.0) if several else {}
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(json.dumps(config))
+        (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        levels = {chart.title: chart.level for _, charts in curves([open_run(run)]) for chart in charts}
+        wanted = {"dino": "DINO loss", "ibot": "iBOT loss"}
+        for kind in set(kinds) & set(wanted):
+            seen += 1
+            assert levels[wanted[kind] if several else "Loss"] and levels["Teacher entropy"]
+    assert seen > 5
+
+
+def test_every_metric_has_a_caption(trained_run):  # noqa: F811
+    """Those of a run, those that objectives and protocols name in their code."""
+    known = {name for _, captions in TRAINING for caption in captions for name in caption.names}
+    for name in open_run(trained_run).metrics[0]:
+        assert name in known | NO_CURVES
+    for file in Path(ssl_locat.objectives.__file__).parent.glob("*.py"):
+        logged = re.findall(r'return loss, \{(.*?)\}|return \{("\w+": self\.center.*?)\}', file.read_text())
+        for name in re.findall(r'"(\w+)":', str(logged)):
+            assert name in known, f"{file.name}: {name}"
+    for name in OBJECTIVES:
+        assert name in known
+    for name in (
+        "top1_k20_t0.1",
+        "top5",
+        "miou",
+        "miou_hungarian",
+        "pixel_accuracy",
+        "locality_layer3",
+        "sigma_layer1",
+        "dse_intra_8",
+    ):
+        assert "under this name" not in score(name).what and score(name).good
+
+
+def test_events_are_sentences():
+    said = {
+        "Resumed at step 40 on 8 processes, to step 1,000.": {"kind": "resume", "step": 40, "world_size": 8, "total_steps": 1000},
+        "Probed knn at step 40 in 3.2 s.": {"kind": "probe", "step": 40, "name": "knn", "seconds": 3.2, "top1_k20": 50.0},
+        "Stopped by SIGTERM at step 7, after saving.": {"kind": "preempt", "step": 7, "signal": "SIGTERM"},
+        "Branched from a/step_00000004: optim.lr was 1, now 2.": {"kind": "branch", "step": 4, "parent": "a/step_00000004", "changes": ["optim.lr was 1, now 2"]},
+        "Finished at step 9.": {"kind": "finish", "step": 9},
+        "odd at step 1: why x.": {"kind": "odd", "time": "t", "step": 1, "why": "x"},
+    }  # fmt: skip
+    for words, event in said.items():
+        assert sentence(event) == words
 
 
 def test_a_mark_stands_on_the_curves_it_is_for():

@@ -4,6 +4,7 @@ ssl-locat evaluate knn MODEL data.train=... data.test=...
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,11 +21,14 @@ from ssl_locat.evaluation.shared.features import (
     split,
 )
 from ssl_locat.evaluation.shared.metrics import top_hits
-from ssl_locat.evaluation.shared.options import Count, Counts, Folds, LabelledData, Positive, Positives, Share, Whole
+from ssl_locat.evaluation.shared.options import Count, Counts, Folds, LabelledData, Positive, Positives, Share, Text, Whole
 from ssl_locat.evaluation.shared.samples import same_classes
-from ssl_locat.runs.distributed import all_reduce_sum_, rank, world_size
+from ssl_locat.runs.distributed import all_reduce_sum_, is_main, rank, world_size
+from ssl_locat.runs.durable import write_atomically
+from ssl_locat.text.shown import to_json
 
 QUERIES, BANK = 1024, 65536  # rows compared at a time: 256 MiB of similarities
+MOST_CLASSES, MOST_CONFUSIONS = 1000, 100  # in a per_class file: 60 kB
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int, bank_rows: int = BANK, query_rows: int = QUERIES) -> tuple[Tensor, Tensor]:
@@ -71,8 +75,11 @@ def score(
     temperatures: Sequence[float],
     num_classes: int,
     device: torch.device | str = "cpu",
+    guesses: Tensor | None = None,
 ) -> dict[str, float]:
-    """top1_k20, top5_k20, ... in percent (top1_k20_t0.1 where several temperatures are asked for); each process takes its share of the queries."""
+    """top1_k20, top5_k20, ... in percent (top1_k20_t0.1 where several temperatures are asked for); each process takes its share of the queries.
+
+    guesses: int64 [Q], which is filled with the class that the first k at the first temperature finds for each query."""
     too_many = [count for count in k if count > len(bank.labels)]
     if too_many:
         raise ConfigError(
@@ -83,11 +90,14 @@ def score(
     votes = bank.labels.to(device)[where]  # [Q, K]
     labels = queries.labels[rank() :: world_size()].to(device)
     hits: dict[str, Tensor] = {}
+    chosen = []  # [q] each, of this process's queries
     for temperature in temperatures:
         suffix = f"_t{temperature:g}" if len(temperatures) > 1 else ""
         # in blocks: the scores of all queries for 1000 classes would be larger than the bank
         for block in zip(similarity.split(QUERIES), votes.split(QUERIES), labels.split(QUERIES), strict=True):
             for count, scores in class_scores(*block[:2], k, temperature, num_classes).items():
+                if (count, temperature) == (k[0], temperatures[0]):
+                    chosen.append(scores.argmax(1))
                 for top in (1, 5):
                     name = f"top{top}_k{count}{suffix}"
                     # stays on the device: an .item() for each would wait for it
@@ -101,6 +111,10 @@ def score(
     # every process has every name, a process without queries too: the sum needs equal shapes
     local = torch.stack([torch.as_tensor(hits.get(name, 0), device=device) for name in names])
     total = all_reduce_sum_(local)
+    if guesses is not None:
+        everyone = torch.zeros_like(guesses, device=device)
+        everyone[rank() :: world_size()] = torch.cat(chosen)
+        guesses.copy_(all_reduce_sum_(everyone))
     return {name: 100 * count.item() / len(queries.labels) for name, count in zip(names, total, strict=True)}
 
 
@@ -119,6 +133,7 @@ def evaluate(
     batch_size: Count = 256,
     workers: Whole | None = None,
     seed: Whole = 0,
+    per_class: Text | None = None,
 ) -> dict[str, float]:
     """top1_kK and top5_kK in percent for each k: the test images classified by their neighbours among the training images.
 
@@ -131,6 +146,7 @@ def evaluate(
         folds: cross-validation within data.train instead of a test set; the mean over folds.
         precision: of the features: bf16, or fp32 (TF32 on a GPU); None: bf16 on a GPU, fp32 on a CPU.
         workers: loader processes of each rank; None: chosen from the cores.
+        per_class: a file (.json) for the top-1 of each class and the confusions, by the first k and temperature; not with folds.
     """
     ks, temperatures = _listed(k), _listed(temperature)
     image_size = check_image_size(backbone, image_size)
@@ -142,6 +158,8 @@ def evaluate(
         "batch_size": batch_size,
         "workers": workers,
     }
+    if folds and per_class:
+        raise ConfigError("per_class tells of one split into training and test images; leave it or folds out.")
     if folds:
         train = labelled_images(backbone, data, "train", **settings)
         return _cross_validate(extract(backbone, train, precision=precision), folds, ks, temperatures, seed, device)
@@ -151,7 +169,34 @@ def evaluate(
     same_classes(train.dataset, test.dataset)
     bank, queries = (extract(backbone, images, precision=precision) for images in (train, test))
     num_classes = check_classes(bank.labels, queries.labels, data.get("num_classes"))
-    return score(bank, queries, ks, temperatures, num_classes, device) | _counts(bank, queries)
+    guesses = torch.zeros_like(queries.labels) if per_class else None
+    scores = score(bank, queries, ks, temperatures, num_classes, device, guesses)
+    if per_class and guesses is not None and is_main():
+        found = by_class(queries.labels, guesses, getattr(test.dataset, "classes", []))
+        Path(per_class).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(per_class), to_json({"k": ks[0], **found}))
+    return scores | _counts(bank, queries)
+
+
+def by_class(labels: Tensor, guesses: Tensor, names: Sequence[str] = ()) -> dict[str, list[dict]]:
+    """labels, guesses [Q] -> {"classes": [{class, images, top1 in percent}], "confusions": [{class, taken_for, images}]}, the commonest first.
+
+    Bounded for any number of classes and images: of classes those with most images. names: of classes; else their numbers are."""
+
+    def name(label: int) -> str:
+        return names[label] if label < len(names) else str(label)
+
+    truth, counts = labels.unique(return_counts=True)
+    hits = labels[labels == guesses].bincount(minlength=int(labels.max()) + 1)[truth]
+    order = counts.argsort(descending=True, stable=True)[:MOST_CLASSES].sort().values
+    rows = zip(truth[order].tolist(), counts[order].tolist(), hits[order].tolist(), strict=True)
+    classes = [{"class": name(label), "images": count, "top1": round(100 * hit / count, 2)} for label, count, hit in rows]
+    wrong = labels != guesses
+    pairs, times = torch.stack([labels[wrong], guesses[wrong]]).unique(dim=1, return_counts=True)
+    worst = times.argsort(descending=True, stable=True)[:MOST_CONFUSIONS]
+    confused = zip(pairs[:, worst].T.tolist(), times[worst].tolist(), strict=True)
+    confusions = [{"class": name(true), "taken_for": name(guess), "images": count} for (true, guess), count in confused]
+    return {"classes": classes, "confusions": confusions}
 
 
 def raw_pixel_knn(
