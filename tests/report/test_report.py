@@ -218,6 +218,12 @@ def test_names_from_data_run_no_script(browser, tmp_path):
     )
     (run / "probes" / "a&lt;b.jsonl").write_text(json.dumps({"step": 1, evil: 3.0}) + "\n")
     (run / "events.jsonl").write_text(json.dumps({"time": evil, "kind": evil, "step": 1, "message": evil}) + "\n")
+    classes = {
+        "classes": [{"class": evil, "images": 1, "top1": 0.0}],
+        "confusions": [{"class": evil, "taken_for": evil, "images": 1}],
+    }
+    (run / "probes" / "knn_classes.json").write_text(json.dumps(classes))
+    (run / "environment.json").write_text(json.dumps({evil: evil}))
     browser.open(report([str(run)]).as_uri())
     assert browser.run("return document.title") == "run · ssl_locat" and browser.complaints() == []
     assert browser.run("return document.querySelectorAll('img').length") == 0
