@@ -32,7 +32,7 @@ def happenings(run: Run) -> list[Happening]:
             grave = event["kind"] in ("diverged", "fault", "outage", "warning")
             if grave and event.get("message") in told:
                 event = {**event, "message": "see the summary.", "advice": ""}
-            found.append(Happening(_time(event), sentence(event), event["kind"] == "probe", grave))
+            found.append(Happening(_time(event), sentence(event), event["kind"] in ("probe", "best"), grave))
     return found[-MOST:]
 
 
@@ -56,6 +56,10 @@ def sentence(event: dict[str, Any]) -> str:
     if kind == "probe":
         seconds = f" in {event['seconds']:g} s" if isinstance(event.get("seconds"), int | float) else ""
         return f"Probed {event.get('name', 'the teacher')}{at}{seconds}."
+    if kind == "best":
+        return f"The checkpoint{at} is kept: the best so far by {event.get('measure', event.get('choice', '?'))}."
+    if kind == "stop":
+        return f"Ended by stop_when{at}: {event.get('message', '')}."
     if kind == "warning":
         return f"Warning{at}: {event.get('message', '')} {_advice(event)}".strip()
     if kind == "preempt":
@@ -71,12 +75,9 @@ def sentence(event: dict[str, Any]) -> str:
     return f"{kind}{at}{f': {rest}' if rest else ''}."
 
 
-def _saved(steps: list) -> str:
-    return (
-        f"Saved at step {steps[0]:,}."
-        if len(steps) == 1
-        else f"Saved {len(steps)} times, from step {steps[0]:,} to {steps[-1]:,}."
-    )
+def _saved(steps: list[Any]) -> str:
+    first, last = (f"{step:,}" if isinstance(step, int) else step for step in (steps[0], steps[-1]))
+    return f"Saved at step {first}." if len(steps) == 1 else f"Saved {len(steps)} times, from step {first} to {last}."
 
 
 def _advice(event: dict[str, Any]) -> str:

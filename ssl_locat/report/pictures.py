@@ -80,8 +80,8 @@ def _crops_section(run: Run) -> list[dict]:
     try:
         if path.stat().st_size > MOST_BYTES:
             return []
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture = picture.convert("RGBA")
+        with Image.open(path, formats=["PNG"]) as file:
+            picture = file.convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError):
         return []
     columns = (picture.width + GAP) // (TILE + GAP)

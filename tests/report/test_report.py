@@ -24,7 +24,7 @@ from ssl_locat.report.captions import NO_CURVES, TRAINING, score
 from ssl_locat.report.charts import MAX_POINTS, Chart, Line, points_each
 from ssl_locat.report.command import report
 from ssl_locat.report.curves import curves
-from ssl_locat.report.events import sentence
+from ssl_locat.report.events import _saved, sentence
 from ssl_locat.report.live import make_server
 from ssl_locat.report.page import render, write
 from ssl_locat.report.pictures import _Recorder
@@ -406,10 +406,12 @@ def test_events_are_sentences():
         "Stopped by SIGTERM at step 7, after saving.": {"kind": "preempt", "step": 7, "signal": "SIGTERM"},
         "Branched from a/step_00000004: optim.lr was 1, now 2.": {"kind": "branch", "step": 4, "parent": "a/step_00000004", "changes": ["optim.lr was 1, now 2"]},
         "Finished at step 9.": {"kind": "finish", "step": 9},
+        "The checkpoint at step 4,000 is kept: the best so far by unlabelled.dse.": {"kind": "best", "step": 4000, "measure": "unlabelled.dse"},
+        "Saved at step ?.": {"kind": "save"},
         "odd at step 1: why x.": {"kind": "odd", "time": "t", "step": 1, "why": "x"},
     }  # fmt: skip
     for words, event in said.items():
-        assert sentence(event) == words
+        assert (_saved([event.get("step", "?")]) if event["kind"] == "save" else sentence(event)) == words
 
 
 def test_a_mark_stands_on_the_curves_it_is_for():
