@@ -256,7 +256,7 @@ def _compared(run: Run, choice: str, serves: str, measure: Measure, best: Best, 
     at, noise = _epoch(run, best.step), NOISE.get(measure.metric, 0.0)
     values = f"{measure} {best.value:.4g} against {last.value:.4g} at the last step"
     if best.step == last.step:
-        return f"The last step is the best backbone for {serves} ({measure} {last.value:.4g}).", ""
+        return f"The last step is the best backbone for {serves} (by {measure}).", ""
     if abs(best.value - last.value) <= noise:
         return f"For {serves} {at} and the last step are alike ({values}: differences up to {noise:g} are noise).", ""
     fact = f"{at[0].upper()}{at[1:]} is the better backbone for {serves} ({values})."

@@ -50,7 +50,7 @@ def test_an_earlier_epoch_is_named_as_the_better_backbone(trained, tmp_path, cap
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ([0.9, 0.35, 0.61], "The last step is the best backbone for segmentation (unlabelled.dse 0.61)."),
+        ([0.9, 0.35, 0.61], "The last step is the best backbone for segmentation (by unlabelled.dse)."),
         (
             [0.9, 0.63, 0.61],
             "For segmentation epoch 1 (step 6) and the last step are alike (unlabelled.dse 0.63 against 0.61 at the last step",
