@@ -5,7 +5,7 @@ from typing import Any
 
 from ssl_locat.runs.history import Run
 
-SHOWN, CONFUSIONS = 30, 20  # rows; the rest of the classes is folded away
+SHOWN, CONFUSIONS = 30, 12  # rows; the rest of the classes is folded away
 
 
 def by_class(run: Run) -> list[dict[str, Any]]:

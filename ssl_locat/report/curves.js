@@ -210,7 +210,7 @@
       series: [{}, ...series], bands,
       cursor: {
         dataIdx: nearest, drag: { x: true, y: false, setScale: true },
-        points: { size: 7, show: (u, i) => (i - 1) % COLUMNS === 0 ? undefined : false },
+        points: { size: 7 },
         ...(chart.wholeRun ? { sync: { key: "run", scales: ["x", null], setSeries: false,
                                        filters: { pub: type => type !== "mousedown" && type !== "mouseup" && type !== "dblclick" } } } : {}),
         bind: { dblclick: () => () => { unzoom(); return null; } },

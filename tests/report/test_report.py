@@ -136,6 +136,7 @@ def test_values_show_under_the_pointer_and_a_drag_zooms(browser, two_runs):
     browser.point("#loss", 0.99)
     assert "step 12" in legend(browser) and f"{losses[12]:.4g}" in legend(browser)
     browser.point("#loss", 0.5)
+    assert browser.run(f"return {LOSS}.querySelector('.u-cursor-pt').getBoundingClientRect().width") > 3  # the point itself
     shown = re.search(r"step (\d+)", legend(browser))
     assert shown and f"{losses[int(shown[1])]:.4g}" in legend(browser)
     entropy = LOSS.replace("Loss", "Teacher entropy")
@@ -156,6 +157,7 @@ def test_a_dot_of_the_scatter_shows_its_image(browser, two_runs):
     assert browser.run("return document.querySelector('.tip').hidden")
     browser.point("#dot")
     assert not browser.run("return document.querySelector('.tip').hidden")
+    assert browser.run("return getComputedStyle(document.querySelector('.sprite')).display") == "none"
     assert browser.run("return document.querySelector('.tip').innerText === document.querySelector('#dot').dataset.label")
     assert browser.run("return document.querySelectorAll('.scatter circle').length") == 40 and browser.complaints() == []
 
