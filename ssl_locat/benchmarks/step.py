@@ -36,7 +36,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     yield "objectives", partial(objectives.rows, 2 if quick else repeats)
     if quick:
         return
-    yield "label-free measures", partial(label_free.rows, 5)
+    yield "label-free measures", partial(label_free.rows, 3)
     for precision in precisions():
         case = f"ViT-S 512 px {precision}"
         yield case, partial(model_rows, case, "ViT-S", 512, 16 if on_gpu else 1, 5, precision, compiled=on_gpu)

@@ -52,6 +52,7 @@ BETTER = dict.fromkeys(
 BETTER |= dict.fromkeys(("dse_intra_1", "dse_intra_8", "uniformity", "alignment", "norm_outliers"), "lower")
 BETTER |= {"alpha_req": "near 1"}
 NOISE = {"dse": 0.04}  # of k-means seeds: smaller differences mean nothing (docs/label-free.md)
+SHARES = ("top1", "top5")  # per cent of test images that are classified rightly: the noise follows from their number
 
 
 class Measure(NamedTuple):
@@ -225,6 +226,17 @@ def better_than_last(records: list[dict[str, Any]], measure: Measure) -> tuple[B
     best = best_of(records, measure)
     last = best_of(records[-1:], measure)
     return (best, last) if best and last and len(records) > 1 else None
+
+
+def noise_of(measure: Measure, record: Mapping[str, Any]) -> float:
+    """Differences up to which two values of a measure are alike; 0 where it is not known.
+
+    Of a share of n test images: half of its 95 % interval, which is the larger the fewer they are."""
+    stem, value, images = _stem(measure.metric), measure.value(record), record.get("test_images")
+    if stem in SHARES and value is not None and images:
+        share = min(1.0, max(0.0, value / 100))
+        return 100 * 1.96 * math.sqrt(share * (1 - share) / images)
+    return NOISE.get(stem, 0.0)
 
 
 def probes_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ssl_locat.config.yaml_files import load_yaml
 from ssl_locat.errors import ConfigError, UserError
-from ssl_locat.runs.best import NOISE, SERVES, Best, Measure, better_than_last, measure_of, probes_of, read_best
+from ssl_locat.runs.best import SERVES, Best, better_than_last, measure_of, noise_of, probes_of, read_best
 from ssl_locat.runs.log import duration, read_jsonl
 
 # kind of the last telling event -> what became of the run
@@ -246,19 +246,20 @@ def _better_backbones(run: Run) -> list[tuple[str, str]]:
             measure = measure_of(choice, probes, named.get(choice))
         except ConfigError:  # nothing measures it
             continue
-        pair = better_than_last(run.probes.get(measure.probe, []), measure)
+        records = run.probes.get(measure.probe, [])
+        pair = better_than_last(records, measure)
         if pair and run.status != "running":
-            found.append(_compared(run, choice, serves, measure, *pair))
+            found.append(_compared(run, choice, serves, noise_of(measure, records[-1]), *pair))
     return found
 
 
-def _compared(run: Run, choice: str, serves: str, measure: Measure, best: Best, last: Best) -> tuple[str, str]:
-    at, noise = _epoch(run, best.step), NOISE.get(measure.metric, 0.0)
+def _compared(run: Run, choice: str, serves: str, noise: float, best: Best, last: Best) -> tuple[str, str]:
+    at, measure = _epoch(run, best.step), best.measure
     values = f"{measure} {best.value:.4g} against {last.value:.4g} at the last step"
     if best.step == last.step:
         return f"The last step is the best backbone for {serves} (by {measure}).", ""
     if abs(best.value - last.value) <= noise:
-        return f"For {serves} {at} and the last step are alike ({values}: differences up to {noise:g} are noise).", ""
+        return f"For {serves} {at} and the last step are alike ({values}: differences up to {noise:.2g} are noise).", ""
     fact = f"{at[0].upper()}{at[1:]} is the better backbone for {serves} ({values})."
     there = (run.path / "checkpoints" / f"step_{best.step:08d}").is_dir()
     kept = read_best(run.path).get(choice)

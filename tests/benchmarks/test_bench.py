@@ -9,7 +9,7 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_locat import cli
-from ssl_locat.benchmarks import attention, bench, objectives, slow_step, start, step, timing
+from ssl_locat.benchmarks import attention, bench, label_free, objectives, slow_step, start, step, timing
 from ssl_locat.errors import UserError
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.optim.optim import clip_gradients
@@ -181,3 +181,14 @@ def test_start_measures_processes_and_names_one_that_ends_otherwise(monkeypatch)
     with pytest.raises(RuntimeError, match="ended with 2"):
         start.measure_command("wrong", ["pretrain", "nowhere"], 0, 1)
     assert list(dict(start.cases(True))) == [*start.COMMANDS, "load_backbone"]
+
+
+def test_each_label_free_measure_has_its_row_in_the_step_bench():
+    """On few images: the shares themselves are measured by `bench step`."""
+    found = {row["variant"]: row for row in label_free.rows(repeats=2, count=16)}
+    measures = {"DSE", "RankMe", "LiDAR", "alpha-ReQ", "uniformity", "alignment", "norm outliers"}
+    assert found.keys() == {*measures, "forward passes, images", "forward passes, crops", "all"}
+    assert all(row["bench"] == "step" and row["unit"] == "%" and row["value"] > 0 for row in found.values())
+    parts = sum(row["value"] for name, row in found.items() if name != "all")
+    assert found["all"]["value"] == pytest.approx(parts) and parts < 2
+    assert "label-free measures" in [case for case, _ in step.cases(quick=False)]

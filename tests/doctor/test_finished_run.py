@@ -11,6 +11,7 @@ from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.doctor.doctor import doctor
 from ssl_locat.pretraining.loop import pretrain
+from ssl_locat.runs.best import Measure, noise_of
 from ssl_locat.runs.log import read_jsonl
 
 PROBES = "probes={every_steps: 6, unlabelled: {images: 16, views: 1, image_size: 32, workers: 0}}"
@@ -72,3 +73,10 @@ def test_a_kept_checkpoint_is_exported_by_its_name(trained, capsys):
         assert kept["step"] == 6 and "--step best-dense" in said
     else:
         assert "The last step is the best backbone" in said or "alike" in said
+
+
+def test_the_noise_of_a_share_follows_from_the_number_of_images():
+    record = {"step": 2, "top1_k20": 34.2, "test_images": 1000}
+    assert noise_of(Measure("knn", "top1"), record) == pytest.approx(2.94, abs=0.01)
+    assert noise_of(Measure("knn", "top1"), record | {"test_images": 50_000}) == pytest.approx(0.42, abs=0.01)
+    assert noise_of(Measure("unlabelled", "dse"), record) == 0.04 and noise_of(Measure("unlabelled", "lidar"), record) == 0
