@@ -128,6 +128,12 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
         for name, value in knn.items():
             low, high = wilson(value, count[1]) if count else (value, value)
             lines += [f"  {names[name]:<24}{value:6.2f} %" + (f"   {low:.1f} to {high:.1f}" if count else "")]
+    if why := summary.get("stopped"):
+        lines += [f"It ended early: {why}."]
+    for choice, best in (summary.get("best") or {}).items():
+        lines += [
+            f"Best {choice} checkpoint: step {best['step']:,} ({best['measure']} {best['value']:.4g}); take it with --step best-{choice}"
+        ]
     lines += [f"Run folder: {run}" + (f"   exported backbone: {run}/export" if config.export else "")]
     say("\n".join(lines), sys.stderr)
     train, test = (split if isinstance(split, str) else "DATA" for split in (config.data.train, config.data.test))
