@@ -10,6 +10,7 @@ from ssl_locat.config.signatures import keyword_defaults
 from ssl_locat.errors import UserError
 from ssl_locat.report.captions import NO_CURVES, TRAINING, Caption, plain, score
 from ssl_locat.report.charts import Chart, Line, Mark
+from ssl_locat.runs.best import read_best
 from ssl_locat.runs.history import Run
 
 # kind of event -> how its mark on the time axis is called
@@ -19,6 +20,7 @@ MARKED = {
     "resume": "resumed",
     "preempt": "preempted",
     "requeue": "requeued",
+    "stop": "ended by its rule",
     "warning": "warning",
     "diverged": "diverged",
     "outage": "outage",
@@ -47,13 +49,26 @@ def curves(runs: list[Run]) -> list[tuple[str, list[Chart]]]:
         for chart in (chart for _, charts in sections for chart in charts):
             for mark in marks(runs[0], axis):
                 chart.mark(*mark)
+            ringed = {mark.label for mark in chart.marks if mark.curve}  # a line through the ring would only say it again
+            chart.marks = [mark for mark in chart.marks if mark.curve or mark.label not in ringed]
     return [(heading, charts) for heading, charts in sections if charts]
 
 
 def marks(run: Run, axis: Axis) -> list[Mark]:
-    """What stands on the curves of a run: its events, across all of them. With a `curve` a mark is a ring on that metric's curves."""
-    events = [event for event in run.events if event["kind"] in MARKED and "step" in event]
-    return [Mark(event["step"] * axis.per_step(run), MARKED[event["kind"]]) for event in events]
+    """What stands on the curves of a run: its events, its decay and its kept checkpoints, across all of them. With a `curve` a mark is a
+    ring on that metric's curves: where a kept checkpoint was the best."""
+    scale = axis.per_step(run)
+    found = [
+        Mark(event["step"] * scale, MARKED[event["kind"]]) for event in run.events if event["kind"] in MARKED and "step" in event
+    ]
+    begins = [event["decay_from"] for event in run.events if event.get("decay_from") is not None]
+    if begins and begins[-1] < run.last["step"]:
+        found.append(Mark(begins[-1] * scale, "decay begins"))
+    for choice, best in read_best(run.path).items():
+        measure = best.of()
+        record = next((record for record in run.probes.get(measure.probe, []) if record["step"] == best.step), {})
+        found += [Mark(best.step * scale, f"best {choice}", curve) for curve in dict.fromkeys(("", measure.named_in(record)))]
+    return found
 
 
 # --- what training logs ---------------------------------------------------------------------------------------------------

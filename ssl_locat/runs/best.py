@@ -86,6 +86,10 @@ class Best(NamedTuple):
     step: int
     value: float
 
+    def of(self) -> Measure:
+        """What was compared."""
+        return Measure(*self.measure.split(".", 1))
+
 
 def measure_of(choice: str, probes: Mapping[str, Any], named: str | None = None, key: str = "checkpoint.keep_best") -> Measure:
     """What stands for `choice` (dense, global, or PROBE.METRIC) in a run with these probes (name -> options).
@@ -182,7 +186,8 @@ def read_best(run: str | Path) -> dict[str, Best]:
     """What best.json of a run says; {} without one."""
     try:
         found = json.loads(Path(run, "checkpoints", FILE).read_text(encoding="utf-8"))
-        return {choice: Best(str(entry["measure"]), int(entry["step"]), float(entry["value"])) for choice, entry in found.items()}
+        best = {choice: Best(str(entry["measure"]), int(entry["step"]), float(entry["value"])) for choice, entry in found.items()}
+        return {choice: entry for choice, entry in best.items() if choice in CHOICES and "." in entry.measure}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # none, or half of one
         return {}
 

@@ -266,6 +266,8 @@ def _compared(run: Run, choice: str, serves: str, noise: float, best: Best, last
     step = f"best-{choice}" if kept and kept.step == best.step else str(best.step)
     if there:
         return fact, f"Take it: ssl-locat export {run.path} OUT --step {step}"
+    if parents := [event["parent"] for event in run.events if event["kind"] == "branch" and event["step"] == best.step]:
+        return fact, f"It is what this run branched from: {parents[-1]}"
     return fact, f"Its checkpoint is gone; a run keeps such ones with checkpoint.keep_best=[{choice}]."
 
 

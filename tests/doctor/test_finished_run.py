@@ -47,6 +47,13 @@ def test_an_earlier_epoch_is_named_as_the_better_backbone(trained, tmp_path, cap
         run, [0.9, 0.61, 0.35], capsys
     )
 
+    with open(run / "events.jsonl", "a") as log:
+        log.write(
+            json.dumps({"time": "", "kind": "branch", "step": 6, "parent": "runs/long/checkpoints/step_00000006", "changes": []})
+            + "\n"
+        )
+    assert "It is what this run branched from: runs/long/checkpoints/step_00000006" in said_of(run, [0.9, 0.61, 0.35], capsys)
+
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
