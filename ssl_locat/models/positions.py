@@ -25,10 +25,14 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
     how: "timm" (bicubic to the exact size, antialias; DINOv2 with registers does the same), "dino" (facebookresearch/dino, iBOT and DINOv2
     without registers: bicubic by a scale factor with 0.1 added, no antialias), "transformers" (its Dinov2Model: exact size, no antialias).
     """
+    if how == "timm":
+        if tuple(old) == tuple(new):
+            return positions
+        return resample_abs_pos_embed(positions, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
+    if torch.compiler.is_exporting():  # a graph for every size: neither comparing sizes nor a scale factor stays open in it
+        return resize_by_matrices(positions, old, new, how)
     if tuple(old) == tuple(new):
         return positions
-    if how == "timm":
-        return resample_abs_pos_embed(positions, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
     table = positions.unflatten(1, tuple(old)).permute(0, 3, 1, 2).float()  # [1, D, rows, cols]
     if how == "dino":
         scale = tuple((length + 0.1) / side for length, side in zip(new, old, strict=True))
@@ -38,6 +42,28 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
     return table.to(positions.dtype).permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def resize_by_matrices(positions: Tensor, old: tuple[int, int], new: tuple[int, int], how: str) -> Tensor:
+    """`resize_positions` of "dino" and "transformers" as a product with a matrix for each axis; the identity where the grids are equal."""
+    sides = [torch.scalar_tensor(length, device=positions.device) for length in new]
+    equal = (sides[0] == old[0]) & (sides[1] == old[1])
+    more = torch.where(equal, 0.0, 0.1 if how == "dino" else 0.0)
+    table = positions.unflatten(1, tuple(old)).float()  # [1, rows, cols, D]
+    for axis in (0, 1):
+        matrix = bicubic_matrix(old[axis], new[axis], (sides[axis] + more) / old[axis])
+        table = (matrix @ table.movedim(axis + 1, -2)).movedim(-2, axis + 1)
+    return table.to(positions.dtype).flatten(1, 2)
+
+
+def bicubic_matrix(old: int, new: int, scale: Tensor) -> Tensor:
+    """[new, old]: what F.interpolate(mode="bicubic") does along an axis, for a scale factor [] of its own. Keys beyond an edge count as the edge."""
+    source = (torch.arange(new, device=scale.device) + 0.5) / scale - 0.5
+    taps = source.floor()[:, None] + torch.arange(-1, 3, device=scale.device)  # [new, 4]
+    d, a = (source[:, None] - taps).abs(), -0.75
+    weight = torch.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, ((d - 5) * d + 8) * d * a - 4 * a)
+    column = taps.clamp(0, old - 1)
+    return (weight[..., None] * (column[..., None] == torch.arange(old, device=scale.device))).sum(1)
+
+
 def resize_table(table: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int], how: str) -> Tensor:
     """The same for a whole table [1, prefix + N, D]: the positions of class token and registers stay."""
     return torch.cat([table[:, :prefix], resize_positions(table[:, prefix:], old, new, how)], dim=1)
@@ -45,11 +71,13 @@ def resize_table(table: Tensor, prefix: int, old: tuple[int, int], new: tuple[in
 
 def at_own_grid(timms_filter: Callable, state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """What a LocAt model reads of a folder or hub repository: `timms_filter` of its class, told the grid that the config beside the weights
-    names (`input_size`). timm takes tables of positions to be of a square."""
+    names, and resized in the model's own way. timm takes windows of a square number of relative positions to be squares."""
     kernel, kept, new = state.get("patch_embed.proj.weight"), {}, model.patch_embed.grid_size
     if kernel is None or kernel.ndim != 4:  # not in timm's names: its filter may know them
         return timms_filter(state, model)
-    old = tuple(side // patch for side, patch in zip(model.pretrained_cfg["input_size"][1:], kernel.shape[-2:], strict=True))
+    size = getattr(model, "pretrained_model_args", {}).get("img_size") or model.pretrained_cfg["input_size"][1:]
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    old = tuple(side // patch for side, patch in zip(sides, kernel.shape[-2:], strict=True))
     table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
     if table is not None and own is not None and old != tuple(new):
         prefix = own.shape[1] - new[0] * new[1]

@@ -135,11 +135,21 @@ def register_twin(name: str, options: dict) -> None:
             timms = filter_eva if isinstance(model, Eva) else filter_swin if isinstance(model, SwinTransformer) else filter_vit
             load_pretrained(model, num_classes=model.num_classes, in_chans=model.in_chans, filter_fn=partial(at_own_grid, timms))
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": f"locat_{name}"}
-        return model if maps is None else FeatureGetterNet(model, **maps)
+        return model if maps is None else maps_of(model, maps)
 
     create.__name__ = f"locat_{name}"
     create.__module__ = __name__
     register_model(create)
+
+
+def maps_of(model: Any, options: dict[str, Any]) -> nn.Module:
+    """The model behind `features_only=True`: of the last three blocks, or every stage, and with what timm notes on it."""
+    if "out_indices" not in options:
+        options["out_indices"] = tuple(range(len(model.layers))) if isinstance(model, SwinTransformer) else 3
+    getter: Any = FeatureGetterNet(model, **options)
+    getter.pretrained_cfg = getter.default_cfg = model.pretrained_cfg
+    getter.in_chans, getter._traits = model.in_chans, dict(model._traits)
+    return getter
 
 
 # timm's modules of models that LocAt attaches to, and what makes them take images of any size
@@ -163,6 +173,8 @@ default_cfgs = generate_default_cfgs(
             "first_conv": "patch_embed.proj",
             "classifier": "head.fc" if base is SwinTransformer else "head",
             "pool_size": (7, 7) if base is SwinTransformer else None,
+            "fixed_input_size": base
+            is SwinTransformer,  # as timm's; its models that take any size are told apart by strict_img_size
         }
         for name, (base, _, _) in MODELS.items()
     }

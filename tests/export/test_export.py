@@ -154,8 +154,9 @@ def test_onnx_equals_the_model_at_several_sizes_and_batches(name, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.slow
-def test_torch_export_equals_the_model_and_loads_with_torch_alone(tmp_path):
-    out = export(f"timm:locatvit_tiny{SMALL}", str(tmp_path / "out"), format="pt2")
+@pytest.mark.parametrize("pos_resize", ["timm", "dino"])
+def test_torch_export_equals_the_model_and_loads_with_torch_alone(tmp_path, pos_resize):
+    out = export(f"timm:locatvit_tiny{SMALL}&pos_resize={pos_resize}", str(tmp_path / "out"), format="pt2")
     run = lambda path, images: torch.export.load(path).module()(images)  # noqa: E731
     check_program(out, run, "model.pt2", [(1, 32, 32), (4, 48, 64)])
     code = f"import sys, torch; torch.export.load({str(out / 'model.pt2')!r}); assert 'ssl_locat' not in sys.modules"

@@ -15,7 +15,7 @@ from ssl_locat.errors import CheckpointError
 from ssl_locat.export.timm_folder import write_timm
 from ssl_locat.models import features
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone
-from ssl_locat.models.positions import resize_table
+from ssl_locat.models.positions import resize_by_matrices, resize_positions, resize_table
 from ssl_locat.models.weights import windows_of
 
 VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
@@ -193,6 +193,16 @@ def test_an_exported_swin_keeps_its_windows(tmp_path, name):
         torch.testing.assert_close(features(started, images), features(model, images))
     larger = load_backbone(f"{out}?img_size=[8, 40]")
     assert windows_of(larger) == [(2, 5), (2, 5), (1, 5)] and grids_of_stages(larger) == windows_of(model)
+
+
+@pytest.mark.parametrize("how", ["dino", "transformers"])
+def test_positions_of_an_exported_program_are_resized_alike(how):
+    torch.manual_seed(0)
+    table = torch.randn(1, 35, 6)
+    for new in ((5, 7), (5, 9), (9, 14), (2, 3), (1, 20), (37, 7)):
+        given = resize_by_matrices(table, (5, 7), new, how)
+        torch.testing.assert_close(given, resize_positions(table, (5, 7), new, how), atol=1e-5, rtol=1e-5)
+    assert torch.equal(resize_by_matrices(table, (5, 7), (5, 7), how), table)
 
 
 # --- positions of class token and registers

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from ssl_locat.errors import CheckpointError, UserError
 from ssl_locat.models import attach_locat, features, forward_tokens, last_blocks
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone
+from ssl_locat.models.foreign import read_foreign
 from ssl_locat.models.tokens import normalise
 
 # golden file -> what the log says
@@ -57,6 +58,23 @@ def test_outputs_equal_the_source_at_every_size(golden, tmp_path, caplog, name, 
     check_outputs(load_backbone(f"{path}{HEADS}"), file)
     (line,) = [record.message for record in caplog.records if "opened as" in record.message]
     assert f"{path}: {LAYOUTS[name]}" in line and "mean [0.485, 0.456, 0.406]" in line and "guess" not in line
+
+
+@pytest.mark.parametrize("locat", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layout_starts_a_run_and_takes_locat(golden, tmp_path, name, locat):
+    """`backbone.init=FILE` into a new model of the shape that fits, vanilla or with a GAug that starts at nothing."""
+    file, path = golden(name), tmp_path / "weights.pth"
+    torch.save(file.state(), path)
+    foreign = read_foreign(path, {"num_heads": 2})
+    attach = {"gaug": {"small_start": True}, "prr": False} if locat else {}
+    target = create_backbone(foreign.name, **foreign.options, **attach).eval()
+    missing = init_weights(target, str(path))
+    assert bool(missing) == locat and all(".gaug." in key for key in missing)
+    check_outputs(target, file, 1e-3 if locat else 1e-4)
+    if locat:
+        attached = attach_locat(load_backbone(f"{path}{HEADS}"), **attach)
+        check_outputs(attached.eval(), file, 1e-3)
 
 
 def test_masked_patches_take_the_mask_token_of_the_file(golden, tmp_path):

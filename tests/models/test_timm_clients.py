@@ -95,6 +95,17 @@ FAMILIES = {
 }
 
 
+def shallow(name, options=None):
+    """A model of a family, two blocks deep."""
+    options = {**(options or FAMILIES[name])}
+    options |= {"depths": (2, 1)} if "depths" in options else {"depth": 2}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **options).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 @pytest.mark.parametrize("through", ["forward_intermediates", "features_only", "forward_features"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_checkpointing_saves_memory(name, through):
@@ -102,7 +113,8 @@ def test_gradient_checkpointing_saves_memory(name, through):
     peaks = {}
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = timm.create_model(name, features_only=through == "features_only", **FAMILIES[name])
+        maps = {"features_only": True, "out_indices": [-1]} if through == "features_only" else {}
+        model = timm.create_model(name, **FAMILIES[name], **maps)
         getattr(model, "model", model).set_grad_checkpointing(recompute)  # a getter holds the model
         call = {
             "forward_intermediates": lambda x, m=model: m.forward_intermediates(x, intermediates_only=True, indices=2)[-1],
@@ -176,6 +188,16 @@ def test_a_trace_serves_other_sizes(name):
             torch.testing.assert_close(traced(images(*size)), model(images(*size)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_trace_of_every_family_serves_other_sizes(name):
+    model = shallow(name)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(64, 96))
+        for size in ((64, 96), (64, 64), (96, 32)):
+            torch.testing.assert_close(traced(images(*size)), model(images(*size)), rtol=1e-4, atol=1e-4)
+
+
 VARIANTS = [{}, {"source": "input"}, {"isotropic": True}, {"sigma": 1.5}, {"alpha": "one"}, {"alpha": "auto"}, {"kernel": "laplace"}, {"kernel": "inverse", "disable_clamp": True}]  # fmt: skip
 
 
@@ -227,6 +249,20 @@ def test_transforms_of_torch_func():
     model(x).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-3 * parameter.grad.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_vmap_where_the_twin_has_it(name):
+    twin = {"locatswin_tiny": "swin_tiny_patch4_window7_224"}.get(name, name.removeprefix("locat_").removeprefix("locat"))
+    stack = torch.stack([images(64, 64, seed=s) for s in range(2)])
+    with torch.no_grad():
+        try:
+            torch.vmap(shallow(twin, FAMILIES[name]))(stack)
+        except RuntimeError as error:
+            pytest.skip(f"the vanilla twin has none: {str(error).splitlines()[0]}")
+        model = shallow(name)
+        torch.testing.assert_close(torch.vmap(model)(stack), torch.stack([model(x) for x in stack]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float64, 1e-5)])
