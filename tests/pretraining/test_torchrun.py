@@ -77,39 +77,41 @@ def steps_saved(run_dir: Path) -> list[int]:
     return sorted(int(path.parent.name[-8:]) for path in run_dir.glob("checkpoints/step_*/checkpoint.json"))
 
 
+LONGER = [*COMMON, "optim.epochs=null", "optim.total_steps=48", "checkpoint.keep_last=20"]
+
+
+@pytest.fixture(scope="module")
+def unbroken_pair(unbroken, tmp_path_factory):
+    """The run folder of 48 steps of two ranks."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    run(2, unbroken[1], f"run_dir={folder}", *LONGER)
+    return folder
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of torchrun in /proc")
-@pytest.mark.parametrize("resume", ["path", pytest.param("never", marks=pytest.mark.slow)])
-def test_a_worker_that_is_killed_costs_what_came_after_the_newest_checkpoint(unbroken, tmp_path, resume):
+@pytest.mark.slow  # eight processes that import torch
+@pytest.mark.parametrize("resume", ["path", "never"])
+def test_a_worker_that_is_killed_costs_what_came_after_the_newest_checkpoint(unbroken, unbroken_pair, tmp_path, resume):
     """torchrun starts both ranks again with the same command line: `--resume PATH` and `never` were meant for the first start."""
     _, config = unbroken
-    settings = [*COMMON, "optim.epochs=null", "optim.total_steps=48", "checkpoint.keep_last=20"]
-    run(2, config, f"run_dir={tmp_path}/whole", *settings)
     if resume == "path":
-        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        shutil.copytree(unbroken_pair, tmp_path / "run")
         (tmp_path / "run" / "summary.json").unlink()
         for step in range(8, 49, 4):
             shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
         resume = f"{tmp_path}/run/checkpoints/step_00000004"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    command = [
-        *launcher,
-        "-m",
-        "ssl_locat.cli",
-        "pretrain",
-        str(config),
-        f"run_dir={tmp_path}/run",
-        *settings,
-        "--resume",
-        resume,
-    ]
+    settings = [str(config), f"run_dir={tmp_path}/run", *LONGER, "--resume", resume]
+    command = [*launcher, "-m", "ssl_locat.cli", "pretrain", *settings]
     with open(tmp_path / "said", "w") as said:
         job = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=said, stderr=said)
         try:
             deadline = time.monotonic() + 120
             while max(steps_saved(tmp_path / "run"), default=0) < 12 and time.monotonic() < deadline and job.poll() is None:
                 time.sleep(0.02)
-            os.kill(worker_of(job, 1), signal.SIGKILL)
-            newest = max(steps_saved(tmp_path / "run"))
+            newest, lost = max(steps_saved(tmp_path / "run")), worker_of(job, 1)
+            assert lost, (tmp_path / "said").read_text()[-4000:]
+            os.kill(lost, signal.SIGKILL)
             assert job.wait(180) == 0, (tmp_path / "said").read_text()[-4000:]
         finally:
             job.kill()
@@ -122,5 +124,5 @@ def test_a_worker_that_is_killed_costs_what_came_after_the_newest_checkpoint(unb
     ]
     again = starts[-1][1]
     assert starts[-2] == (("start", 0) if resume == "never" else ("resume", 4)) and starts[-1][0] == "resume"
-    assert newest - 4 <= again < 48 and again % 4 == 0
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert newest <= again < 48 and again % 4 == 0
+    assert losses(tmp_path / "run") == losses(unbroken_pair)
