@@ -32,6 +32,7 @@ MODES = (
 _IMAGES = 8
 _ON_CPU = 1  # of them, where a CPU plays the device, which takes it a tenth of a second an image
 _SECONDS = 0.1  # for each of six timings
+_UNMEASURED = 1e6  # images a second: quicker than any photometric work
 _GAIN = 1.2  # by which a later mode must be faster: timings of a busy machine differ by less, and runs of one config should agree
 
 
@@ -86,7 +87,7 @@ def measure_rates(datasets: list[Dataset], config: Config, device: torch.device)
     finally:
         torch.set_num_threads(threads)
     cut = worker["device-photometric"]
-    return Rates(decode, cut, 1 / max(1 / worker["cpu"] - 1 / cut, 1e-9), on_device)
+    return Rates(decode, cut, 1 / max(1 / worker["cpu"] - 1 / cut, 1 / _UNMEASURED), on_device)
 
 
 def choose_mode(rates: Rates, device: str, workers: int, cores: int, step: float | None) -> tuple[str, str]:
@@ -107,7 +108,9 @@ def choose_mode(rates: Rates, device: str, workers: int, cores: int, step: float
     for mode in MODES[1:]:
         if speed[mode] > _GAIN * speed[chosen]:
             chosen = mode
-    per_core = f"decode {rates.decode:.0f}, cut {rates.cut:.0f}, photometric {rates.photometric:.0f} images/s a core"
+    # the difference of two timings: on a busy machine the longer work may seem the quicker
+    photometric = f"{rates.photometric:.0f}" if rates.photometric < _UNMEASURED else "not to be told from cut,"
+    per_core = f"decode {rates.decode:.0f}, cut {rates.cut:.0f}, photometric {photometric} images/s a core"
     feeds = ", ".join(f"{mode} {value:.0f}" for mode, value in speed.items())
     model = "" if step is None else f", networks {step:.0f} images/s"
     return chosen, f"{per_core}{model}; {busy} of them on {device} would feed a rank with images/s: {feeds}"

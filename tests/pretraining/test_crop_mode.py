@@ -42,6 +42,11 @@ def test_on_a_cpu_the_least_work_wins():
     assert choose_mode(slow_colours, "cpu", 4, 8, None)[0] == "device-photometric"
 
 
+def test_a_rate_that_noise_has_hidden_is_not_told_as_a_number():
+    _, why = choose_mode(GPU._replace(photometric=crop_mode._UNMEASURED), "cuda", 8, 8, 100)
+    assert "photometric not to be told from cut" in why and "1000000" not in why
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
