@@ -147,12 +147,12 @@ def test_a_probe_set_to_null_is_off():
 
 
 def test_model_names_are_those_of_this_timm_and_never_the_reason_to_refuse(monkeypatch):
-    from ssl_locat.models.names import listing
-
     known = known_names()
     if known is None:
         pytest.skip("the list of names was made from another timm")
-    assert NAMES.read_text() == listing(), "python -m ssl_locat.models.names > ssl_locat/config/model_names.txt"
+    # in a process of its own: other tests register models
+    listing = subprocess.run([sys.executable, "-m", "ssl_locat.models.names"], capture_output=True, text=True, check=True).stdout
+    assert NAMES.read_text() == listing, "python -m ssl_locat.models.names > ssl_locat/config/model_names.txt"
     assert "Did you mean 'locatvit_tiny'" in doubt("locatvit_tny") and doubt("vit_small_patch16_224.dino") is None
 
 

@@ -221,6 +221,9 @@ def lost_ranks_named() -> Iterator[None]:
     except RuntimeError as error:
         if _roll is None or isinstance(error, EXPECTED) or not COMMUNICATION.search(str(error)):
             raise
+        log.info(
+            "%s: %s", rank_and_host(), str(error).partition("\n")[0]
+        )  # whose words tell an engineer more than the message below
         missing = _roll.missing(ROLL_CALL_SECONDS)
         names = [f"rank {number} on {_roll.hosts[number]}" for number in missing]
         what = (
@@ -230,7 +233,7 @@ def lost_ranks_named() -> Iterator[None]:
         )
         raise RankLost(
             f"{rank_and_host()} ends, because it lost {what}: it failed, was killed (out of memory?), or its node or network is gone. Its own "
-            f"log says more, if it could. Start the same command again: it resumes from what was saved. ({str(error).splitlines()[0][:200]})"
+            f"log says more, if it could. Start the same command again: it resumes from what was saved."
         ) from error
 
 

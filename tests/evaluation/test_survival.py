@@ -136,7 +136,7 @@ def tar_of_text(path, keys: str):
     return path
 
 
-@pytest.mark.parametrize("where", ["both", "one"])
+@pytest.mark.parametrize("where", ["both", pytest.param("one", marks=pytest.mark.slow)])  # which waits 15 s for the other
 def test_a_cell_that_fails_on_one_of_two_processes_ends_the_job_and_one_that_fails_on_both_only_itself(tmp_path, command, where):
     path = write_table(tmp_path)
     # each process's share is one half of these, in their order

@@ -163,7 +163,7 @@ def test_each_signal_saves_and_the_same_command_resumes(textures, tmp_path):
     assert {step: after[step] for step in seen} == seen
 
 
-@pytest.mark.parametrize(("objective", "kill_times"), [("dino", 5), ("ibot", 2)])
+@pytest.mark.parametrize(("objective", "kill_times"), [("dino", 5), pytest.param("ibot", 2, marks=pytest.mark.slow)])
 def test_killed_at_random_points_and_resumed_losses_are_bit_identical(textures, tmp_path, objective, kill_times):
     """Drop path on, two loader workers, SIGKILL several times, at times that fall also into saving (every step is saved)."""
     config = write_config(textures, tmp_path)

@@ -140,6 +140,7 @@ def test_a_lost_rank_is_named_with_its_host(lost):
     assert said.startswith(
         f"RankLost: rank {1 - lost} on {host} ends, because it lost rank {lost} on {host}: it failed, was killed"
     )
+    assert "gloo" not in said and "127.0.0.1" not in said
 
 
 def _wishes():
