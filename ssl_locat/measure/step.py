@@ -50,11 +50,16 @@ def measure_step(
         student: has `.backbone` and `.heads`; its weights are not counted as kept for the backward pass.
         make_batch: so many images as the stream hands them on; transfer: to finished crops on the device; step: from a batch to moved weights.
         heads: the heads that read class tokens alone, forward and backward, for so many images; None if there are none.
-        images: of the batch that is timed.
+        images: of the batch that is timed; on a CPU at most: as many as make a step of half of SECONDS.
     """
     two, four = make_batch(2), make_batch(4)
     # the difference: casts of weights and what else does not grow with images stay out of it
     kept = bytes_kept(student, lambda: step(four)) - bytes_kept(student, lambda: step(two))
+    if device.type == "cpu":
+        began = time.perf_counter()
+        step(four)
+        # with a few images the optimiser and the teacher, which cost as much for one as for many, would seem half of the work
+        images = min(images, max(2, round(SECONDS / 2 * 4 / (time.perf_counter() - began))))
     batch = make_batch(images)
     seconds = timed(lambda: step(batch), device) / images
     transfer_seconds = timed(lambda: transfer(batch), device) / images

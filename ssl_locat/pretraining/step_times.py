@@ -36,7 +36,7 @@ def shares_cores(config: Config, times: StepTimes) -> bool:
 def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepTimes:
     """Time training steps of this config's model on real crops, repeated where there are fewer than a batch takes.
 
-    On a CPU a few images serve; times per image hold for more."""
+    On a CPU as many images as make a step of a second or so."""
     device = step_device(config.device)
     model, losses = build_model(config, device)
     crops = MultiCrop(**config.crops.model_dump(), device=device.type)
@@ -78,7 +78,7 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
         lambda batch: crops.finish(batch, device),
         step,
         run_heads if heads else None,
-        images=micro_batch if device.type == "cuda" else min(micro_batch, 16 if config.crops.global_size <= 64 else 2),
+        images=micro_batch if device.type == "cuda" else min(micro_batch, 32),
         device=device,
     )
 
