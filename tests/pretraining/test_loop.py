@@ -18,8 +18,9 @@ from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.errors import CheckpointError, ConfigError, DataError, Diverged, UserError
 from ssl_locat.models.backbone import load_backbone
+from ssl_locat.objectives import Progress, build
 from ssl_locat.pretraining.loop import pretrain
-from ssl_locat.pretraining.parts import build_model, check, rates
+from ssl_locat.pretraining.parts import build_model, check, rates, total_loss
 from ssl_locat.pretraining.replay import replay
 from ssl_locat.runs import folder as run_folder
 from ssl_locat.runs.log import read_jsonl
@@ -60,6 +61,22 @@ def test_a_run_leaves_what_the_design_promises(tiny):
     assert [record["step"] for record in read_jsonl(run / "probes" / "knn.jsonl")] == [0, 6, 12]
     assert {record["kind"] for record in read_jsonl(run / "events.jsonl")} >= {"start", "save", "probe", "finish"}
     assert (run / "export" / "model.safetensors").is_file() and list((run / "tensorboard").iterdir())
+
+
+def test_objectives_count_by_their_weights_in_the_loss_and_in_its_gradient(tiny):
+    head = "num_prototypes: 32, hidden_dim: 32, bottleneck_dim: 16"
+    config = tiny(f"objective=[{{name: dino, weight: 0.5, {head}}}, {{name: koleo, weight: 3, min_images: 2}}]")
+    objectives = build(config.objectives)
+    views = {"dino": torch.randn(4, 8, 32, requires_grad=True), "koleo": torch.randn(4, 8, 24, requires_grad=True)}
+    targets = {name: view[:2].detach() for name, view in views.items()}
+    at = Progress(step=0, epoch=0, total_epochs=1)
+    alone = {name: objectives[name](views[name], targets[name], at)[0] for name in views}
+    total, metrics = total_loss(objectives, config, views, targets, at)
+    torch.testing.assert_close(total, 0.5 * alone["dino"] + 3 * alone["koleo"])
+    assert metrics["dino"] == alone["dino"] and metrics["koleo"] == alone["koleo"], "shown without the weight"
+    for name, weight in (("dino", 0.5), ("koleo", 3)):
+        found, own = (torch.autograd.grad(loss, views[name], retain_graph=True)[0] for loss in (total, alone[name]))
+        torch.testing.assert_close(found, weight * own)
 
 
 def test_finished_run_is_not_run_again(tiny):

@@ -11,12 +11,14 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import losses, write_config
 
 from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.pretraining.loop import pretrain
-from ssl_locat.runs.checkpoint import Checkpointer
+from ssl_locat.runs.checkpoint import COMMITTED, Checkpointer
+from ssl_locat.runs.durable import make_folder, write_atomically
 from ssl_locat.runs.folder import read_config
 
 
@@ -58,13 +60,18 @@ class Disk:
             self.contents[found.st_ino] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
 
     def _take(self) -> None:
-        strict: dict[str, bytes | None] = {}
-        self._walk(self.root.stat().st_ino, "", strict)
+        strict = self.strict()
         lazy: dict[str, bytes | None] = {}
         for path in sorted(self.root.rglob("*")):
             inode = path.stat().st_ino
             lazy[str(path.relative_to(self.root))] = None if path.is_dir() else self.contents.get(inode, b"")
         self.states += [state for state in (strict, lazy) if state not in self.states]
+
+    def strict(self) -> dict[str, bytes | None]:
+        """What is there for sure if the power goes now."""
+        found: dict[str, bytes | None] = {}
+        self._walk(self.root.stat().st_ino, "", found)
+        return found
 
     def _walk(self, folder: int, prefix: str, found: dict[str, bytes | None]) -> None:
         for name, inode in self.names.get(folder, {}).items():
@@ -89,7 +96,10 @@ def restore(state: dict[str, bytes | None], root: Path) -> None:
             (root / name).write_bytes(content)
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc to see what is synced")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc to see what is synced")
+
+
+@needs_proc
 def test_the_same_command_resumes_after_a_power_cut_at_any_moment(tmp_path, monkeypatch):
     make_textures(tmp_path / "set", num_train=96, num_test=40, image_size=32, progress=False)
     root = tmp_path / "disk"
@@ -124,6 +134,45 @@ def test_the_same_command_resumes_after_a_power_cut_at_any_moment(tmp_path, monk
         assert pretrain(config)["steps"] == 6, kind
         assert losses(config.run_dir) == expected, kind
         assert read_config(config.run_dir) == config
+
+
+@needs_proc
+def test_what_a_save_returned_from_is_on_disk_and_the_one_before_it_goes_only_then(tmp_path, monkeypatch):
+    """Each sync on the way counts: without it the strict disk lacks a file, a name or a checkpoint that was promised."""
+    root, module = tmp_path / "disk", torch.nn.Linear(2, 2)
+    root.mkdir()
+    optimizer, run = torch.optim.AdamW(module.parameters()), root / "a/run"
+    promised: list[tuple[int, int, dict]] = []  # (states met so far, newest step, strict disk)
+    with monkeypatch.context() as patches:
+        disk = Disk(root, patches)
+        make_folder(run)
+        write_atomically(run / "config.yaml", "old")
+        assert disk.strict() == {"a": None, "a/run": None, "a/run/config.yaml": b"old"}
+        write_atomically(run / "config.yaml", "new")
+        assert disk.strict()["a/run/config.yaml"] == b"new"
+        checkpointer = Checkpointer(run, keep_last=2)
+        for step in (1, 2, 3):
+            for name in COMMITTED[:-1]:
+                with open(run / name, "a") as file:
+                    file.write(f"{step}\n")
+            checkpointer.save(step, {"student": module}, optimizer, {}, block=True)
+            promised.append((len(disk.states), step, disk.strict()))
+        checkpointer.set_aside(checkpointer.folder / "step_00000002")
+        set_aside = disk.strict()
+    disk.close()
+    assert all(state.get("a/run/config.yaml", b"old") in (b"old", b"new") for state in disk.states)
+    for _, step, state in promised:
+        restore(state, root)
+        assert Checkpointer(run).newest() == run / f"checkpoints/step_{step:08d}"
+        for name in COMMITTED[:-1]:
+            assert (run / name).read_text() == "".join(f"{n}\n" for n in range(1, step + 1))
+    for number, state in enumerate(disk.states):
+        restore(state, root)
+        newest = Checkpointer(run).newest()
+        least = max((step for met, step, _ in promised[:2] if number >= met), default=0)
+        assert (int(newest.name[5:]) if newest else 0) >= least, "the former checkpoint went before the new one was on disk"
+    restore(set_aside, root)
+    assert Checkpointer(run).newest() == run / "checkpoints/step_00000002"
 
 
 @pytest.mark.parametrize("damage", ["empty", "missing", "metrics empty"])
