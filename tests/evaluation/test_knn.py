@@ -1,12 +1,17 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from scenes import png, scene, write_shard, write_split
 
-from ssl_locat.errors import ConfigError, DataError, UserError
+from ssl_locat.errors import CheckpointError, ConfigError, DataError, Preempted, UserError
 from ssl_locat.evaluation.protocols import knn
 from ssl_locat.evaluation.shared.features import Features, check_classes, label_subset
+from ssl_locat.evaluation.shared.stopping import stoppable
 from ssl_locat.models.backbone import create_backbone
 
 
@@ -192,3 +197,29 @@ def test_wrong_input_is_said_before_work_starts(tmp_path, backbone):
     (unlabelled / "a.png").write_bytes(png(scene(0, 32, np.random.default_rng(0))[0]))
     with pytest.raises(DataError, match="no label"):
         knn.evaluate(backbone, data={"train": str(unlabelled), "test": data["test"]}, workers=0)
+
+
+def test_asked_to_stop_the_features_are_kept_and_the_same_command_reads_only_the_rest(tmp_path):
+    data = write_split(tmp_path / "data", num_train=40, num_test=12)
+    backbone = create_backbone("locatvit_tiny", img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=1)
+    settings = {"data": data, "k": [3], "batch_size": 8, "workers": 0}
+    unbroken = knn.evaluate(backbone, **settings)
+    file = tmp_path / "features.safetensors"
+    seen = 0
+
+    def after(_, __, output):
+        nonlocal seen
+        seen += len(output)
+        if seen in (16, 40):  # in the middle of the training images; then, resumed, at their end
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    backbone.patch_embed.register_forward_hook(after)
+    for _ in range(2):
+        with stoppable(), pytest.raises(Preempted, match=r"Stopped by SIGUSR2 in .* features"):
+            knn.evaluate(backbone, **settings, resume_file=str(file))
+        kept = load_file(file)
+        assert sum(int((labels >= 0).sum()) for name, labels in kept.items() if name.endswith("labels")) == seen
+    assert knn.evaluate(backbone, **settings, resume_file=str(file)) == unbroken
+    assert seen == 40 + 12
+    with pytest.raises(CheckpointError, match="image_size"):
+        knn.evaluate(backbone, **settings, image_size=40, resume_file=str(file))

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.shared.features import (
     Features,
+    Tables,
     check_classes,
     check_image_size,
     extract,
     labelled_images,
     split,
 )
+from ssl_locat.evaluation.shared.heads import purpose_of
 from ssl_locat.evaluation.shared.metrics import top_hits
 from ssl_locat.evaluation.shared.options import Count, Counts, Folds, LabelledData, Positive, Positives, Share, Text, Whole
 from ssl_locat.evaluation.shared.samples import same_classes
@@ -134,6 +136,7 @@ def evaluate(
     workers: Whole | None = None,
     seed: Whole = 0,
     per_class: Text | None = None,
+    resume_file: Text | None = None,
 ) -> dict[str, float]:
     """top1_kK and top5_kK in percent for each k: the test images classified by their neighbours among the training images.
 
@@ -147,7 +150,9 @@ def evaluate(
         precision: of the features: bf16, or fp32 (TF32 on a GPU); None: bf16 on a GPU, fp32 on a CPU.
         workers: loader processes of each rank; None: chosen from the cores.
         per_class: a file (.json) for the top-1 of each class and the confusions, by the first k and temperature; not with folds.
+        resume_file: asked to stop, features are kept there, and the same command resumes from it.
     """
+    kept = Tables(resume_file, purpose_of("knn", locals()) if resume_file else None)
     ks, temperatures = _listed(k), _listed(temperature)
     image_size = check_image_size(backbone, image_size)
     device = next(backbone.parameters()).device
@@ -162,12 +167,13 @@ def evaluate(
         raise ConfigError("per_class tells of one split into training and test images; leave it or folds out.")
     if folds:
         train = labelled_images(backbone, data, "train", **settings)
-        return _cross_validate(extract(backbone, train, precision=precision), folds, ks, temperatures, seed, device)
+        return _cross_validate(extract(backbone, train, precision=precision, kept=kept), folds, ks, temperatures, seed, device)
     split(data, "test")
     train = labelled_images(backbone, data, "train", **settings, train_fraction=train_fraction, seed=seed)
     test = labelled_images(backbone, data, "test", **settings)
     same_classes(train.dataset, test.dataset)
-    bank, queries = (extract(backbone, images, precision=precision) for images in (train, test))
+    sets = {"training features": train, "test features": test}
+    bank, queries = (extract(backbone, images, precision=precision, what=what, kept=kept) for what, images in sets.items())
     num_classes = check_classes(bank.labels, queries.labels, data.get("num_classes"))
     guesses = torch.zeros_like(queries.labels) if per_class else None
     scores = score(bank, queries, ks, temperatures, num_classes, device, guesses)

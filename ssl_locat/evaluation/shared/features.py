@@ -4,23 +4,27 @@
 What is read is what the head saw in pretraining: final norm, PRR where attached, then the class token (models/tokens.py).
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_locat.data.shards.selections import Chosen, Joined
 from ssl_locat.errors import ConfigError, DataError, UserError, did_you_mean
+from ssl_locat.evaluation.shared.heads import open_progress
 from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
 from ssl_locat.evaluation.shared.options import LabelledData
 from ssl_locat.evaluation.shared.samples import NO_LABEL, LabelledImage, Pass, check_damage, open_split, read_labels, set_name
-from ssl_locat.evaluation.shared.stopping import stop_if_asked
+from ssl_locat.evaluation.shared.stopping import asked_to_stop, stopped
 from ssl_locat.evaluation.shared.training_data import MAX_BAD
 from ssl_locat.models.tokens import features as class_features
-from ssl_locat.runs.distributed import all_gather_cat
+from ssl_locat.runs.distributed import all_gather_cat, barrier, is_main
 from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
 
@@ -30,6 +34,34 @@ DATA_KEYS = tuple(get_type_hints(LabelledData))
 class Features(NamedTuple):
     values: Tensor  # [N, D] float32, on the CPU
     labels: Tensor  # [N] int64
+
+
+class Tables:
+    """What an interrupted command has extracted: a table for each set, kept in one file when it is asked to stop, and only then.
+
+    Rows that are missing have no label; they, and damaged images, are read when the same command resumes, at any number of processes.
+    purpose: of heads.purpose_of. Raises CheckpointError for a file of other settings, data or weights.
+    """
+
+    def __init__(self, path: str | Path | None = None, purpose: dict[str, Any] | None = None):
+        self.path, self.purpose = path, purpose or {}
+        self.tables: dict[str, Features] = {}
+        if path is not None and Path(path).exists():
+            _, tensors = open_progress(path, self.purpose)
+            names = {name.partition(".")[0] for name in tensors}
+            self.tables = {name: Features(tensors[f"{name}.values"], tensors[f"{name}.labels"]) for name in names}
+
+    def save(self) -> None:
+        """Rank 0 writes, beside and renamed; float32 as in memory: 2 GB for ImageNet's training set at width 384."""
+        if self.path is not None and is_main():
+            tensors = {f"{name}.{part}": value for name, rows in self.tables.items() for part, value in rows._asdict().items()}
+            path = Path(self.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(path.name + ".part")
+            save_file(tensors, part, metadata={"step": "0", "purpose": json.dumps(self.purpose)})
+            part.replace(path)
+        # nobody leaves, and takes the job with it, before the file is whole
+        barrier()
 
 
 def split(data: Mapping[str, Any], name: str, known: tuple[str, ...] = DATA_KEYS) -> str | list:
@@ -150,32 +182,44 @@ def extract(
     read: Callable[[nn.Module, Tensor], Tensor] = class_features,
     precision: str | None = None,
     what: str = "features",
+    kept: Tables | None = None,
 ) -> Features:
     """All features of a labelled set, in its order, the same on every process.
 
     `read(backbone, images [B, 3, H, W]) -> [B, D]`. The backbone is put into eval mode. Rows of damaged images are left out where
-    data.max_bad allows it. precision: of `reading`. `what` it is called on the progress bar.
+    data.max_bad allows it. precision: of `reading`. `what` it is called on the progress bar, and in `kept`, where a command that is asked
+    to stop saves what it has, and from where it resumes.
     """
     backbone.eval()
     device = next(backbone.parameters()).device
-    values, labels = None, torch.full((len(images),), NO_LABEL)
-    with progress(f"{what} of {set_name(images.dataset)}", total=len(images), unit="images") as bar:
-        for batch in images:
+    kept = kept or Tables()
+    total = len(images)
+    values, labels = kept.tables.get(what, (None, torch.full((total,), NO_LABEL)))
+    missing = (labels == NO_LABEL).nonzero().squeeze(1)
+    if values is not None:
+        images = images.only(missing)
+    with progress(f"{what} of {set_name(images.dataset)}", total=total, unit="images", start=total - len(missing)) as bar:
+        for batch in images if len(missing) else ():
             with reading(device, precision):
                 rows = read(backbone, batch.images.to(device, non_blocking=True)).float()
             # gathered batch by batch: one process never holds more than the table and a batch
-            index = all_gather_cat(batch.index.to(device)).cpu()
+            index = missing[all_gather_cat(batch.index.to(device)).cpu()]
             valid = all_gather_cat(batch.valid.to(device)).cpu()
             rows, truth = all_gather_cat(rows).cpu(), all_gather_cat(batch.labels.to(device)).cpu()
             if values is None:
-                values = torch.zeros(len(images), rows.shape[1])
+                values = torch.zeros(total, rows.shape[1])
             values[index[valid]], labels[index[valid]] = rows[valid], truth[valid]
             bar.update(int(valid.sum()))
-            stop_if_asked("features")
-    seen = labels >= 0
+            if asked_to_stop():
+                kept.tables[what] = Features(values, labels)
+                kept.save()
+                raise stopped(what)
+    seen = labels != NO_LABEL
     if values is None or not seen.any():
-        raise DataError(f"none of the {len(images)} images can be used. The first: {images.first_damage}")
-    check_damage(int((~seen).sum()), len(images), images.max_bad, images.first_damage)
+        raise DataError(f"none of the {total} images can be used. The first: {images.first_damage}")
+    check_damage(int((~seen).sum()), total, images.max_bad, images.first_damage)
+    if kept.path is not None:
+        kept.tables[what] = Features(values, labels)
     return Features(values, labels) if seen.all() else Features(values[seen], labels[seen])
 
 

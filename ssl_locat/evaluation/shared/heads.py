@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_locat.errors import CheckpointError
 from ssl_locat.runs.distributed import all_reduce_sum_, barrier, is_main, world_size
@@ -77,6 +77,25 @@ def save_progress(
     barrier()
 
 
+def open_progress(path: str | Path, purpose: dict[str, Any]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of a progress file. Raises CheckpointError for one of other settings, data or weights, or that is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            int(metadata["step"])
+            theirs = json.loads(metadata["purpose"])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a progress file ({error}). Delete it, or give another resume_file.") from None
+    if theirs != purpose:
+        names = [name for name in purpose | theirs if purpose.get(name) != theirs.get(name)]
+        differences = "; ".join(f"{name}: {theirs.get(name)!r} there, {purpose.get(name)!r} here" for name in names)
+        raise CheckpointError(
+            f"{path}: holds the progress of another command ({differences}). Delete it, or give another resume_file."
+        )
+    return metadata, tensors
+
+
 def load_progress(
     path: str | Path | None,
     module: nn.Module,
@@ -87,20 +106,9 @@ def load_progress(
     """Where to resume from: step 0 without a file. Raises CheckpointError for a file of other settings, data or weights."""
     if path is None or not Path(path).exists():
         return Resumed()
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            step, theirs = int(metadata["step"]), json.loads(metadata["purpose"])
-            about = json.loads(metadata.get("about", "{}"))  # a file of version 0.1 has none
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a progress file ({error}). Delete it, or give another resume_file.") from None
-    if theirs != purpose:
-        names = [name for name in purpose | theirs if purpose.get(name) != theirs.get(name)]
-        differences = "; ".join(f"{name}: {theirs.get(name)!r} there, {purpose.get(name)!r} here" for name in names)
-        raise CheckpointError(
-            f"{path}: holds the progress of another training ({differences}). Delete it, or give another resume_file."
-        )
+    metadata, tensors = open_progress(path, purpose)
+    step = int(metadata["step"])
+    about = json.loads(metadata.get("about", "{}"))  # a file of version 0.1 has none
     module.load_state_dict(
         {name.removeprefix("module."): tensor for name, tensor in tensors.items() if name.startswith("module.")}
     )

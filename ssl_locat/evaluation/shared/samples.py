@@ -248,6 +248,10 @@ class Pass:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def only(self, positions: Tensor) -> "Pass":
+        """The same pass over those of its samples alone, int64 [n] ascending; a batch's index counts within them."""
+        return Pass(self.dataset, self.prepare, positions, batch_size=self.batch_size, workers=self.workers, max_bad=self.max_bad)
+
     def __iter__(self) -> Iterator[Batch]:
         indices, valid = share(len(self), rank(), world_size())
         batches = read_in_order(
