@@ -1,10 +1,11 @@
 """Worker processes that load data: how they start, what signals do to them, and how they end."""
 
+import ctypes
 import os
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,23 @@ MOST_WORKERS = 16  # of one process, where nobody chose
 # Of one sample. Headers bound the work of every image that is decoded (images/headers.py; the slowest takes some seconds), so this is for
 # what nobody thought of. CPU time, not the clock's: a busy machine ends no worker that an idle one would not.
 CPU_SECONDS = 120.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_OWN_PAGES = 256 << 10  # bytes; measured: with 1 MiB a worker still grew by 1 to 3 MB with each batch
+_KEPT_AT_END = 64 << 20  # bytes of free heap; glibc's 128 kB would ask the system anew for every image
+
+
+def large_blocks_apart() -> None:
+    """Have glibc map large blocks apart from its heap, so that they go back to the system when they are freed.
+
+    By itself it counts as large what is larger than the largest such block freed so far (up to 32 MiB). Batches then lie on the heap, small
+    freed blocks, which glibc keeps aside for reuse, cut the holes that they leave, and the next batch goes to the end: a worker of `linear`
+    grew by 12 MB with each batch of 1024 images of 32 pixels, to 5.3 GB in an epoch of 1.28 million images. CPU time of decoding and
+    cutting photographs of 500 x 375 is the same with and without.
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_AT_END)
 
 
 class Failure(NamedTuple):
@@ -86,6 +104,7 @@ def start_worker(stopping: Any, trainer: int, worker: int) -> None:
     for name in _SIGNALS:
         signal.signal(name, terminate if name == signal.SIGTERM else signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    large_blocks_apart()
     # held back by `starting`, in which this process was started
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [*_SIGNALS, signal.SIGPROF])
 
