@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 BIN     = $(VENV)/bin
 PYTEST  = $(BIN)/python -m pytest
 
-.PHONY: quickstart test fuzz test-slow test-lowest test-slurm test-slurm-full bench rehearsal lint format hooks docs clean
+.PHONY: quickstart test fuzz mutate test-slow test-lowest test-slurm test-slurm-full bench rehearsal lint format hooks docs clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/ssl-locat pretrain quickstart
@@ -17,6 +17,12 @@ test: $(VENV)/ready
 # The fuzz campaigns of `make test` with fifty times as many cases: about an hour.
 fuzz: $(VENV)/ready
 	$(PYTEST) -n 2 --dist worksteal -k fuzzed --fuzz-factor 50 $(ARGS)
+
+# Faults planted in our own code, one by one: would the tests notice? Hours of a core; goes on where it stopped (build/mutate).
+mutate: $(VENV)/ready
+	$(BIN)/python tests/mutate.py measure
+	$(BIN)/python tests/mutate.py run $(ARGS)
+	$(BIN)/python tests/mutate.py show
 
 test-slow: $(VENV)/ready
 	$(PYTEST) -m "slow and not slurm" $(ARGS)

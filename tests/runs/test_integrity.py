@@ -13,7 +13,7 @@ from test_checkpoint import build, saved, train
 
 from ssl_locat.errors import CheckpointError
 from ssl_locat.runs.checkpoint import Checkpointer, problem, read_weights
-from ssl_locat.runs.marker import MARKER, write_seal
+from ssl_locat.runs.marker import DTYPES, LONGEST_HEADER, MARKER, write_seal
 
 
 def tensors(folder):
@@ -221,3 +221,12 @@ def test_what_hashing_costs(tmp_path):
     check = time.monotonic() - began
     print(f"{len(data) / 1e9:.2f} GB: saved in {save:.2f} s, checked in {check:.2f} s, SHA-256 alone {plain:.2f} s")
     assert check < 3 * plain + 1
+
+
+def test_sizes_of_types_are_those_of_the_format():
+    floats = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64}
+    floats |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool}
+    integers = {f"I{8 << n}": getattr(torch, f"int{8 << n}") for n in range(4)}
+    integers |= {f"U{8 << n}": getattr(torch, f"uint{8 << n}") for n in range(4)}
+    assert {name: dtype.itemsize for name, dtype in (floats | integers).items()} == DTYPES
+    assert LONGEST_HEADER == 100_000_000  # safetensors' own

@@ -5,6 +5,7 @@ either as its folder was at its last fsync (`strict`), or as they are (`lazy`: a
 is taken before and after each fsync and rename of a real run, and each state that differs is looked at; those of a kind are resumed once.
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -18,7 +19,7 @@ from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.runs.checkpoint import COMMITTED, Checkpointer
-from ssl_locat.runs.durable import make_folder, write_atomically
+from ssl_locat.runs.durable import flush, flush_folder, make_folder, write_atomically
 from ssl_locat.runs.folder import read_config
 
 
@@ -173,6 +174,24 @@ def test_what_a_save_returned_from_is_on_disk_and_the_one_before_it_goes_only_th
         assert (int(newest.name[5:]) if newest else 0) >= least, "the former checkpoint went before the new one was on disk"
     restore(set_aside, root)
     assert Checkpointer(run).newest() == run / "checkpoints/step_00000002"
+
+
+def test_only_a_folder_that_cannot_be_synced_at_all_is_left_to_its_file_system(tmp_path, monkeypatch):
+    def refuses(number: int):
+        def fsync(descriptor):
+            raise OSError(number, os.strerror(number))
+
+        return fsync
+
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        monkeypatch.setattr(os, "fsync", refuses(number))
+        flush_folder(tmp_path)
+    for number in (errno.EIO, errno.ENOSPC):  # a disk that fails, not one that has another way
+        monkeypatch.setattr(os, "fsync", refuses(number))
+        with pytest.raises(OSError) as raised:
+            flush_folder(tmp_path)
+        assert raised.value.errno == number
+    flush(tmp_path / "nowhere")  # nothing was written there: nothing to sync
 
 
 @pytest.mark.parametrize("damage", ["empty", "missing", "metrics empty"])

@@ -190,6 +190,42 @@ def test_samples_are_shuffled_no_worse_than_before(batch, mean_bytes):
         assert new <= old * 1.05  # of the measurement
 
 
+# (samples, mean bytes, batch) -> what a new run takes: lanes, unit, window, chunk
+CHOICES = {
+    (1_281_167, 110_000, 63): (504, 1, 16, 8),
+    (1_281_167, 110_000, 64): (512, 1, 16, 8),
+    (1_281_167, 110_000, 1024): (256, 4, 32, 16),
+    (1_281_167, 110_000, 4096): (1024, 4, 8, 4),
+    (1_281_167, 30_000, 1000): (400, 5, 64, 32),
+    (1_281_167, 5_000, 256): (256, 4, 512, 256),
+    (1_281_167, 2_000_000, 1024): (256, 4, 1, 1),
+    (1_000_000_000, 50_000, 8192): (1024, 8, 16, 8),
+    (50_000, 2_500, 192): (576, 1, 512, 256),
+    (50_000, 2_500, 256): (256, 4, 1024, 512),
+    (23_808, 1_500, 320): (640, 1, 768, 256),
+    (1_000, 3_000, 250): (100, 5, 32, 8),
+    (1_000, 3_000, 256): (64, 4, 32, 8),
+    (96, 3_000, 16): (8, 2, 4, 1),
+    (5, 3_000, 64): (1, 64, 4, 1),
+}
+
+
+def test_what_a_new_run_chooses_changes_only_on_purpose():
+    """Resumed runs keep their plan; but two runs of one config are to see one order, whichever release started them."""
+    found = {case: choose_plan([Numbers(*case[:2])], [1.0], 0, case[2]) for case in CHOICES}
+    assert {case: (plan.lanes, plan.unit, plan.window, plan.chunk) for case, plan in found.items()} == CHOICES
+    others = [
+        choose_plan([Numbers(20_000, 100_000, by_range=False)], [1.0], 0, 256),
+        choose_plan([Numbers(100_000, 1_000), Numbers(3_000, 20_000)], [1, 1], 0, 256),
+        choose_plan([Numbers(1_281_167, 110_000)], [1.0], 0, 1024, memory_bytes=1 << 26),
+    ]
+    assert [(plan.lanes, plan.unit, plan.window, plan.chunk) for plan in others] == [
+        (256, 4, 32, 8),
+        (128, 4, 256, 128),
+        (64, 16, 8, 4),
+    ]
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 100])
 def test_tiny_datasets_are_planned(count):
     plan = choose_plan([Numbers(count)], [1.0], 0, 64)

@@ -1,6 +1,7 @@
 """The stream: one order for any number of ranks and workers, exact resume, bounded reading, faults that say what to do."""
 
 import ctypes
+import fcntl
 import json
 import multiprocessing
 import os
@@ -69,6 +70,23 @@ def test_the_order_depends_on_neither_ranks_nor_workers_nor_batch_sizes(shards):
     ]:
         options = {"world_size": world, "workers": workers, "global_batch_size": batch, "accumulate_steps": accumulate}
         assert read(*shards, 480, **options) == expected, options
+
+
+def test_a_stream_is_one_rank_without_workers_unless_told_otherwise(shards, caplog):
+    with TrainStream(*shards, fingerprint, as_list, start_samples=0, global_batch_size=24) as stream:
+        batches = list(islice(stream, 20))
+        assert stream.workers == 0 and stream.quarantined == 0
+    seen = {p: sample for batch in batches for p, sample in zip(batch.positions.tolist(), batch.payload, strict=True)}
+    assert seen == read(*shards, 480)
+    assert "is read by" not in caplog.text, "one rank reads each part once"
+    TrainStream(*shards, fingerprint, as_list, start_samples=0, global_batch_size=30, rank=0, world_size=30)
+    assert "each part of the data is read by" in caplog.text
+    caplog.clear()
+    TrainStream(*shards, fingerprint, as_list, start_samples=0, global_batch_size=30, rank=1, world_size=30)
+    assert not caplog.text, "one rank says it"
+    waiting = TrainStream(*shards, fingerprint, as_list, start_samples=0, global_batch_size=24, workers=1)
+    # a store may take its whole budget, and then the reader may need it once more
+    assert waiting._loader_options["timeout"] == 2 * shards[0][0].store.budget_seconds + 120
 
 
 def test_the_order_is_the_plans(shards):
@@ -308,6 +326,30 @@ def test_quarantine_survives_a_line_cut_by_a_kill(tmp_path):
     again.add([QuarantineEntry(0, "d", 1, "s", "k", "e"), QuarantineEntry(5, "d", 2, "s", "k", "e")])
     assert again.added == 1
     assert len(Quarantine(path, 1, 100).known) == 2
+
+
+def test_quarantines_of_several_ranks_list_a_sample_once(tmp_path):
+    """The second waits for the lock of the first, and takes in what that one wrote."""
+    path, entry = tmp_path / "a/run/q.jsonl", QuarantineEntry(0, "d", 1, "s", "k", "e")
+    first, second = Quarantine(path, 1, 100), Quarantine(path, 1, 100)
+    first.add([entry])
+    second.add([entry, QuarantineEntry(5, "d", 2, "s", "k", "e")])
+    first.add([QuarantineEntry(7, "d", 2, "s", "k", "e")])
+    assert (first.added, second.added) == (1, 1) and [line["index"] for line in quarantined(path)] == [1, 2]
+    ready, write = os.pipe()
+    if not (other := os.fork()):  # another rank, slow, in the middle of its turn
+        with open(path, "ab+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            os.write(write, b"!")
+            time.sleep(0.3)
+            file.write(json.dumps(entry._replace(index=3)._asdict()).encode() + b"\n")
+        os._exit(0)
+    os.read(ready, 1)
+    second.add([entry._replace(index=3)])
+    assert os.waitpid(other, 0)[1] == 0
+    assert [line["index"] for line in quarantined(path)] == [1, 2, 3] and second.added == 1
+    os.close(ready)
+    os.close(write)
 
 
 # workers ---------------------------------------------------------------------------------------------------------------------------

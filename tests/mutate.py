@@ -1,0 +1,341 @@
+"""`make mutate`: would our tests notice if we broke the code? Faults are planted one by one, and the tests that cover them are run.
+
+    python tests/mutate.py measure              which tests run which lines, once: FOLDER/coverage.json
+    python tests/mutate.py run [--each 36]      draws, plants, tests; goes on where it stopped: FOLDER/results.jsonl
+    python tests/mutate.py show                 what lived, and the table of docs/reliability.md
+
+mutants.py says which faults there are. A server imports torch, timm and pytest once, and nothing of ours; each fault is tested in a process
+forked from it, in a copy of this checkout, by the tests that run its line, quickest first, until one fails. Tests over 20 s and those
+marked slow are left out, so that what lives here is no proof that nothing would notice. mutants.yaml lists faults that change no behaviour
+and those that we let live, each with the reason.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from importlib.util import cache_from_source
+from pathlib import Path
+
+import pytest
+import yaml
+from leftovers import PR_SET_CHILD_SUBREAPER, descendants, end
+from mutants import AREAS, ROOT, Mutant, drawn, files, matches
+
+SEED = 26
+# CPU-seconds, as measured without a fault: of a test, above which it is left out, and of all tests for one fault
+LONGEST, TOGETHER = 20.0, 20.0
+CALLS = 100  # of a function in a test that are traced
+DEEP = 300.0  # both, for what lived
+# where the tests of the areas lie; others run their lines, too, but cost many times more than they add
+TESTS = (
+    "evaluation/test_metrics.py objectives data/stream data/images/test_crops.py pretraining/test_dino_steps.py runs/test_checkpoint.py "
+    "runs/test_integrity.py runs/test_power_cut.py export/test_parts.py export/test_export.py pretraining/test_probes.py"
+)
+OPTIONS = [
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:xdist",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+    "-m",
+    "not slow and not slurm and not store and not gpu",
+]
+EXPLAINED = Path(__file__).with_name("mutants.yaml")
+
+
+# --- one process of tests ------------------------------------------------------------------------------------------------------
+
+
+class Tracer:
+    """A pytest plugin: which lines of our files each test runs in this process, and the CPU-seconds it takes."""
+
+    def __init__(self, paths: list[str]):
+        self.paths, self.lines, self.calls, self.found = set(paths), {}, Counter(), {}
+        self.fixtures: dict[str, set[int]] = {}  # lines that fixtures ran: shared ones run once, for all tests that ask for them
+
+    def pytest_runtest_protocol(self, item, nextitem):
+        self.lines, self.calls, self.began = {}, Counter(), _cpu_seconds()
+        sys.settrace(self._call)
+
+    def pytest_runtest_logreport(self, report):
+        mine = self.found.setdefault(report.nodeid, {"passed": True, "lines": {}, "seconds": 0.0})
+        mine["passed"] &= report.passed
+        if report.when == "setup":
+            for path, lines in self.lines.items():
+                self.fixtures.setdefault(path, set()).update(lines)
+        if report.when == "teardown":
+            sys.settrace(None)
+            mine["seconds"] = round(_cpu_seconds() - self.began, 3)
+            mine["lines"] = self.lines
+
+    def answer(self) -> dict[str, dict]:
+        for one in self.found.values():
+            paths = {**one["lines"], **self.fixtures}
+            one["lines"] = {path: sorted(one["lines"].get(path, set()) | self.fixtures.get(path, set())) for path in paths}
+        return self.found
+
+    def _call(self, frame, event, argument):
+        path = frame.f_code.co_filename
+        if path not in self.paths:
+            return None
+        # what a function has not run in its first calls it hardly will; and a traced line takes ten times as long
+        self.calls[frame.f_code] += 1
+        if self.calls[frame.f_code] > CALLS:
+            return None
+        lines = self.lines.setdefault(path, set())
+
+        def line(frame, event, argument):
+            lines.add(frame.f_lineno)
+            return line
+
+        return line(frame, event, argument)
+
+
+class Failure:
+    """A pytest plugin that keeps the first failure."""
+
+    def __init__(self):
+        self.test, self.words = None, None
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and self.test is None:
+            self.test = report.nodeid
+            self.words = str(getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longrepr))[:160]
+
+    def pytest_collectreport(self, report):
+        self.pytest_runtest_logreport(report)
+
+
+def _cpu_seconds() -> float:
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def in_fork(tree: Path, tests: list[str], plugin, answer, cpu_seconds: float, seconds: float) -> dict:
+    """Run tests of `tree` in a forked process -> {"code", "seconds", "cpu_seconds", **answer(plugin)}; code None if it had to be ended.
+
+    cpu_seconds: of that process (an endless loop). seconds: by the clock (an endless wait); several times what an idle machine takes."""
+    began, answered = time.monotonic(), tree.parent / "answer.json"
+    answered.unlink(missing_ok=True)
+    if not (pid := os.fork()):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_seconds) + 1, int(cpu_seconds) + 5))
+        output = os.open(tree.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1), os.dup2(output, 2)
+        os.chdir(tree)
+        os.environ |= {"PYTHONPATH": str(tree), "TMPDIR": str(tree.parent)}
+        tempfile.tempdir = None
+        sys.path[0] = str(tree)
+        try:
+            code = pytest.main([*OPTIONS, "--basetemp", str(tree.parent / "pytest"), *tests], [plugin])
+            answered.write_text(json.dumps({"code": int(code), **answer(plugin)}))
+        finally:
+            os._exit(0)
+    try:
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < began + seconds:
+            time.sleep(0.02)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        _, _, usage = os.wait4(pid, 0)
+        end(descendants(os.getpid()))  # what it started and did not end is ours by adoption
+    spent = {"seconds": round(time.monotonic() - began, 2), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2)}
+    return (json.loads(answered.read_text()) if answered.exists() else {"code": None}) | spent
+
+
+def server() -> None:
+    """Become one: orphans come to it, TERM ends it in order, and what tests need and is not ours is imported."""
+    import hypothesis
+    import matplotlib
+    import timm  # noqa: F401
+    import torch
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torchmetrics  # noqa: F401
+    import torchvision  # noqa: F401
+    import webdataset  # noqa: F401
+
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    matplotlib.use("agg")
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    # a busy machine must not look like a fault
+    hypothesis.settings.register_profile("mutate", deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    hypothesis.settings.load_profile("mutate")
+    assert not any(name.partition(".")[0] == "ssl_locat" for name in sys.modules)
+
+
+def copy_tree(folder: Path) -> Path:
+    """This checkout without its history, in a folder where `shared` is found beside it."""
+    tree = folder / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    ignore = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "runs_here", "site")
+    shutil.copytree(ROOT, tree, ignore=ignore, symlinks=True)
+    (folder / "shared").unlink(missing_ok=True)
+    (folder / "shared").symlink_to(ROOT.parent / "shared")
+    return tree
+
+
+# --- the three commands --------------------------------------------------------------------------------------------------------
+
+
+def measure(folder: Path) -> None:
+    """One process for each file of tests; goes on where it stopped."""
+    path = folder / "coverage.jsonl"
+    known = {line["file"] for line in _lines(path)}
+    server()
+    tree = copy_tree(folder)
+    ours = {str(tree / file.relative_to(ROOT)) for area in AREAS for file in files(area)}
+    found: dict[Path, None] = {}  # in order, each once
+    for name in (os.environ.get("MUTATE_TESTS") or TESTS).split():
+        place = tree / "tests" / name
+        found |= dict.fromkeys([place] if name.endswith(".py") else sorted(place.rglob("test_*.py")))
+    for file in found:
+        name = str(file.relative_to(tree))
+        if name in known:
+            continue
+        got = in_fork(tree, [name, "--timeout=900"], Tracer(list(ours)), lambda tracer: {"tests": tracer.answer()}, 900, 3000)
+        tests = {
+            test: {
+                "seconds": one["seconds"],
+                "lines": {str(Path(p).relative_to(tree)): lines for p, lines in one["lines"].items()},
+            }
+            for test, one in got.get("tests", {}).items()
+            if one["passed"] and one["lines"]
+        }
+        _append(
+            path,
+            {"file": name, "code": got["code"], "seconds": got["seconds"], "cpu_seconds": got["cpu_seconds"], "tests": tests},
+        )
+        print(f"{name}: {len(tests)} tests run lines of ours, code {got['code']}, {got['cpu_seconds']:.0f} CPU-s", flush=True)
+
+
+def run(folder: Path, each: int, only: str | None, deep: bool) -> None:
+    """Test the drawn faults that have no result yet, a share of each area in turns; `deep`: those that lived, by more tests."""
+    tests = {test: one for line in _lines(folder / "coverage.jsonl") for test, one in line["tests"].items()}
+    path = folder / "results.jsonl"
+    known = {line["name"]: line for line in _lines(path)}
+    excused = yaml.safe_load(EXPLAINED.read_text()) or {}
+    draws = [drawn(area, each, SEED) for area in AREAS]
+    todo = [(area, draw[i]) for i in range(each) for area, draw in zip(AREAS, draws, strict=True) if i < len(draw)]
+    # no fault at all, in each area: a test that fails then says nothing of the others
+    todo = [
+        (area, draw[0]._replace(function="CONTROL", after=draw[0].before)) for area, draw in zip(AREAS, draws, strict=True)
+    ] + todo
+    server()
+    tree = copy_tree(folder)
+    for number, (area, mutant) in enumerate(todo):
+        before = known.get(mutant.name)
+        lives = before and not before["state"].startswith("killed") and not before.get("deep")
+        if not (matches(mutant, only) if only else lives if deep else not before):
+            continue
+        if deep and mutant.name in excused.get("equivalent", {}):
+            continue
+        result = {"area": area, "name": mutant.name, "line": mutant.line, "deep": deep, **test_one(tree, mutant, tests, deep)}
+        _append(path, result)
+        print(f"{number + 1}/{len(todo)} {result['state']} {result['cpu_seconds']:.0f} CPU-s {mutant.name[:150]}", flush=True)
+
+
+def test_one(tree: Path, mutant: Mutant, tests: dict[str, dict], deep: bool) -> dict:
+    chosen, expected = covering(mutant, tests, deep)
+    if not chosen:
+        return {"state": "not covered", "tests": 0, "cpu_seconds": 0.0}
+    target = tree / mutant.path
+    source, compiled = target.read_bytes(), Path(cache_from_source(str(target)))
+    try:
+        target.write_bytes(mutant.apply(source))
+        compiled.unlink(missing_ok=True)  # of another fault: told apart by second and size alone
+        told = lambda failure: {"test": failure.test, "words": failure.words}  # noqa: E731
+        got = in_fork(tree, [*chosen, "-x", "--timeout=600"], Failure(), told, 30 + 5 * expected, 120 + 20 * expected)
+    finally:
+        target.write_bytes(source)
+        compiled.unlink(missing_ok=True)
+    state = {0: "survived", None: "killed (time)"}.get(got["code"], "killed")
+    return {"state": state, "tests": len(chosen), "expected": round(expected, 1), **got}
+
+
+def covering(mutant: Mutant, tests: dict[str, dict], deep: bool) -> tuple[list[str], float]:
+    """The quickest tests that run the fault's line; where there are none (it runs at the import, or in a worker process), and for a deep look,
+    those that run anything of its file."""
+    longest, together = (DEEP, DEEP) if deep else (LONGEST, TOGETHER)
+    usable = {test: one for test, one in tests.items() if one["seconds"] <= longest and mutant.path in one["lines"]}
+    exact = {test for test, one in usable.items() if mutant.line in one["lines"][mutant.path]}
+    pool = usable if deep or not exact else exact
+    chosen, total = [], 0.0
+    for test in sorted(pool, key=lambda test: (test not in exact, usable[test]["seconds"])):
+        if chosen and total + usable[test]["seconds"] > together:
+            break
+        chosen.append(test)
+        total += usable[test]["seconds"]
+    return chosen, total
+
+
+def show(folder: Path) -> None:
+    explained = yaml.safe_load(EXPLAINED.read_text()) or {}
+    latest = {line["name"]: line for line in _lines(folder / "results.jsonl")}
+    counts: dict[str, Counter] = {area: Counter() for area in AREAS}
+    for name, line in latest.items():
+        if " CONTROL " in name:
+            if line["state"] != "survived":
+                print(f"without any fault: {line['state']}, {line.get('test')}: {line.get('words')}")
+            continue
+        state = "killed" if line["state"].startswith("killed") else "survived"
+        if state == "survived" and name in explained.get("equivalent", {}):
+            state = "equivalent"
+        elif state == "survived":
+            why = explained.get("accepted", {}).get(name)
+            print(f"{line['state']}: {name} (line {line['line']}, {line['tests']} tests)" + (f"\n    {why}" if why else ""))
+        counts[line["area"]][state] += 1
+    counts["all"] = sum(counts.values(), Counter())
+    print(
+        "\n| Area | planted | caught | lived | change nothing | caught of those that change something |\n|---|---|---|---|---|---|"
+    )
+    for area, one in counts.items():
+        share = one["killed"] / max(1, one["killed"] + one["survived"])
+        print(f"| {area} | {one.total()} | {one['killed']} | {one['survived']} | {one['equivalent']} | {100 * share:.0f} % |")
+    spent = [line["cpu_seconds"] for line in latest.values()]
+    print(f"\n{sum(spent):.0f} CPU-s, {sum(spent) / max(1, len(spent)):.1f} each")
+
+
+def _lines(path: Path) -> list[dict]:
+    """A last line that was cut off by a kill is left out, and ended, so that the next one stands alone."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text)
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _append(path: Path, record: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=["measure", "run", "show"])
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "build/mutate", help="for the map, the results and a copy of the checkout"
+    )
+    parser.add_argument("--each", type=int, default=36, help="faults of each area")
+    parser.add_argument("--deep", action="store_true", help="those that lived, by all tests that run anything of their file")
+    parser.add_argument("--only", help="those whose name has this in it, again")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.what == "measure":
+        measure(options.folder)
+    elif options.what == "run":
+        run(options.folder, options.each, options.only, options.deep)
+    else:
+        show(options.folder)
