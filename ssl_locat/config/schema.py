@@ -138,6 +138,11 @@ class Crops(Section):
     global_size: int = Field(default=224, gt=0, description="pixels")
     local_size: int = Field(default=96, gt=0, description="pixels")
     num_local: int = Field(default=8, ge=0)
+    anchor_size: int | None = Field(
+        default=None,
+        gt=0,
+        description="pixels: the global crops again, cut from the image at this size, for an objective's anchor that sees finer (anchor_scale)",
+    )
     global_scale: tuple[float, float] = Field(default=(0.4, 1.0), description="fraction of the image's area")
     local_scale: tuple[float, float] = Field(default=(0.05, 0.4), description="fraction of the image's area")
     mode: Literal["auto", "cpu", "device-photometric", "device"] = Field(
@@ -167,6 +172,15 @@ class Crops(Section):
         if not 0 < value[0] <= value[1] <= 1:
             raise ValueError(f"is {list(value)}; expected [smallest, largest] with 0 < smallest <= largest <= 1")
         return value
+
+    @model_validator(mode="after")
+    def _anchor_sees_finer(self) -> "Crops":
+        if self.anchor_size is not None and self.anchor_size <= self.global_size:
+            raise ValueError(
+                f"anchor_size is {self.anchor_size}, global_size {self.global_size}: an anchor that sees no finer than the student sees its "
+                "global crops; leave anchor_size out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _colours_need_rgb(self) -> "Crops":

@@ -37,9 +37,9 @@ class Gram(nn.Module):
     Args:
         anchor: MODEL of the frozen network (a run's folder or checkpoint, ...), or `teacher`: a copy of this run's own teacher.
         anchor_every_steps: with `teacher`, copy it anew after so many steps (10000 in DINOv3's refinement stage); None: never.
-        anchor_scale: the anchor sees the crops enlarged so that it has this many patches, per side, for each of the student's, and its
-            tokens are brought back to the student's grid: smoother, finer similarities (2 in DINOv3). Crops are resized here, where
-            DINOv3 cuts them again from the image.
+        anchor_scale: the anchor sees the crops so large that it has this many patches, per side, for each of the student's, and its
+            tokens are brought back to the student's grid: smoother, finer similarities (2 in DINOv3). Above 1 they are cut again from
+            the image, at crops.anchor_size.
         level: similarities within each `image`, or among the patches of the whole micro-batch on a rank (`batch`).
         negatives: `keep` them, `zero` those of both, or `zero_teacher` only the anchor's. (DINOv3's remove_only_teacher_neg means to zero
             the student's too where both are negative, but tests the anchor after zeroing it; we do what it does.)

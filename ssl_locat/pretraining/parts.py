@@ -24,6 +24,7 @@ from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.probe_options import check_probes
 from ssl_locat.models.attach import LocAtModel
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
+from ssl_locat.models.tokens import input_grid
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.schedules import LEARNING_RATES, cosine, decayed, straight, warmed_up
 from ssl_locat.pretraining.probes import check_probe_data
@@ -231,9 +232,22 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
         if getattr(objective, "anchor", None) not in (None, "teacher")
     }
     model = StudentTeacher(backbone, losses, anchors).to(device)
+    check_anchor_crops(model, config)
     if config.optim.accumulate_steps > 1 and any(isinstance(part, nn.BatchNorm1d) for part in model.student.heads.modules()):
         raise ConfigError("batch_norm in a head sees one micro-batch at a time: with it, optim.accumulate_steps must be 1.")
     return model, losses.to(device)
+
+
+def check_anchor_crops(model: StudentTeacher, config: Config) -> None:
+    """ConfigError where an anchor sees larger crops than any that are cut: enlarged ones would show it nothing finer."""
+    side, cut = config.crops.global_size, config.crops.anchor_size or config.crops.global_size
+    grid = input_grid(model.student.backbone, torch.empty(0, len(config.crops.mean), side, side, device="meta"))
+    for name, anchor in (*model.anchors.items(), *model.snapshots.items()):
+        if (wanted := max(anchor.size(grid))) > cut:
+            raise ConfigError(
+                f"{name}: with anchor_scale {anchor.scale:g} its anchor sees crops of {wanted} pixels, but the largest that are cut have {cut}. "
+                f"Set crops.anchor_size={wanted}: they are cut from the images at that size then."
+            )
 
 
 def saved_modules(model: StudentTeacher, losses: nn.ModuleDict) -> dict[str, nn.Module]:

@@ -71,7 +71,7 @@ class Anchor(nn.Module):
     """A frozen third network, whose tokens of the global crops an objective compares the student's with.
 
     Args:
-        scale: crops are resized so that it has this many patches, per side, for each of the student's, whatever its patch size.
+        scale: it has this many patches, per side, for each of the student's, whatever its patch size: `size` is what it sees.
         mean, std: that the crops were normalised with; undone where the backbone was trained with others.
     """
 
@@ -86,11 +86,18 @@ class Anchor(nn.Module):
     def train(self, mode: bool = True) -> "Anchor":
         return super().train(False)  # `model.train()` reaches every module
 
-    def forward(self, images: Tensor, num_global: int, grid: Grid) -> Views:
-        """images [T*B, 3, H, W], grid of the student's patches -> class tokens, patches before and after PRR, on that grid."""
-        sides = self.backbone.patch_embed.patch_size
-        # (height, width) in pixels; sides of a patch may differ
-        size = tuple(round(cells * self.scale) * side for cells, side in zip(grid, sides, strict=True))
+    def size(self, grid: Grid) -> tuple[int, int]:
+        """(height, width) in pixels of the crops that it sees, for the student's grid of patches, whose sides may differ."""
+        height, width = self.backbone.patch_embed.patch_size
+        return round(grid.rows * self.scale) * height, round(grid.cols * self.scale) * width
+
+    def forward(self, images: Tensor, num_global: int, grid: Grid, larger: Tensor | None = None) -> Views:
+        """images [T*B, 3, H, W], grid of the student's patches -> class tokens, patches before and after PRR, on that grid.
+
+        larger: the same crops, cut from the images with more pixels, for an anchor that sees more than H x W."""
+        size = self.size(grid)
+        if larger is not None and max(size) > max(images.shape[-2:]):
+            images = larger
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
         raw = forward_tokens(self.backbone, images * self.gain + self.shift)
@@ -155,11 +162,15 @@ class StudentTeacher(nn.Module):
                 )
 
     @torch.no_grad()
-    def targets(self, global_crops: Tensor, num_global: int, masks: Masks | None = None) -> tuple[dict[str, Any], Tokens]:
-        """What each objective compares the student with: the teacher's head's output, or its anchor's views; and the teacher's tokens."""
+    def targets(
+        self, global_crops: Tensor, num_global: int, masks: Masks | None = None, anchor_crops: Tensor | None = None
+    ) -> tuple[dict[str, Any], Tokens]:
+        """What each objective compares the student with: the teacher's head's output, or its anchor's views; and the teacher's tokens.
+
+        anchor_crops: the global crops with more pixels, for anchors that see them so."""
         outputs, tokens = self.teacher(global_crops, None, num_global, masks, with_tokens=True)
         for name, anchor in (*self.anchors.items(), *self.snapshots.items()):
-            outputs[name] = anchor(global_crops, num_global, tokens.grid)
+            outputs[name] = anchor(global_crops, num_global, tokens.grid, anchor_crops)
         return outputs, tokens
 
     def make_masks(self, objectives: nn.ModuleDict, seeds: list[int], global_crops: Tensor) -> Masks | None:

@@ -13,7 +13,7 @@ from ssl_locat.models.backbone import create_backbone
 from ssl_locat.objectives import Progress, build
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.pretraining.parts import build_model
-from ssl_locat.pretraining.student_teacher import StudentTeacher
+from ssl_locat.pretraining.student_teacher import Anchor, StudentTeacher
 from ssl_locat.runs.checkpoint import read_weights
 from ssl_locat.runs.log import read_jsonl
 
@@ -51,7 +51,8 @@ def tiny(textures, tmp_path):
 @pytest.mark.parametrize("backbone", ["vit_tiny", "locatvit_tiny"])
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_two_steps(tiny, name, backbone):
-    config = tiny(COMBINATIONS[name], f"backbone.name={backbone}", "optim.epochs=null", "optim.total_steps=2")
+    finer = ["crops.anchor_size=64"] if "anchor_scale" in COMBINATIONS[name] else []
+    config = tiny(COMBINATIONS[name], f"backbone.name={backbone}", "optim.epochs=null", "optim.total_steps=2", *finer)
     assert pretrain(config)["steps"] == 2
     records = read_jsonl(Path(config.run_dir) / "metrics.jsonl")
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records) and records[0]["grad_norm"] > 0
@@ -166,3 +167,25 @@ def test_gram_anchors_at_an_earlier_run(tiny, tmp_path):
 def test_what_cannot_work_is_refused(tiny, objective, overrides, words):
     with pytest.raises((ConfigError, UserError), match=words):
         build_model(tiny(objective, *overrides), torch.device("cpu"))
+
+
+def test_an_anchor_is_shown_crops_that_were_cut_for_it(tiny, monkeypatch):
+    seen, forward = [], Anchor.forward
+
+    def note(self, images, num_global, grid, larger=None):
+        seen.append((tuple(images.shape), tuple(larger.shape)))
+        return forward(self, images, num_global, grid, larger)
+
+    monkeypatch.setattr(Anchor, "forward", note)
+    config = tiny(COMBINATIONS["dinov3"], "crops.anchor_size=64", "optim.epochs=null", "optim.total_steps=1")
+    pretrain(config)
+    assert seen == [((32, 3, 32, 32), (32, 3, 64, 64))]
+
+
+def test_an_anchor_that_sees_finer_wants_crops_of_its_own(tiny):
+    with pytest.raises(
+        ConfigError, match=r"sees crops of 64 pixels, but the largest that are cut have 32. Set crops.anchor_size=64"
+    ):
+        build_model(tiny(COMBINATIONS["dinov3"]), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="anchor_size is 32, global_size 32: an anchor that sees no finer"):
+        tiny(COMBINATIONS["dinov3"], "crops.anchor_size=32")

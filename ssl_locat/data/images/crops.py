@@ -52,6 +52,22 @@ class Crops(NamedTuple):
 
     global_crops: Tensor  # float [2 * B, C, H, W]
     local_crops: Tensor | None  # float [num_local * B, C, h, w]
+    anchor_crops: Tensor | None = None  # float [2 * B, C, A, A]: the global crops again, cut larger
+
+
+class Group(NamedTuple):
+    """Crops of one size."""
+
+    name: str  # in a payload
+    views: slice  # of an image's draws
+    size: int  # pixels
+    finer: float  # pixels for each of the size that the draws' blur is meant for
+
+    def draws(self, table: Tensor) -> Tensor:
+        """[B, V, FIELDS] of all views -> of these, with the blur in their own pixels."""
+        table = table[:, self.views].clone()
+        table[..., FIELDS["sigma"]] *= self.finer
+        return table
 
 
 class MultiCrop:
@@ -59,6 +75,8 @@ class MultiCrop:
 
     Args:
         global_size, local_size: pixels, square.
+        anchor_size: pixels of a third kind, for a frozen anchor that sees finer than the student: the two global crops, their boxes cut from
+            the image at this size, with the same colours, so that they show what enlarged crops have lost.
         global_scale, local_scale: fraction of the image's area that a crop covers, (lowest, highest).
         jitter: strengths of brightness, contrast, saturation and hue; applied together with `jitter_prob`, in random order.
         blur_prob, solarize_prob: for the first global, the second global and every local crop.
@@ -77,6 +95,7 @@ class MultiCrop:
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
         *,
+        anchor_size: int | None = None,
         flip_prob: float = 0.5,
         jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
         jitter_prob: float = 0.8,
@@ -94,7 +113,12 @@ class MultiCrop:
         for name, (low, high) in {"global_scale": global_scale, "local_scale": local_scale}.items():
             if not 0 < low <= high <= 1:
                 raise ConfigError(f"crops.{name} is [{low}, {high}]; expected two fractions of the area, 0 < low <= high <= 1")
-        self.global_size, self.local_size, self.num_local = global_size, local_size, num_local
+        self.num_local = num_local
+        self.groups = [Group("global", slice(0, 2), global_size, 1.0)]
+        if num_local:
+            self.groups.append(Group("local", slice(2, 2 + num_local), local_size, 1.0))
+        if anchor_size:
+            self.groups.append(Group("anchor", slice(0, 2), anchor_size, anchor_size / global_size))
         self.global_scale, self.local_scale = (global_scale[0], global_scale[1]), (local_scale[0], local_scale[1])
         self.flip_prob, self.gray_prob = flip_prob, gray_prob
         self.jitter, self.jitter_prob = tuple(jitter), jitter_prob
@@ -116,65 +140,59 @@ class MultiCrop:
         table = np.array(draws, np.float32)
         if self.mode == "device":
             return Sample([image], table)
-        sizes = [self.global_size] * 2 + [self.local_size] * self.num_local
-        crops = [resized_crop(image, draw, size) for draw, size in zip(draws, sizes, strict=True)]
-        if self.mode == "cpu":
-            crops = [photometric(crop, draw) for crop, draw in zip(crops, draws, strict=True)]
+        crops = []
+        for group in self.groups:
+            for draw in draws[group.views]:
+                crop = resized_crop(image, draw, group.size)
+                crops.append(photometric(crop, draw._replace(sigma=draw.sigma * group.finer)) if self.mode == "cpu" else crop)
         return Sample(crops, table)
 
     def collate(self, samples: list[Sample]) -> dict[str, Tensor]:
         """B samples -> a flat dict of tensors, view-major.
 
-        "global" uint8 [2 * B, H, W, C] and "local" [num_local * B, h, w, C]; with photometric work left, their draws too; in
-        mode "device" padded images and "draws" [B, V, FIELDS] instead.
+        "global" uint8 [2 * B, H, W, C], "local" [num_local * B, h, w, C], "anchor" [2 * B, A, A, C]; with photometric work left, their draws
+        too; in mode "device" padded images and "draws" [B, V, FIELDS] instead.
         """
         draws = torch.from_numpy(np.stack([sample.draws for sample in samples]))
         if self.mode == "device":
             return _stack_images([sample.pixels[0] for sample in samples]) | {"draws": draws}
-        payload = {}
-        for name, views in {"global": slice(0, 2), "local": slice(2, 2 + self.num_local)}.items():
-            if views.start < views.stop:
-                payload[name] = _stack_views([sample.pixels[views] for sample in samples])
-                if self.mode == "device-photometric":
-                    payload[f"{name}_draws"] = draws[:, views].transpose(0, 1).flatten(0, 1).contiguous()
+        payload, start = {}, 0
+        for group in self.groups:
+            stop = start + group.views.stop - group.views.start
+            payload[group.name] = _stack_views([sample.pixels[start:stop] for sample in samples])
+            if self.mode == "device-photometric":
+                payload[f"{group.name}_draws"] = group.draws(draws).transpose(0, 1).flatten(0, 1).contiguous()
+            start = stop
         return payload
 
     def finish(self, payload: dict[str, Tensor], device: torch.device | str) -> Crops:
         """Payload of `collate` -> normalised float32 crops on `device`. Reads nothing back from the device."""
         if self.mode == "device":
-            return Crops(*self._finish_images(payload, device))
-        global_crops = self._finish_views(payload, "global", device)
-        assert global_crops is not None  # there are always two of an image
-        return Crops(global_crops, self._finish_views(payload, "local", device))
+            finished = self._finish_images(payload, torch.device(device))
+        else:
+            finished = {group.name: self._finish_views(payload, group.name, device) for group in self.groups}
+        return Crops(finished["global"], finished.get("local"), finished.get("anchor"))
 
-    def _finish_views(self, payload: dict[str, Tensor], name: str, device: torch.device | str) -> Tensor | None:
-        if name not in payload:
-            return None
+    def _finish_views(self, payload: dict[str, Tensor], name: str, device: torch.device | str) -> Tensor:
         pixels = payload[name].to(device, non_blocking=True).permute(0, 3, 1, 2)
         crops = torch.empty(pixels.shape, device=pixels.device).copy_(pixels)
         if self.mode == "device-photometric":
             crops = crops_device.photometric(crops, payload[f"{name}_draws"])
         return self._normalize(crops)
 
-    def _finish_images(self, payload: dict[str, Tensor], device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    def _finish_images(self, payload: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         numbers = sorted(name.removeprefix("rows.") for name in payload if name.startswith("rows."))
-        device = torch.device(device)
         buckets = [
             (payload[f"images.{n}"].to(device, non_blocking=True), crops_device.to_device(payload[f"rows.{n}"], device))
             for n in numbers
         ]
-        finished: list[Tensor | None] = []
-        for views, size in ((slice(0, 2), self.global_size), (slice(2, 2 + self.num_local), self.local_size)):
-            draws = payload["draws"][:, views]
-            if not draws.shape[1]:
-                finished.append(None)
-                continue
-            crops = crops_device.assemble(buckets, crops_device.to_device(draws, device), size)
+        finished = {}
+        for group in self.groups:
+            draws = group.draws(payload["draws"])
+            crops = crops_device.assemble(buckets, crops_device.to_device(draws, device), group.size)
             crops = crops_device.photometric(crops, draws.transpose(0, 1).flatten(0, 1))
-            finished.append(self._normalize(crops))
-        global_crops, local_crops = finished
-        assert global_crops is not None  # there are always two of an image
-        return global_crops, local_crops
+            finished[group.name] = self._normalize(crops)
+        return finished
 
     def _normalize(self, crops: Tensor) -> Tensor:
         """float [N, C, H, W] in 0..255, overwritten."""

@@ -201,7 +201,7 @@ def test_device_resize_equals_pillow(photos):
 @pytest.mark.parametrize("mode", ["device-photometric", "device"])
 def test_modes_give_the_same_crops(photos, mode):
     images = photos * 6
-    expected, ours = finished("cpu", images), finished(mode, images)
+    expected, ours = (finished(each, images, anchor_size=96) for each in ("cpu", mode))
     for a, b in zip(expected, ours, strict=True):
         difference = (a - b).abs()
         assert difference.mean() < 1.0
@@ -254,7 +254,43 @@ def test_device_hue_equals_torchvisions_within_its_eight_bits(photos):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["device-photometric", "device"])
 def test_a_gpu_gives_the_same_crops(photos, mode):
-    crops = MultiCrop(64, 24, 3, mode=mode)
+    crops = MultiCrop(64, 24, 3, anchor_size=96, mode=mode)
     payload = crops.collate([crops.cut(image, seed) for seed, image in enumerate(photos * 6)])
     for a, b in zip(crops.finish(payload, "cpu"), crops.finish(payload, "cuda"), strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=0.05, rtol=0)
+
+
+def stripes(period: int) -> np.ndarray:
+    """[512, 512, 3]: black and white, `period` pixels from one white to the next, along both axes."""
+    line = np.where(np.arange(512) % period < period // 2, 0, 255).astype(np.uint8)
+    return np.repeat((line[:, None] ^ line[None])[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize("mode", ["cpu", "device-photometric", "device"])
+def test_anchor_crops_show_what_enlarging_would_have_lost(mode):
+    """Squares of 4 px: grey at 64 px a crop of 512, as they are at 256."""
+    options = {"mean": (0, 0, 0), "std": (1 / 255,) * 3, "global_scale": (1.0, 1.0), "anchor_size": 256, "mode": mode}
+    crops, image = MultiCrop(64, num_local=0, **GEOMETRY | options), stripes(8)
+    finished = crops.finish(crops.collate([crops.cut(image, seed) for seed in (1, 2)]), "cpu")
+    assert finished.anchor_crops.shape == (4, 3, 256, 256) and finished.local_crops is None
+    enlarged = torch.nn.functional.interpolate(finished.global_crops, (256, 256), mode="bicubic")
+    assert enlarged.std() < 10 and finished.anchor_crops.std() > 100
+    for view in range(2):
+        for row, seed in enumerate((1, 2)):
+            expected = resized_crop(image, crops.draw(512, 512, seed)[view], 256)
+            found = finished.anchor_crops[2 * view + row].permute(1, 2, 0)
+            assert (found - torch.from_numpy(expected)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["cpu", "device-photometric", "device"])
+def test_anchor_crops_are_the_global_ones_in_more_pixels(photos, mode):
+    """The same boxes, flips, colours and blur: made smaller, they are the global crops."""
+    crops = MultiCrop(64, 24, 3, anchor_size=128, mode=mode)
+    payload = crops.collate([crops.cut(photo, seed) for seed, photo in enumerate(photos)])
+    finished = crops.finish(payload, "cpu")
+    smaller = torch.nn.functional.interpolate(finished.anchor_crops, (64, 64), mode="bicubic", antialias=True)
+    difference = (smaller - finished.global_crops).abs().mean((1, 2, 3))
+    assert difference.max() < 0.1  # of a standard deviation: rounding, and solarising before or after pixels are averaged
+    plain = MultiCrop(64, 24, 3, mode=mode)
+    alone = plain.finish(plain.collate([plain.cut(photo, seed) for seed, photo in enumerate(photos)]), "cpu")
+    assert torch.equal(alone.global_crops, finished.global_crops) and torch.equal(alone.local_crops, finished.local_crops)

@@ -32,7 +32,7 @@ class Late:
 def test_order_and_values(mode, device, late):
     """On a GPU nothing here waits for it until the end. Late crops come out wrong if they are read before they are finished; late
     training reads crops that were dropped long ago, wrong ones if the next batches took their memory."""
-    crops = MultiCrop(32, 16, 2, mode=mode)
+    crops = MultiCrop(32, 16, 2, anchor_size=48, mode=mode)
     images = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), np.uint8)
     payloads = [crops.collate([crops.cut(images[2 * n + k], 2 * n + k) for k in (0, 1)]) for n in range(6)]
     if device == "cuda":
