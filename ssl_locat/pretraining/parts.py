@@ -24,11 +24,12 @@ from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.probe_options import check_probes
 from ssl_locat.models.attach import LocAtModel
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
+from ssl_locat.models.gaug import GAug
 from ssl_locat.models.tokens import input_grid
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.schedules import LEARNING_RATES, cosine, decayed, straight, warmed_up
 from ssl_locat.pretraining.probes import check_probe_data
-from ssl_locat.pretraining.student_teacher import StudentTeacher
+from ssl_locat.pretraining.student_teacher import Network, StudentTeacher
 from ssl_locat.runs import distributed
 from ssl_locat.runs.distributed import is_main, world_size
 from ssl_locat.seeds import mix64
@@ -74,9 +75,10 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
     """
     batch = config.optim.global_batch_size
     micro_batch_size(batch, ranks, config.optim.accumulate_steps)
-    if config.precision == "fp16" and config.parallel == "fsdp":
+    if config.compile == "cuda-graphs" and config.parallel == "fsdp" and ranks > 1:
         raise ConfigError(
-            "precision fp16 with parallel fsdp is not served (its loss scale is not shared between ranks): take bf16, or ddp."
+            "compile is cuda-graphs with parallel: fsdp: graphs want weights that stay where they are, and FSDP gathers them anew each time. "
+            "Take compile: true, or parallel: ddp."
         )
     check_backbone(config)
     check_probes(config)
@@ -266,16 +268,17 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
     if config.activation_checkpointing:
         # the student alone: the teacher keeps nothing for a backward pass
         distributed.checkpoint_activations(blocks[model.student])
+    sharded = config.parallel == "fsdp" and world_size() > 1
     if config.compile:
-        mode = "reduce-overhead" if config.compile == "cuda-graphs" else None
-        for network in blocks:
-            # in place: torch.compile(network) would wrap it, and put `_orig_mod.` before each name of a checkpoint
-            network.compile(mode=mode)  # dynamic sizes are found out: the number of hidden patches changes
+        compile_in_place(blocks, config.compile == "cuda-graphs", whole=not sharded)
     if world_size() == 1:
         return model.student
-    if config.parallel == "fsdp":
-        for network, parts in blocks.items():
-            distributed.shard(network, [*parts, *network.heads.values()], device)
+    if sharded:
+        precisions = (config.precision, config.teacher.precision or config.precision)
+        for (network, parts), precision in zip(blocks.items(), precisions, strict=True):
+            # KoLeo's and Gram's heads have no parameters to gather
+            heads = [head for head in network.heads.values() if any(True for _ in head.parameters())]
+            distributed.shard(network, [*parts, *heads], device, DTYPES[precision], cast_by_autocast(network))
         return model.student
     # looking for unused parameters walks the whole graph once a step
     ids = [device.index] if device.type == "cuda" else None
@@ -287,6 +290,25 @@ def distribute(model: StudentTeacher, config: Config, device: torch.device) -> n
         and all(objective.name in OBJECTIVES for objective in config.objectives)
     )
     return DistributedDataParallel(model.student, device_ids=ids, find_unused_parameters=not ours)
+
+
+def compile_in_place(blocks: dict[Network, list[nn.Module]], cuda_graphs: bool, whole: bool) -> None:
+    """torch.compile the networks, or each of their blocks. In place: a wrapper would put `_orig_mod.` before each name of a checkpoint."""
+    mode = "reduce-overhead" if cuda_graphs else None
+    for network, parts in blocks.items():
+        if whole:
+            network.compile(mode=mode)  # dynamic sizes are found out: the number of hidden patches changes
+            continue
+        for block in parts:
+            # its forward alone: FSDP's hooks, which gather the block, stay outside and need no compiler
+            block.forward = torch.compile(block.forward, mode=mode)
+
+
+def cast_by_autocast(network: nn.Module) -> list[nn.Parameter]:
+    """Most of a network: linear layers and convolutions. Norms, positions, GAug and the normalisation of prototypes compute in float32."""
+    exact = {id(parameter) for module in network.modules() if isinstance(module, GAug) for parameter in module.parameters()}
+    layers = (module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False) if id(parameter) not in exact]
 
 
 def backbone_blocks(backbone: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,8 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -45,6 +46,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 COMMON_FAILURE_SECONDS = 15  # ranks that fail alike do so at the same collective, or in checks of the same few files
 ROLL_CALL_SECONDS = 5  # ranks notice a lost one within a second of each other: each has a vote under way at every step
 COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|monitoredBarrier|timed? ?out", re.IGNORECASE)
+
+# torch before 2.15 casts all of a unit or nothing, and norms and positions must stay float32: it gathers everything so
+GATHERS_CAST = "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_fields__
 
 _roll: "Roll | None" = None
 _cpu_group: Any = None  # gloo: agreements and small objects, whatever the tensors' backend is
@@ -432,17 +436,44 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def shard(network: nn.Module, units: Iterable[nn.Module], device: torch.device) -> None:
+def shard(
+    network: nn.Module,
+    units: Iterable[nn.Module],
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    cast: Collection[nn.Parameter] = (),
+) -> None:
     """FSDP2 (`fully_shard`), in place: parameters, gradients and what an optimizer built afterwards keeps lie in world_size parts.
 
     Each of `units` (blocks, heads) is gathered for the time it computes; what they leave, for as long as `network` does. The network
     must be used through its `__call__`: that is where the gathering happens.
+
+    Args:
+        precision: in which the parameters `cast` are gathered; the parts stay as they are, and gradients are summed over ranks in float32.
+            For those that autocast would cast to it before each use: half the bytes travel, and the same is computed.
     """
+    # a view that a loss changed in place would lose the hook that gathers for the backward pass; ours change nothing in place
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
+    policy = gathering(precision, cast)
     for unit in units:
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
     # torch would keep the root gathered for the backward pass; the teacher has none, and its update wants the parts
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+
+
+def gathering(precision: torch.dtype, cast: Collection[nn.Parameter]) -> MixedPrecisionPolicy:
+    """Sums of gradients in float32; parameters as they are, but for `cast`."""
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    if precision == torch.float32 or not GATHERS_CAST:
+        return exact
+    chosen = {id(parameter) for parameter in cast}
+    return MixedPrecisionPolicy(
+        param_dtype=precision,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # what flows from block to block stays float32, as under autocast; so do masks, which are numbers
+        param_dtype_override_fn=lambda parameter: None if id(parameter) in chosen else parameter.dtype,
+    )
 
 
 @contextmanager
