@@ -1,7 +1,5 @@
 """Metrics: classification hits, confusion matrices, mIoU by label and by Hungarian matching. Plain tensors in, plain floats out."""
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,13 +15,6 @@ def top_hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     """
     values, classes = scores.topk(min(k, scores.shape[1]), dim=1)
     return ((classes == labels[:, None]) & (values != 0)).any(dim=1)
-
-
-def wilson(percent: float, count: int) -> tuple[float, float]:
-    """(low, high) in percent: the 95 % interval of a share that was measured on `count` images (Wilson 1927)."""
-    share, z = percent / 100, 1.959964  # the 97.5 % quantile of the normal distribution
-    centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return 100 * (centre - spread) / (1 + z * z / count), 100 * (centre + spread) / (1 + z * z / count)
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
