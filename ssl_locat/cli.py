@@ -369,6 +369,34 @@ def shards_check(data: Annotated[list[str], typer.Argument(metavar="DATA...")], 
     raise typer.Exit(check_command(data if len(data) > 1 else data[0], as_json))
 
 
+@shards.command(
+    "dedup",
+    epilog=_examples(
+        "ssl-locat shards dedup 'shards/*.tar'",
+        "ssl-locat shards dedup 'shards/*.tar' --against 'test/*.tar' --leave-out",
+    ),
+)
+def shards_dedup(
+    data: Annotated[list[str], typer.Argument(metavar="DATA...")],
+    against: Annotated[
+        str | None, typer.Option(help="another set, such as a test set, whose images should not be in DATA")
+    ] = None,
+    leave_out: Annotated[
+        bool, typer.Option("--leave-out", help="write shards.left_out beside the shards, which training obeys")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List images that are there twice: recompressed, resized, mirrored, grey or cropped by a tenth."""
+    from ssl_locat.doctor.early import check_data
+
+    check_data(data)
+    if against:
+        check_data(against)
+    from ssl_locat.data.stream.dedup import dedup_command
+
+    dedup_command(data if len(data) > 1 else data[0], against, leave_out, as_json)
+
+
 @shards.command("show", epilog=_examples("ssl-locat shards show 'shards/*.tar'"))
 def shards_show(data: Annotated[list[str], typer.Argument(metavar="DATA...")], as_json: Json = False) -> None:
     """Print counts, sizes and the first samples."""

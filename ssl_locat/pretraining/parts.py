@@ -15,6 +15,7 @@ from ssl_locat.config.schema import OBJECTIVES, Config, Data
 from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.index import Dataset, open_mix
+from ssl_locat.data.shards.left_out import without_left_out
 from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.data.stores.cache import CachedStore
@@ -94,7 +95,8 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
     datasets: list[Any] = [range(to_come.num_train)] if to_come else []
     weights = [1.0]
     if not to_come:
-        datasets, weights = open_mix(config.data.model_dump()["train"], store=store)
+        opened, weights = open_mix(config.data.model_dump()["train"], store=store)
+        datasets = [without_left_out(dataset) for dataset in opened]
     if config.data.epoch_samples is None and len(datasets) > 1:
         raise ConfigError(
             "data.train mixes several data sets: say how many samples count as an epoch, such as data.epoch_samples=1281167."

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.shards.index import Dataset, FolderDataset, is_compressed, open_dataset, open_mix
+from ssl_locat.data.shards.left_out import without_left_out
 from ssl_locat.data.shards.selections import Chosen, Joined, some
 from ssl_locat.data.shards.shard_index import default_cache_dir
 from ssl_locat.data.shards.tar import Damage, RawSample, parse, scan
@@ -97,7 +98,7 @@ def open_spec(spec: str | Path | Sequence[Any], store: Store | None = None) -> J
     urls = list(store.expand(parts)) if all(isinstance(part, str) for part in parts) else []
     if any(map(is_compressed, urls)):
         return Joined([CompressedShard(url, store) if is_compressed(url) else open_dataset(url, store=store) for url in urls])
-    return Joined(open_mix(spec, store=store)[0])
+    return Joined([without_left_out(dataset) for dataset in open_mix(spec, store=store)[0]])
 
 
 def open_split(data: Mapping[str, Any], name: str) -> Joined | Chosen:
