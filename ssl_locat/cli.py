@@ -225,6 +225,38 @@ def evaluate(
     refuse_not_finite(result)
 
 
+@app.command(
+    epilog=_examples(
+        "ssl-locat compare timm:vit_small_patch16_224.dino?pretrained runs/adapted data.train=photos/train data.test=photos/val",
+        "ssl-locat compare runs/mine data.train=... data.test=... data.unlabelled='shards/*.tar' draws=10",
+        "ssl-locat compare START ADAPTED data.train=... data.test=... data.num_classes=11 protocols=[hummingbird]",
+    )
+)
+def compare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL [MODEL ...] [key=value ...]",
+            help="the first is what the others are compared with; keys as in eval/compare.yaml",
+        ),
+    ],
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Did it help? Networks on the same labels and images, with intervals, a leak check and a verdict."""
+    from ssl_locat.doctor.early import check_comparison
+
+    check_comparison(arguments)
+    from ssl_locat.evaluation.compare import dry_run as show_plan
+    from ssl_locat.evaluation.compare import run, show
+
+    if dry_run:
+        show_plan(arguments)
+        return
+    result = run(arguments)
+    _print_json(result) if as_json else show(result)
+
+
 @app.command(epilog=_examples("ssl-locat table quick", "ssl-locat table dino runs/mine --dry-run"))
 def table(
     name: Annotated[

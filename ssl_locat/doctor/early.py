@@ -80,6 +80,17 @@ def check_evaluation(protocol: str, model: str, overrides: Sequence[str], on: st
         check_data(data.get(name))
 
 
+def check_comparison(arguments: Sequence[str]) -> None:
+    """UserError for a key, a model or data of `compare` that is not there."""
+    from ssl_locat.evaluation.compare import load_compare
+
+    models, config = load_compare(arguments)
+    for model in models:
+        check_model(model)
+    for spec in (config.data.train, config.data.test, config.data.unlabelled):
+        check_data(spec)
+
+
 def suspect(name: str) -> None:
     """Say at once that a model's name looks wrong. timm is asked later and has the last word."""
     if odd := doubt(name):
@@ -152,9 +163,11 @@ def check_enough(source: str) -> None:
 
 
 def check_runs(runs: list[str]) -> None:
-    """UserError unless all are run folders, or one is a folder of runs."""
+    """UserError unless all are run folders, or one is a folder of runs or the results of a comparison."""
     from ssl_locat.runs.history import check_run, find_runs, is_run
 
+    if len(runs) == 1 and os.path.isfile(os.path.join(runs[0], "compare.json")):
+        return
     if len(runs) == 1 and os.path.isdir(runs[0]) and not is_run(runs[0]) and find_runs(runs[0]):
         return
     for run in runs:

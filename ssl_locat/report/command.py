@@ -1,9 +1,10 @@
-"""`ssl-locat report RUN [RUN ...]`, or a folder of runs: which page is written where, and whether it is served."""
+"""`ssl-locat report RUN [RUN ...]`, a folder of runs, or the results of a comparison: which page is written where, and whether it is served."""
 
 import logging
 from pathlib import Path
 
 from ssl_locat.errors import UserError
+from ssl_locat.report.comparison import is_comparison, write_comparison
 from ssl_locat.report.live import serve
 from ssl_locat.report.overview import write_overview
 from ssl_locat.report.page import write
@@ -22,6 +23,8 @@ def report(runs: list[str], out: str | None = None, watch: bool = False, port: i
     if not runs:
         raise UserError("report needs at least one run folder.")
     paths = [Path(run) for run in dict.fromkeys(runs)]
+    if len(paths) == 1 and is_comparison(paths[0]):
+        return _report_comparison(paths[0], Path(out) if out else paths[0] / "report.html", watch)
     many = find_runs(paths[0]) if len(paths) == 1 and paths[0].is_dir() and not is_run(paths[0]) else []
     for path in [] if many else paths:
         open_run(path)  # says what is wrong with it before anything else is
@@ -43,4 +46,12 @@ def report(runs: list[str], out: str | None = None, watch: bool = False, port: i
     log.info("Report: %s", target)
     if watch:
         serve(paths, target, port)
+    return target
+
+
+def _report_comparison(folder: Path, target: Path, watch: bool) -> Path:
+    if watch:
+        raise UserError(f"--watch serves runs, and {folder} holds a comparison. Leave --watch out.")
+    write_comparison(folder, target)
+    log.info("Report: %s", target)
     return target

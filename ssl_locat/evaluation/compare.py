@@ -1,0 +1,374 @@
+"""`ssl-locat compare MODEL [MODEL ...] data.train=... data.test=...`: did it help?
+
+Raw pixels, an untrained network of the first MODEL's shape, and each MODEL, by the same heads on the same labels; then each MODEL against the
+first (a single one against the untrained network), with an interval, and in words. Test images that training has seen are looked for before
+any number. Each finished row is a file below `results`, so that the same command goes on where it stopped.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from ssl_locat.config.schema import Cache, DataSpec, Section, parse
+from ssl_locat.config.yaml_files import dump_yaml, load_yaml
+from ssl_locat.errors import ConfigError, UserError
+from ssl_locat.evaluation.evaluate import check_inputs, fingerprint
+from ssl_locat.evaluation.shared.intervals import Difference, Tally, difference, interval
+from ssl_locat.runs.durable import write_atomically
+from ssl_locat.runs.log import say
+from ssl_locat.text.shown import redacted, to_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from ssl_locat.evaluation.compare_rows import Column, FeatureSets
+
+log = logging.getLogger(__name__)
+
+PIXELS, UNTRAINED = "raw pixels", "untrained"
+DENSE = ("hummingbird",)
+
+
+class ComparedData(Section):
+    """Labelled sets, and what was trained on without labels."""
+
+    train: DataSpec | None = None
+    test: DataSpec | None = None
+    unlabelled: DataSpec | None = Field(default=None, description="images that a MODEL was trained on, for the leak check")
+    train_images: int | None = Field(default=None, gt=0, description="how many of train, chosen by their keys; null: all")
+    test_images: int | None = Field(default=None, gt=0, description="likewise of test")
+    num_classes: int | None = Field(default=None, gt=0)
+    layout: str | None = Field(default=None, description="of masks (seg_datasets.py), as the five keys below")
+    train_split: str | None = None
+    test_split: str | None = None
+    ignore_index: int | None = None
+    reduce_zero_label: bool | None = None
+    mask_key: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    max_bad: float | None = Field(default=None, ge=0, le=1)
+    retry_minutes: float | None = Field(default=None, gt=0)
+    cache: Cache | None = None
+
+
+class CompareConfig(Section):
+    data: ComparedData = ComparedData()
+    protocols: list[Literal["knn", "linear", "hummingbird"]] = Field(
+        min_length=1, description="knn and linear, of labels; or hummingbird, of masks"
+    )
+    fractions: list[float] = Field(min_length=1, description="shares of the labels, above 0 and at most 1")
+    draws: int = Field(ge=1, description="of labels, at each share below 1")
+    k: int = Field(ge=1, description="neighbours that vote")
+    temperature: float = Field(gt=0, description="of the vote's weights exp(cosine / T)")
+    margin: float = Field(ge=0, description="points that are no difference to speak of")
+    leaks: bool = Field(description="look for test images among the others first")
+    image_size: int | None = Field(gt=0, description="pixels; the backbone's own")
+    resize_size: int | None = Field(gt=0, description="pixels of the shorter side before the centre crop")
+    batch_size: int = Field(ge=1)
+    workers: int | None = Field(ge=0, description="loader processes; chosen from the cores")
+    precision: Literal["bf16", "fp32"] | None = Field(description="of the features; bf16 on a GPU, fp32 on a CPU")
+    seed: int
+    results: str = Field(description="folder of the finished rows, compare.json, the table and the pictures")
+
+
+def load_compare(arguments: Sequence[str]) -> tuple[list[str], CompareConfig]:
+    """(MODELs, the config) of a command line: what is key=value changes eval/compare.yaml, the rest are models."""
+    # `timm:NAME?key=value` and paths have letters that no key has
+    keys = [item for item in arguments if "=" in item and re.fullmatch(r"[a-z_.]+", item.partition("=")[0])]
+    models = list(dict.fromkeys(item for item in arguments if item not in keys))
+    loaded = load_yaml("compare", "eval", keys)
+    config = parse(CompareConfig, loaded)
+    if not models:
+        raise UserError(
+            "compare needs a MODEL: a run or export folder, a checkpoint, timm:NAME, hf-hub:NAME. The first is what others are compared with."
+        )
+    missing = [f"data.{name}" for name in ("train", "test") if not getattr(config.data, name)]
+    if missing:
+        raise ConfigError(f"compare needs {' and '.join(missing)}. Give them on the command line: {missing[0]}=SHARDS_OR_FOLDER.")
+    if wrong := [share for share in config.fractions if not 0 < share <= 1]:
+        raise ConfigError(
+            f"{loaded.place(('fractions',))}: fractions has {wrong[0]}; expected shares above 0, at most 1, such as 0.01."
+        )
+    if len({protocol in DENSE for protocol in config.protocols}) > 1:
+        raise ConfigError(
+            f"{loaded.place(('protocols',))}: protocols is {config.protocols}: hummingbird reads masks, knn and linear labels. Compare twice."
+        )
+    return models, config
+
+
+def check(arguments: Sequence[str]) -> tuple[list[str], CompareConfig]:
+    """All that can be found wrong before a model is loaded."""
+    models, config = load_compare(arguments)
+    data = config.data.model_dump(mode="json", exclude_none=True)
+    for model in models:
+        check_inputs(model, config.protocols[0], {"data": _of_protocol(data, config)})
+    if config.data.unlabelled:
+        from ssl_locat.evaluation.shared.samples import open_spec, open_store
+
+        open_spec(data["unlabelled"], open_store(data))
+    return models, config
+
+
+def _of_protocol(data: dict[str, Any], config: CompareConfig) -> dict[str, Any]:
+    """What the protocols' readers take: they refuse keys that they do not know."""
+    masks = ("layout", "train_split", "test_split", "ignore_index", "reduce_zero_label", "mask_key")
+    other = ("label_key",) if config.protocols[0] in DENSE else masks
+    return {key: value for key, value in data.items() if key not in ("unlabelled", *other)}
+
+
+def dry_run(arguments: Sequence[str]) -> None:
+    """Check everything and say which rows are at hand."""
+    models, config = check(arguments)
+    for name, _ in rows_of(models, config):
+        state = "done" if _kept_row(row_file(config, name, models[0])) is not None else "to do"
+        say(f"{state:<6} {name}")
+    say(dump_yaml(redacted(config.model_dump(mode="json"))).rstrip())
+
+
+def rows_of(models: Sequence[str], config: CompareConfig) -> list[tuple[str, str | None]]:
+    """(name, MODEL or None) of every row; raw pixels have no patches to retrieve."""
+    pixels = [] if config.protocols[0] in DENSE else [(PIXELS, None)]
+    return [*pixels, (UNTRAINED, None), *((model, model) for model in models)]
+
+
+def row_file(config: CompareConfig, name: str, first: str) -> Path:
+    """Where a row's tallies are kept: named by all that they depend on."""
+    settings = config.model_dump(mode="json", exclude={"results", "leaks", "margin", "workers", "batch_size"})
+    model = fingerprint(name) if name not in (PIXELS, UNTRAINED) else f"{name} {fingerprint(first) if name == UNTRAINED else ''}"
+    about = json.dumps([model, settings], sort_keys=True)
+    return Path(config.results) / "rows" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.npz"
+
+
+def _kept_row(path: Path) -> dict[str, Tally] | None:
+    """The tallies of a finished row; None where there is none, or none that can be read: then it is measured again."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            parts = {name: file[name] for name in file.files}
+    except (OSError, ValueError, KeyError):
+        return None
+    names = dict.fromkeys(name.partition("|")[2] for name in parts)
+    return {
+        name: Tally(parts[f"hits|{name}"].astype(float), parts[f"of|{name}"].astype(float))
+        if f"of|{name}" in parts
+        else Tally.of_hits(parts[f"hits|{name}"])
+        for name in names
+    }
+
+
+def _keep_row(path: Path, tallies: Mapping[str, Tally]) -> None:
+    parts: dict[str, Any] = {}
+    for name, tally in tallies.items():
+        parts[f"hits|{name}"] = tally.hits[..., 0].astype(bool) if tally.is_accuracy else tally.hits
+        if not tally.is_accuracy:
+            parts[f"of|{name}"] = tally.of
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    with open(beside, "wb") as file:
+        np.savez_compressed(file, **parts)
+    beside.replace(path)
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure the rows that are missing and compare; what `--json` prints, on every process. Files are written to `results`."""
+    began = time.monotonic()
+    models, config = check(arguments)
+    from ssl_locat.evaluation.shared.stopping import stoppable
+    from ssl_locat.runs.distributed import is_main, lost_ranks_named, setup, shutdown
+
+    device = setup()
+    try:
+        with lost_ranks_named(), stoppable():
+            leaks, rows = _measure(models, config, device)
+    finally:
+        shutdown()
+    result = {
+        **judged(models, rows, config, leaks),
+        "data": redacted(config.data.model_dump(mode="json", exclude_none=True)),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    if is_main():
+        from ssl_locat.evaluation.compare_text import draw, to_markdown
+
+        folder = Path(config.results)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "compare.json", to_json(result, indent=1) + "\n")
+        write_atomically(folder / "compare.md", to_markdown(result))
+        draw(result, folder / "compare.png")
+    return result
+
+
+def _measure(models: list[str], config: CompareConfig, device: "torch.device") -> tuple[dict | None, dict[str, dict[str, Tally]]]:
+    """(leaks or None, row -> column -> tally)."""
+    import torch
+
+    from ssl_locat.evaluation.compare_rows import Column, read_tables
+    from ssl_locat.models.backbone import load_backbone
+    from ssl_locat.runs.distributed import barrier, broadcast_object, is_main
+
+    columns = [Column(protocol, share) for protocol in config.protocols for share in config.fractions]
+    data = config.data.model_dump(mode="json", exclude_none=True)
+    known = _of_protocol(data, config)
+    settings = {
+        "image_size": config.image_size,
+        "resize_size": config.resize_size,
+        "batch_size": config.batch_size,
+        "workers": config.workers,
+    }
+    dense = config.protocols[0] in DENSE
+    tables: FeatureSets | None = None
+    leaks = _leaks_kept(config, models[0]) if config.leaks and is_main() else None
+    leaks = broadcast_object(leaks)
+    if config.leaks and leaks is None:
+        if not dense:
+            torch.manual_seed(config.seed)  # the same network as in its row, if it is an untrained `timm:NAME`
+            tables = read_tables(load_backbone(models[0]).to(device), known, settings, config.precision)
+        if is_main():
+            from ssl_locat.evaluation.compare_leaks import find_leaks
+
+            picture = Path(config.results) / "leaks.png"
+            leaks = find_leaks(known, data.get("unlabelled"), tables, config.workers, picture, dense=dense)
+            write_atomically(_leaks_file(config, models[0]), to_json(leaks) + "\n")
+        leaks = broadcast_object(leaks)
+    if leaks and is_main():
+        _warn_of(leaks)
+    found = {}
+    for name, _ in rows_of(models, config):
+        path = row_file(config, name, models[0])
+        kept = broadcast_object(_kept_row(path) is not None if is_main() else None)
+        if not kept:
+            tallies = _row(name, models[0], config, columns, known, settings, tables if name == models[0] else None, device)
+            if is_main():
+                _keep_row(path, tallies)
+            barrier()
+        row = _kept_row(path)
+        assert row is not None, f"{path} was written a moment ago"
+        found[name] = row
+    return leaks, found
+
+
+def _row(
+    name: str, first: str, config: CompareConfig, columns: "Sequence[Column]", data: dict[str, Any], settings: dict[str, Any],
+    tables: "FeatureSets | None", device: "torch.device",
+) -> dict[str, Tally]:  # fmt: skip
+    import torch
+
+    from ssl_locat.evaluation import compare_rows
+    from ssl_locat.models.backbone import load_backbone
+
+    torch.manual_seed(config.seed)  # `timm:NAME` without weights is the same network each time, on every process
+    backbone = None
+    if name != PIXELS and tables is None:
+        backbone = load_backbone(first if name == UNTRAINED else name)
+        backbone = (compare_rows.untrained(backbone, config.seed) if name == UNTRAINED else backbone).to(device)
+    if config.protocols[0] in DENSE:
+        assert backbone is not None  # there is no row of raw pixels
+        return compare_rows.dense_tallies(backbone, data, columns, settings, draws=config.draws, seed=config.seed)
+    if backbone is None and tables is None:
+        tables = compare_rows.read_pixels(data, config.workers)
+    elif tables is None:
+        assert backbone is not None
+        tables = compare_rows.read_tables(backbone, data, settings, config.precision)
+    return compare_rows.global_tallies(
+        tables, columns, k=config.k, temperature=config.temperature, draws=config.draws, seed=config.seed, device=device,
+        num_classes=config.data.num_classes,
+    )  # fmt: skip
+
+
+def _leaks_file(config: CompareConfig, first: str) -> Path:
+    about = json.dumps([fingerprint(first), config.data.model_dump(mode="json")], sort_keys=True)
+    folder = Path(config.results) / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"leaks-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+
+def _leaks_kept(config: CompareConfig, first: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(_leaks_file(config, first).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _warn_of(leaks: Mapping[str, Any]) -> None:
+    for name, found in leaks.items():
+        if found["images"]:
+            log.warning(
+                "%d test images are the same picture as one of data.%s: their answers may be remembered. They are drawn in leaks.png.",
+                found["images"],
+                name,
+            )
+
+
+def judged(
+    models: Sequence[str], rows: Mapping[str, Mapping[str, Tally]], config: CompareConfig, leaks: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Figures with intervals, differences, and the sentence that is said of each MODEL."""
+    first = models[0] if len(models) > 1 else UNTRAINED
+    columns = list(rows[models[0]])
+    leaked = sorted({pair["test"] for found in (leaks or {}).values() for pair in found["pairs"]})
+    differences = {}
+    for name in models[1:] or models:
+        ours, theirs = rows[name], rows[first]
+        whole = difference([theirs[c] for c in columns], [ours[c] for c in columns], margin=config.margin, seed=config.seed)
+        differences[name] = {
+            "all": _plain(whole),
+            "columns": {c: _plain(difference([theirs[c]], [ours[c]], margin=config.margin, seed=config.seed)) for c in columns},
+            "sentence": sentence(name, first, whole, len(columns)),
+        }
+        # with images left out as damaged, numbers in the set are not rows of the tallies
+        if 0 < len(leaked) < whole.images - 1 and not config.data.max_bad:
+            kept = np.setdiff1d(np.arange(whole.images), leaked)
+            pairs = [[_some(row[c], kept) for c in columns] for row in (theirs, ours)]
+            differences[name]["without_leaks"] = _plain(difference(*pairs, margin=config.margin, seed=config.seed))
+    figures = {
+        name: {c: [round(value, 4) for value in interval(tally, seed=config.seed)] for c, tally in row.items()}
+        for name, row in rows.items()
+    }
+    return {
+        "models": list(models),
+        "compared_with": first,
+        "protocols": list(config.protocols),
+        "fractions": list(config.fractions),
+        "draws": config.draws,
+        "rows": figures,
+        "differences": differences,
+        "leaks": leaks,
+    }
+
+
+def _some(tally: Tally, kept: np.ndarray) -> Tally:
+    return Tally.of_hits(tally.hits[:, kept, 0]) if tally.is_accuracy else Tally(tally.hits[:, kept], tally.of[:, kept])
+
+
+def _plain(found: Difference) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in found._asdict().items()}
+
+
+def sentence(name: str, first: str, found: Difference, columns: int) -> str:
+    """What may be said, and what would decide it."""
+    size = f"{found.value:+.2f} points ({found.low:+.2f} to {found.high:+.2f}, 95 %)"
+    over = f" on average over {columns} columns" if columns > 1 else ""
+    draws = f" and {found.draws} draws of labels" if found.draws > 1 else ""
+    what = f"{name} against {first}: {found.verdict}, {size}{over}, by {found.images:,} test images{draws}."
+    if found.verdict in ("helped", "harmed"):
+        return what
+    if found.images_to_decide:
+        return f"{what} If it is as large as measured, about {found.images_to_decide:,} test images would decide it."
+    more = f" More draws of labels (now {found.draws}) may." if found.draws > 1 and abs(found.value) > 0.05 else ""
+    return f"{what} More test images alone would not decide it.{more}"
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """The table for people, then the sentences."""
+    from ssl_locat.evaluation.compare_text import to_markdown
+    from ssl_locat.runs.log import console
+
+    console().print(to_markdown(result), markup=False, soft_wrap=True)

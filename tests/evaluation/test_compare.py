@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from scenes import write_split
+
+from ssl_locat import cli
+from ssl_locat.errors import ConfigError, UserError
+from ssl_locat.evaluation import compare, compare_rows
+from ssl_locat.evaluation.shared.intervals import Tally
+from ssl_locat.evaluation.shared.least_squares import classify
+from ssl_locat.models.backbone import create_backbone
+
+MODEL, OTHER = "timm:test_vit", "timm:test_vit2"
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    return write_split(tmp_path_factory.mktemp("compared"), num_train=80, num_test=40)
+
+
+def words(sets, folder, *more):
+    data = [f"data.{name}={path}" for name, path in sets.items()]
+    return [*data, "image_size=32", "workers=0", "draws=2", "fractions=[0.1,1.0]", f"results={folder}", *more]
+
+
+def test_a_comparison_from_the_command_line_says_its_verdict_and_goes_on_where_it_stopped(sets, tmp_path, capsys, monkeypatch):
+    arguments = ["compare", MODEL, OTHER, *words(sets, tmp_path), "--json"]
+    assert cli.run_command(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["rows"]) == ["raw pixels", "untrained", MODEL, OTHER]
+    assert list(result["rows"][MODEL]) == ["knn 10 %", "knn 100 %", "linear 10 %", "linear 100 %"]
+    found = result["differences"][OTHER]["all"]
+    means = [np.mean([value for value, _, _ in result["rows"][name].values()]) for name in (MODEL, OTHER)]
+    assert found["value"] == pytest.approx(means[1] - means[0], abs=0.01) and found["low"] < found["value"] < found["high"]
+    assert found["verdict"] in result["differences"][OTHER]["sentence"]
+    assert set(result["leaks"]) == {"train"}
+    text = (tmp_path / "compare.md").read_text()
+    assert text.rstrip().splitlines()[-1].startswith(OTHER) and (tmp_path / "compare.png").stat().st_size > 5000
+
+    # rows at hand are not measured again
+    monkeypatch.setattr(compare, "_row", lambda *_: pytest.fail("measured again"))
+    assert cli.run_command(arguments) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+    assert cli.run_command(["compare", MODEL, *words(sets, tmp_path, "k=3"), "--dry-run"]) == 0
+    assert "to do  untrained" in capsys.readouterr().out
+
+
+def test_images_with_masks_are_compared_by_their_patches(sets, tmp_path):
+    result = compare.run([MODEL, *words(sets, tmp_path, "protocols=[hummingbird]", "data.num_classes=5", "leaks=false")])
+    assert list(result["rows"]) == ["untrained", MODEL] and result["compared_with"] == "untrained"
+    assert 0 < result["rows"][MODEL]["hummingbird 100 %"][0] < 100 and result["leaks"] is None
+
+    from ssl_locat.evaluation.evaluate import evaluate
+
+    torch.manual_seed(0)
+    alone = evaluate(MODEL, "hummingbird", data={**sets, "num_classes": 5}, image_size=32, workers=0)["miou"]
+    assert result["rows"][MODEL]["hummingbird 100 %"][0] == pytest.approx(alone, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train=a", "data.test=b"], "needs a MODEL"),
+        ([MODEL, "data.train=a"], "needs data.test"),
+        ([MODEL, "data.train=a", "data.test=b", "drws=3"], "unknown key 'drws'. Did you mean 'draws'"),
+        ([MODEL, "data.train=a", "data.test=b", "fractions=[2]"], "expected shares above 0"),
+        ([MODEL, "data.train=a", "data.test=b", "protocols=[knn,hummingbird]"], "Compare twice"),
+    ],
+)
+def test_a_mistake_is_one_message(arguments, message):
+    with pytest.raises((ConfigError, UserError), match=message):
+        compare.load_compare(arguments)
+
+
+def test_draws_hold_as_many_of_every_class_and_smaller_ones_lie_in_larger():
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    small, large = ([*compare_rows.draws_of(labels, share, 3, seed=0)] for share in (0.06, 0.3))
+    assert len(small) == 3 and [labels[rows].bincount().tolist() for rows in large] == [[10, 10, 10]] * 3
+    assert all(set(a.tolist()) < set(b.tolist()) for a, b in zip(small, large, strict=True))
+    assert not torch.equal(small[0], small[1])
+    assert [len(rows) for rows in compare_rows.draws_of(labels, 1.0, 3, seed=0)] == [100]
+
+
+def test_least_squares_finds_what_is_linear_with_few_images_and_with_many():
+    torch.manual_seed(0)
+    directions = torch.randn(4, 50)
+    for number in (40, 400):
+        labels = torch.arange(number) % 4
+        bank = directions[labels] + torch.randn(number, 50)
+        queries = directions[torch.arange(200) % 4] + torch.randn(200, 50)
+        assert (classify(bank, labels, queries, 4) == torch.arange(200) % 4).float().mean() > 0.95
+    # leave-one-out in closed form is leave-one-out
+    assert (classify(torch.ones(8, 3), torch.arange(8) % 2, torch.ones(2, 3), 2) >= 0).all()
+
+
+def test_an_untrained_twin_keeps_nothing_of_the_weights():
+    backbone = create_backbone("locatvit_tiny", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    twin = compare_rows.untrained(backbone, 1)
+    own = dict(backbone.named_parameters())
+    same = [name for name, value in twin.named_parameters() if value.ndim > 1 and torch.equal(value, own[name])]
+    assert not same and twin(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+
+def test_test_images_that_training_has_seen_do_not_decide(tmp_path):
+    """Two networks, one of which remembers the leaked images: without them there is no difference."""
+    rng = np.random.default_rng(0)
+    base = rng.random(400) < 0.5
+    remembers = base.copy()
+    remembers[:40] = True
+    rows = {name: {"knn 100 %": Tally.of_hits(hits)} for name, hits in (("a", base), ("b", remembers))}
+    leaks = {"train": {"images": 40, "of": 100, "pairs": [{"test": number} for number in range(40)]}}
+    _, config = compare.load_compare([MODEL, "data.train=a", "data.test=b"])
+    found = compare.judged(["a", "b"], rows, config, leaks)["differences"]["b"]
+    assert found["all"]["verdict"] == "helped" and found["without_leaks"]["value"] == 0
