@@ -474,22 +474,36 @@ def doctor(
 
 @app.command(epilog=_examples("ssl-locat bench attention --quick", "ssl-locat bench all --json > here.json"))
 def bench(
-    what: Annotated[Literal["attention", "step", "crops", "stream", "start", "rehearsal", "all"], typer.Argument()] = "all",
+    what: Annotated[
+        Literal["attention", "step", "crops", "stream", "start", "rehearsal", "reliability", "all"], typer.Argument()
+    ] = "all",
     as_json: Json = False,
     compare: Annotated[Path | None, typer.Option(help="show beside the numbers of an earlier --json", metavar="FILE")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a short look: fewer cases and repeats")] = False,
-    folder: Annotated[Path, typer.Option(help="of the rehearsal: shards, runs and results; the same folder resumes")] = Path(
-        "runs/rehearsal"
-    ),
+    folder: Annotated[
+        Path | None, typer.Option(help="of rehearsal and reliability: data, runs and results; the same resumes [runs/WHAT]")
+    ] = None,
     scale: Annotated[float, typer.Option(help="of the rehearsal: share of ImageNet's samples", min=0.001, max=1)] = 1.0,
     recipe: Annotated[str, typer.Option(help="that is rehearsed", metavar="CONFIG")] = "dino_locatvit_s16",
     gpu_images_per_second: Annotated[float | None, typer.Option(help="what one GPU trains; else no GPU time is told")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="of reliability, anew: PEER, PEER:CELL or :CELL", metavar="PEER:CELL")
+    ] = None,
+    install: Annotated[bool, typer.Option("--install", help="make the environments that peers need (reliability)")] = False,
 ) -> None:
-    """Measure side by side on this machine, as ratios. `rehearsal`: a recipe's whole life at ImageNet's size, with a tiny network."""
-    if what == "rehearsal":
-        from ssl_locat.benchmarks.rehearsal import rehearse
+    """Measure side by side on this machine, as ratios. `rehearsal`: a recipe's whole life at ImageNet's size, with a tiny network.
 
-        found = rehearse(folder, recipe, scale, gpu_images_per_second)
+    `reliability`: what seven libraries make of kills, other sizes and damaged data."""
+    room = folder or Path("runs") / what
+    if what in ("rehearsal", "reliability"):
+        if what == "rehearsal":
+            from ssl_locat.benchmarks.rehearsal import rehearse
+
+            found = rehearse(room, recipe, scale, gpu_images_per_second)
+        else:
+            from ssl_locat.benchmarks.reliability.scoreboard import scoreboard
+
+            found = scoreboard(room, only or [], install, quick)
         if as_json:
             _print_json(found)
         return

@@ -240,6 +240,8 @@ def run(folder: Path, each: int, only: str | None, deep: bool) -> None:
             continue
         if deep and mutant.name in excused.get("equivalent", {}):
             continue
+        if not any(mutant.path in one["lines"] for one in tests.values()):
+            continue  # its tests are not measured yet: no result
         result = {"area": area, "name": mutant.name, "line": mutant.line, "deep": deep, **test_one(tree, mutant, tests, deep)}
         _append(path, result)
         print(f"{number + 1}/{len(todo)} {result['state']} {result['cpu_seconds']:.0f} CPU-s {mutant.name[:150]}", flush=True)
@@ -247,8 +249,6 @@ def run(folder: Path, each: int, only: str | None, deep: bool) -> None:
 
 def test_one(tree: Path, mutant: Mutant, tests: dict[str, dict], deep: bool) -> dict:
     chosen, expected = covering(mutant, tests, deep)
-    if not chosen:
-        return {"state": "not covered", "tests": 0, "cpu_seconds": 0.0}
     target = tree / mutant.path
     source, compiled = target.read_bytes(), Path(cache_from_source(str(target)))
     try:

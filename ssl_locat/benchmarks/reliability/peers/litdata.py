@@ -1,0 +1,42 @@
+"""LitData: chunks written by `optimize`, StreamingDataset in its StreamingDataLoader, whose state any world size may load."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset, optimize
+
+from ssl_locat.benchmarks.reliability.samples import PER_SHARD, Job, Sample, batch, decoded, seen
+
+FORMAT = ".bin"
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    return {"number": sample.number, "png": sample.png, "label": sample.label}
+
+
+def write(folder: Path, samples: Iterable[Sample]) -> None:
+    optimize(_row, list(samples), str(folder), chunk_size=PER_SHARD, num_workers=1, verbose=False)
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    return batch(seen(row["number"], decoded(row["png"]), row["label"]) for row in rows)
+
+
+class Reader:
+    def __init__(self, job: Job):
+        if job.world > 1:
+            dist.init_process_group("gloo", f"file://{job.folder}/store", rank=job.rank, world_size=job.world)
+        parts = [StreamingDataset(data, shuffle=True, seed=3) for data in job.data]
+        dataset = parts[0] if len(parts) == 1 else CombinedStreamingDataset(parts, seed=3, weights=job.weights)
+        self.loader = StreamingDataLoader(dataset, batch_size=job.own_batch, num_workers=job.workers, collate_fn=collate)
+        if job.state:
+            self.loader.load_state_dict(json.loads(job.state.read_text()))
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        yield from self.loader
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.loader.state_dict()))

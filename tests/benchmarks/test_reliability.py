@@ -1,0 +1,101 @@
+"""`ssl-locat bench reliability`: it counts what it says it counts, and one real pass of ours, killed and resumed with other sizes."""
+
+import json
+import tarfile
+import time
+import urllib.request
+from collections import Counter
+
+import pytest
+
+from ssl_locat.benchmarks.reliability import episodes, samples, scoreboard
+from ssl_locat.benchmarks.reliability.cells import CELLS, SAMPLES
+from ssl_locat.benchmarks.reliability.samples import Job
+from ssl_locat.benchmarks.reliability.server import EVERY, failing
+from ssl_locat.errors import UserError
+
+
+def test_samples_that_are_lost_repeated_or_wrong_are_counted():
+    expected = Counter(range(100))
+    numbers = [*range(1, 100), 5, 5, 7]
+    assert episodes.count(CELLS["kill"], numbers, expected) == {"expected": 100, "lost": 1, "repeated": 3, "corrupt_delivered": 0}
+    bad = [number for number in range(100) if samples.is_corrupt(number, 0.01)]
+    assert len(bad) == 1
+    told = episodes.count(CELLS["corrupt"], [*range(100)], expected)
+    assert told == {"expected": 99, "lost": 0, "repeated": 0, "corrupt_delivered": 1}
+    batch = samples.batch(samples.seen(one.number, samples.decoded(one.png), one.label) for one in samples.make(4))
+    assert samples.wrong(batch) == 0
+    batch["checksum"][1], batch["label"][2] = 0, 11
+    assert samples.wrong(batch) == 2
+    with pytest.raises(OSError):
+        samples.decoded(next(samples.make(1, bad[0], 0.01)).png)
+
+
+def test_what_lies_behind_the_newest_common_state_counts_and_no_more(tmp_path):
+    job = Job([], [], 0, 2, 0, 4, 8, 4, 0, None, tmp_path)
+    for rank, steps in enumerate((5, 3)):
+        lines = [json.dumps([step, [10 * step + rank], step == 1, 0.5]) for step in range(1, steps + 1)]
+        (tmp_path / f"seen.{rank}.jsonl").write_text("\n".join(lines) + "\n[9, [99")
+        for step in range(2, steps + 1, 2):
+            (tmp_path / f"state.{rank}.{step}").touch()
+    (tmp_path / "state.1.4.partial").touch()
+    (tmp_path / "output.0.txt").write_text("UserWarning: it breaks")
+    killed = episodes._harvest(job, None)
+    assert killed.steps == 2 and sorted(killed.numbers) == [10, 11, 20, 21] and killed.wrong == 2 and killed.output
+    assert [path.name for path in killed.states] == ["state.0.2", "state.1.2"] and killed.first == 0.5
+    assert episodes._harvest(job, "ended").steps == 5
+
+
+def test_every_twentieth_answer_fails(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(1000))
+    with failing(tmp_path, "503") as url:
+        codes = []
+        for _ in range(EVERY):
+            try:
+                codes.append(urllib.request.urlopen(f"{url}/file").status)
+            except urllib.error.HTTPError as error:
+                codes.append(error.code)
+        request = urllib.request.Request(f"{url}/file", headers={"Range": "bytes=10-19"})
+        with urllib.request.urlopen(request) as answer:
+            assert answer.status == 206 and len(answer.read()) == 10
+    assert Counter(codes) == {200: EVERY - 1, 503: 1}
+
+
+def test_a_shard_is_cut_in_a_sample_or_between_two(tmp_path):
+    for where in ("middle", "border"):
+        samples.write_tars(tmp_path / where, samples.make(3 * samples.PER_SHARD))
+        samples.cut(tmp_path / where, ".tar", where)
+        sizes = [path.stat().st_size for path in sorted((tmp_path / where).glob("*.tar"))]
+        assert sizes[1] < sizes[0] == sizes[2] and (sizes[1] % 512 == 0) == (where == "border")
+    with tarfile.open(tmp_path / "border/00001.tar") as archive:
+        assert len(archive.getnames()) == sizes[1] // 1024 == 50  # 25 of 48 samples, two files each, two blocks a file
+
+
+def test_cells_are_chosen_by_name_and_told_in_a_table():
+    assert scoreboard.chosen(["webdataset:kill"]) == [("webdataset", "kill")]
+    assert {cell for _, cell in scoreboard.chosen([":cut"])} == {"cut"} and len(scoreboard.chosen([])) > 40
+    with pytest.raises(UserError, match="--only webdatasets: expected PEER"):
+        scoreboard.chosen(["webdatasets"])
+    row = {"peer": "grain", "cell": "kill", "passes": 2, "episodes": 10, "expected": 2000, "lost": 1, "repeated": 4, "wrong": 0}
+    row |= {"hangs": 0, "stops": {}, "told": False, "first_batch_seconds": 0.25}
+    table = scoreboard.markdown([row, row | {"cell": "cut", "stops": {"OSError: no": 2}}, row | {"cell": "border"}])
+    assert "| 0.5 / 2 / 0 (n = 10) |" in table and "2 of 2 passes ended with an error (n = 10)" in table
+    assert "0.5 / 2 / 0, nothing said (n = 10)" in table  # of damage; that a resume loses some is written in the documentation
+    assert "| 0.25 |" in table
+
+
+def test_peers_are_pinned_and_say_what_they_promise():
+    for peer, about in scoreboard.PEERS.items():
+        assert set(about) == {"title", "requires", "promises", "link", "cells"} and set(about["cells"]) <= set(CELLS)
+        assert all("==" in pin for pin in about["requires"]) and (about["requires"] or peer == "ours")
+
+
+def test_a_pass_of_ours_is_exact_however_it_is_killed(tmp_path):
+    began = time.time()
+    rows = scoreboard.scoreboard(tmp_path, ["ours:world"], install=False, quick=True)["rows"]
+    (row,) = rows
+    assert (row["lost"], row["repeated"], row["wrong"], row["hangs"], row["stops"]) == (0, 0, 0, 0, {}), row
+    assert row["expected"] == SAMPLES and row["kills"] == 4 and row["episodes"] == 5
+    assert 0 < row["first_batch_seconds"] < time.time() - began
+    # what has a result is not measured again, unless it is asked for by name
+    assert scoreboard.read(tmp_path / "results.jsonl") == rows
