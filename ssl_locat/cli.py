@@ -475,7 +475,7 @@ def doctor(
 @app.command(epilog=_examples("ssl-locat bench attention --quick", "ssl-locat bench all --json > here.json"))
 def bench(
     what: Annotated[
-        Literal["attention", "step", "crops", "stream", "start", "rehearsal", "reliability", "all"], typer.Argument()
+        Literal["attention", "step", "crops", "stream", "start", "memory", "rehearsal", "reliability", "all"], typer.Argument()
     ] = "all",
     as_json: Json = False,
     compare: Annotated[Path | None, typer.Option(help="show beside the numbers of an earlier --json", metavar="FILE")] = None,

@@ -28,6 +28,7 @@ BENCHES = {
     "crops": "ssl_locat.benchmarks.crops",
     "stream": "ssl_locat.benchmarks.stream",
     "start": "ssl_locat.benchmarks.start",
+    "memory": "ssl_locat.benchmarks.memory",
 }  # each has cases(quick), which yields names and calls that measure: () -> list of dicts of the columns below
 COLUMNS = ("bench", "case", "variant", "metric", "value", "unit", "baseline", "ratio")
 PACKAGES = ("ssl_locat", "torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "triton")

@@ -293,6 +293,7 @@ def _run_section(
 ) -> tuple[list[str], list[Advice]]:
     import torch
 
+    from ssl_locat.pretraining.memory import memory_of
     from ssl_locat.pretraining.step_times import seconds_per_image, shares_cores, usable_workers
 
     advice = []
@@ -320,12 +321,13 @@ def _run_section(
         else {name: value for name, value in parts.items() if (name in ("reading", "decode", "crops")) == (feed > model)}
     )
     bottleneck = max(candidates, key=candidates.__getitem__)
-    memory = (times.memory_fixed + times.memory_per_image * micro_batch) / 1e9
+    counted = memory_of(config, ranks)
+    memory = counted.total / 1e9
     lines = [
         f"{length.total_steps:,} steps of {config.optim.global_batch_size} images = {_count(ranks, 'rank')} x {config.optim.accumulate_steps} accumulated x {micro_batch}; "
         f"{length.steps_per_epoch:,} steps an epoch",
         f"{config.backbone.name}: {times.backbone_params / 1e6:.2f} M parameters, heads {times.head_params / 1e6:.2f} M; {config.precision} on {times.device}",
-        f"Memory per rank: about {memory:.1f} GB ({times.memory_per_image / 1e6:.0f} MB an image)",
+        f"Memory per rank: about {memory:.2g} GB by count ({counted.words()})",
         f"Measured on this machine: model {1 / model:.0f} images/s per rank, loader {workers / loader:.0f} images/s with {_count(workers, 'worker')}",
         f"Expected: {speed:.0f} images/s, {band(seconds, load_before)} in all, without probes{load_before.words()}",
         f"First bottleneck: {bottleneck}. Milliseconds an image: "
@@ -333,7 +335,7 @@ def _run_section(
     ]
     if times.device.type == "cuda":
         available = torch.cuda.get_device_properties(times.device).total_memory / 1e9
-        # measured on a few images, so with room to spare
+        # counted, so with room to spare for fragments and what else the device holds
         if memory > 0.9 * available:
             factor = 2 ** (memory / (0.85 * available)).__ceil__().bit_length()
             text = f"About {memory:.0f} GB of {available:.0f} GB: too much. optim.accumulate_steps={config.optim.accumulate_steps * factor}"

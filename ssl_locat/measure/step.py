@@ -1,4 +1,4 @@
-"""What a training step takes on this machine: seconds an image, attention's and the heads' part of them, and bytes kept for the backward pass.
+"""What a training step takes on this machine: seconds an image, and attention's and the heads' part of them.
 
 The caller builds the step (pretraining/step_times.py does so from a config); here it is only run and looked at.
 """
@@ -17,7 +17,7 @@ ATTENTION_OPERATIONS = ("attention", "bmm", "softmax")
 
 
 class StepTimes(NamedTuple):
-    """Seconds per image of one process, and what the model takes."""
+    """Seconds per image of one process, and the model's size."""
 
     device: torch.device
     transfer: float
@@ -26,8 +26,6 @@ class StepTimes(NamedTuple):
     head: float  # of the step
     backbone_params: int
     head_params: int
-    memory_fixed: float  # bytes: weights, gradients, optimiser, teacher
-    memory_per_image: float  # bytes kept for the backward pass
 
 
 def step_device(asked: str) -> torch.device:
@@ -47,15 +45,14 @@ def measure_step(
     """Time training steps.
 
     Args:
-        student: has `.backbone` and `.heads`; its weights are not counted as kept for the backward pass.
+        student: has `.backbone` and `.heads`.
         make_batch: so many images as the stream hands them on; transfer: to finished crops on the device; step: from a batch to moved weights.
         heads: the heads that read class tokens alone, forward and backward, for so many images; None if there are none.
         images: of the batch that is timed; on a CPU at most: as many as make a step of half of SECONDS.
     """
-    two, four = make_batch(2), make_batch(4)
-    # the difference: casts of weights and what else does not grow with images stay out of it
-    kept = bytes_kept(student, lambda: step(four)) - bytes_kept(student, lambda: step(two))
     if device.type == "cpu":
+        four = make_batch(4)
+        step(four)  # the first one allocates
         began = time.perf_counter()
         step(four)
         # with a few images the optimiser and the teacher, which cost as much for one as for many, would seem half of the work
@@ -72,8 +69,6 @@ def measure_step(
         head=timed(lambda: heads(images), device) / images if heads else 0.0,
         backbone_params=backbone_params,
         head_params=head_params,
-        memory_fixed=(backbone_params + head_params) * 4 * 5.0,  # weight, gradient, two moments; the teacher's weight
-        memory_per_image=kept / 2,
     )
 
 
@@ -93,22 +88,6 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def bytes_kept(student: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run`, weights aside, each tensor once."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
-    seen: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run()
-    return sum(seen.values())
 
 
 def attention_share(run: Callable[[], object], device: torch.device) -> float:

@@ -1,13 +1,21 @@
 """How much memory a pretraining step needs on each GPU, by counting: works on models that are too large to build here.
 
-with torch.device("meta"):
-    model = StudentTeacher(create_backbone("vit_giant_patch14_224"), losses)
-estimate_memory(model, losses, images=16, global_size=224, local_size=98, num_local=8, precision="bf16", parallel="fsdp", world_size=8)
+    memory_of(load("dinov2_locatvit_l16"), ranks=8).total / 1e9     # GB; what `ssl-locat doctor` and `ssl-locat bench memory` show
+
+Counted on the meta device, where tensors have shapes and no memory.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import nn
+
+from ssl_locat import objectives
+from ssl_locat.config.schema import Config
+from ssl_locat.models.backbone import create_backbone, split_options
+from ssl_locat.pretraining.parts import backbone_blocks, cast_by_autocast, make_backbone
+from ssl_locat.pretraining.student_teacher import StudentTeacher
+from ssl_locat.runs.distributed import GATHERS_CAST
 
 # Bytes that one transformer block keeps for its backward pass, per token and unit of width, with fused attention (counted by
 # saved_tensors_hooks; a test counts again). fp32: 16 values: the inputs of both norms and of the four linear layers, q, k, v and
@@ -15,31 +23,82 @@ from torch import nn
 KEPT = {"fp32": 64, "bf16": 36, "fp16": 36}
 # fp32 copies of the student's and teacher's scores, [views, B, K] and [hidden patches, K], that head, softmax and loss keep at their peak
 SCORES = 3
+SIMILARITIES = 4  # fp32 copies of a Gram matrix [N, N]: student's, anchor's, their difference and its gradient
+BATCHES = 2  # of crops: the one that trains and, on a GPU, the next
 
 
 class Memory(NamedTuple):
     """Bytes on each GPU."""
 
-    weights: float  # student and teacher, fp32; under 16 bit also the student's copies in that type
+    weights: float  # student, teacher and frozen anchors, fp32; under 16 bit also the student's copies in that type
     gradients: float  # with DDP a second time, in its buckets
     optimizer: float  # AdamW: two moments
-    gathered: float  # FSDP: the whole of what computes just now (and of what comes next)
+    gathered: float  # FSDP: the whole of what computes just now (and of what comes next), and the gradients of one block
     activations: float
-    scores: float
+    scores: float  # of prototypes, and Gram matrices
+    crops: float
 
     @property
     def total(self) -> float:
         return sum(self)
 
+    def words(self) -> str:
+        """Its parts in GB, the largest first."""
+        parts = sorted(self._asdict().items(), key=lambda part: -part[1])
+        return ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts if size >= 0.005 * self.total)
+
+
+def without_memory(config: Config) -> tuple[StudentTeacher, nn.ModuleDict]:
+    """The networks of a config, and its objectives, as shapes alone; built in a second or two."""
+    with torch.device("meta"):
+        losses = objectives.build(config.objectives)
+        backbone = make_backbone(config)
+        backbone.pretrained_cfg = {"mean": config.crops.mean, "std": config.crops.std}
+        return StudentTeacher(backbone, losses, _anchors(losses, config)), losses
+
+
+def memory_of(config: Config, ranks: int = 1, networks: tuple[StudentTeacher, nn.ModuleDict] | None = None) -> Memory:
+    """Memory of one step of this config on each of `ranks` processes. networks: `without_memory` of it, where it is made already."""
+    model, losses = networks or without_memory(config)
+    crops = config.crops
+    return estimate_memory(
+        model,
+        losses,
+        images=config.optim.global_batch_size // (ranks * config.optim.accumulate_steps),
+        global_size=crops.global_size,
+        local_size=crops.local_size,
+        num_local=crops.num_local,
+        anchor_size=crops.anchor_size,
+        precision=config.precision,
+        parallel=config.parallel,
+        world_size=ranks,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
+def _anchors(losses: nn.ModuleDict, config: Config) -> dict[str, nn.Module]:
+    """Networks of the sizes of frozen anchors from outside; one that is not named by timm is taken to be as large as the student."""
+    found = {}
+    for name, objective in losses.items():
+        anchor = getattr(objective, "anchor", None)
+        if anchor in (None, "teacher"):
+            continue
+        model, options = split_options(anchor.removeprefix("timm:"))
+        options = {key: value for key, value in options.items() if key != "pretrained"}
+        found[name] = create_backbone(model, **options) if anchor.startswith("timm:") else make_backbone(config)
+        found[name].pretrained_cfg = {"mean": config.crops.mean, "std": config.crops.std}
+    return found
+
 
 def estimate_memory(
-    model: nn.Module,
+    model: StudentTeacher,
     objectives: nn.ModuleDict,
     *,
     images: int,
     global_size: int,
     local_size: int,
     num_local: int,
+    anchor_size: int | None = None,
     precision: str = "bf16",
     parallel: str = "ddp",
     world_size: int = 1,
@@ -48,44 +107,73 @@ def estimate_memory(
     """Memory of one step; what the allocator loses to fragments (some 5 to 10 %) and the CUDA context (about 1 GB) come on top.
 
     Args:
-        model: a StudentTeacher with a ViT (`.blocks` of one width), on any device; objectives: those it was made for.
+        model: on any device; objectives: those it was made for.
         images: per GPU and micro-batch.
-        global_size, local_size: of the crops, pixels; two global crops.
+        global_size, local_size, anchor_size: of the crops, pixels; two global crops, and two more for a finer anchor.
     """
     backbone = model.student.backbone
-    blocks, width = list(backbone.blocks), backbone.embed_dim
     student, teacher = _count(model.student), _count(model.teacher)
     parts = world_size if parallel == "fsdp" else 1
     low = 2 if precision != "fp32" else 0
-    # FSDP holds the block that computes and the next one, gathered; and the heads, where prototypes weigh most
-    largest = max([_count(block) for block in blocks] + [_count(head) for head in model.student.heads.values()])
-    gathered = 2 * 4 * largest if parts > 1 else 0
-
-    rows, columns = backbone.patch_embed.patch_size
-    prefix = getattr(backbone, "num_prefix_tokens", 1)
-    tokens = images * (
-        2 * (prefix + (global_size // rows) * (global_size // columns))
-        + num_local * (prefix + (local_size // rows) * (local_size // columns))
+    # copies that autocast makes of the student's weights, and keeps until the loss; FSDP gathers them in that type instead, where torch can
+    cast = {id(parameter) for parameter in cast_by_autocast(model.student)} if low else set()
+    copies, gathered = low * _count(model.student, cast), 0
+    if parts > 1:
+        saved = 4 - low if GATHERS_CAST else 0  # bytes of each parameter of `cast` that is gathered
+        units = [*backbone_blocks(backbone), *model.student.heads.values()]
+        # the one that computes, the next, and the first one's gradients
+        gathered = max((2 * 4 + 4) * _count(unit) - 2 * saved * _count(unit, cast) for unit in units)
+        copies = 0 if GATHERS_CAST else low * 2 * max(_count(unit, cast) for unit in units)
+    # frozen networks are whole on every rank; so is the copy of a sharded teacher that probes evaluate
+    whole = _count(model.anchors) + _count(model.snapshots) + (_count(model.teacher.backbone) if parts > 1 else 0)
+    kept = images * sum(
+        views * _kept_by_blocks(backbone, side, precision, activation_checkpointing)
+        for views, side in ((2, global_size), (num_local, local_size))
+        if views
     )
-    per_block = tokens * width * KEPT[precision]
-    kept = tokens * width * 4 * len(blocks) + per_block if activation_checkpointing else per_block * len(blocks)
-    patches = (global_size // rows) * (global_size // columns)
-    scores = 0.0  # values: rows of all networks and views, times prototypes
-    for objective in objectives.values():
-        prototypes = getattr(objective, "num_prototypes", 0)  # KoLeo and the like have none
-        hidden = getattr(
-            objective, "hidden_share", None
-        )  # iBOT scores the hidden patches of the two global crops, by both networks
-        scores += prototypes * images * (2 + 2 + num_local if hidden is None else 2 * 2 * patches * hidden)
+    patches = _patches(backbone, global_size)
+    scores = sum(_scores(objective, images, num_local, patches) for objective in objectives.values())
+    channels = len(backbone.pretrained_cfg["mean"])
+    pixels = 2 * global_size**2 + num_local * local_size**2 + 2 * (anchor_size or 0) ** 2
     return Memory(
-        weights=4 * (student + teacher) / parts + low * (largest * 2 if parts > 1 else student),
+        weights=4 * (student + teacher) / parts + 4 * whole + copies,
         gradients=4 * student * (1 if parts > 1 or world_size == 1 else 2) / parts,
         optimizer=8 * student / parts,
         gathered=gathered,
         activations=kept,
-        scores=SCORES * 4 * scores,
+        scores=4 * scores,
+        crops=BATCHES * 4 * images * channels * pixels,
     )
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _kept_by_blocks(backbone: nn.Module, side: int, precision: str, recompute: bool) -> float:
+    """Bytes that all blocks keep of one crop: Swin's stages have a quarter of the tokens each time, twice as wide."""
+    prefix, first = getattr(backbone, "num_prefix_tokens", 0), _patches(backbone, side)
+    blocks = backbone_blocks(backbone)
+    widths = [backbone.embed_dim if hasattr(backbone, "blocks") else block.dim for block in blocks]
+    values = [(first * (widths[0] / width) ** 2 + prefix) * width for width in widths]
+    if recompute:  # the inputs of all, fp32, and the inside of the one that is recomputed
+        return 4 * sum(values) + KEPT[precision] * max(values)
+    return KEPT[precision] * sum(values)
+
+
+def _scores(objective: nn.Module, images: int, num_local: int, patches: int) -> float:
+    """Numbers in the largest tensors of a loss: rows of all networks and views, times prototypes; pairs of patches."""
+    if hasattr(objective, "level"):  # Gram matrices of two global crops
+        tokens, count = (patches, 2 * images) if objective.level == "image" else (2 * images * patches, 1)
+        return SIMILARITIES * count * tokens**2
+    # iBOT scores the hidden patches of the two global crops, by both networks; KoLeo and the like score nothing
+    hidden = getattr(objective, "hidden_share", None)
+    rows = images * (2 + 2 + num_local if hidden is None else 2 * 2 * patches * hidden)
+    return SCORES * rows * getattr(objective, "num_prototypes", 0)
+
+
+def _patches(backbone: nn.Module, side: int) -> int:
+    """Of a square crop, in the first layer."""
+    height, width = backbone.patch_embed.patch_size
+    return (side // height) * (side // width)
+
+
+def _count(module: nn.Module, among: set[int] | None = None) -> int:
+    """Parameters of a module; of those with these ids alone, where given."""
+    return sum(parameter.numel() for parameter in module.parameters() if among is None or id(parameter) in among)

@@ -51,6 +51,7 @@ def test_a_case_that_fails_loses_no_other(rows, monkeypatch, capsys):
     monkeypatch.setitem(bench.BENCHES, "crops", "ssl_locat.benchmarks.is_not_there")
     monkeypatch.setitem(bench.BENCHES, "step", "ssl_locat.benchmarks.is_not_there")
     monkeypatch.setitem(bench.BENCHES, "start", "ssl_locat.benchmarks.is_not_there")
+    monkeypatch.setitem(bench.BENCHES, "memory", "ssl_locat.benchmarks.is_not_there")
     with pytest.raises(typer.Exit) as stopped:
         cli.bench("all", as_json=True)
     assert stopped.value.exit_code == 1
@@ -63,6 +64,7 @@ def test_a_case_that_fails_loses_no_other(rows, monkeypatch, capsys):
         ("crops", "setting up"),
         ("stream", "setting up"),
         ("start", "setting up"),
+        ("memory", "setting up"),
     ]
     assert printed["failed"][0]["error"] == "ZeroDivisionError: division by zero"
 

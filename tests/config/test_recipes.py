@@ -2,17 +2,15 @@
 
 import re
 import shlex
+from functools import cache
+from itertools import product
 
 import pytest
-import torch
 
-from ssl_locat import objectives
 from ssl_locat.cluster.launch import load_profile
 from ssl_locat.config.schema import load
 from ssl_locat.config.yaml_files import names, shipped
-from ssl_locat.pretraining.memory import estimate_memory
-from ssl_locat.pretraining.parts import make_backbone
-from ssl_locat.pretraining.student_teacher import StudentTeacher
+from ssl_locat.pretraining.memory import memory_of, without_memory
 
 GPU_GB = 80
 RECIPES = names("configs/pretrain")
@@ -42,33 +40,33 @@ def cores(profile) -> int | None:
     return profile.options.get("cpus_per_task") or profile.options.get("slurm_cpus_per_task")
 
 
-def gigabytes(config, ranks: int) -> float:
-    config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"init": None})})
-    with torch.device("meta"):
-        losses = objectives.build(config.objectives)
-        model = StudentTeacher(make_backbone(config), losses)
-    return (
-        estimate_memory(
-            model,
-            losses,
-            images=config.optim.global_batch_size // (ranks * config.optim.accumulate_steps),
-            global_size=config.crops.global_size,
-            local_size=config.crops.local_size,
-            num_local=config.crops.num_local,
-            precision=config.precision,
-            parallel=config.parallel,
-            world_size=ranks,
-            activation_checkpointing=config.activation_checkpointing,
-        ).total
-        / 1e9
-    )
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_fits_the_profile_that_its_header_names(recipe):
     config, profile = header_config(recipe), load_profile(named_profile(recipe))
     assert config.optim.global_batch_size % (profile.ranks * config.optim.accumulate_steps) == 0
-    assert gigabytes(config, profile.ranks) <= GPU_GB
+    assert memory_of(config, profile.ranks, networks(recipe)).total <= GPU_GB * 1e9
+
+
+@cache
+def networks(recipe: str):
+    return without_memory(header_config(recipe))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_sharded_needs_less(recipe):
+    """Of a recipe's four forms none fails to be counted; sharding, and 16 bit, take less wherever the weights are many."""
+    forms = {
+        form: memory_of(load(recipe, [f"parallel={form[0]}", f"precision={form[1]}"]), 4, networks(recipe))
+        for form in product(("ddp", "fsdp"), ("fp32", "bf16"))
+    }
+    assert all(part >= 0 for memory in forms.values() for part in memory) and all(memory.total > 0 for memory in forms.values())
+    assert forms["fsdp", "bf16"].gathered < forms["fsdp", "fp32"].gathered
+    for precision in ("fp32", "bf16"):
+        sharded, whole = forms["fsdp", precision], forms["ddp", precision]
+        assert sharded.optimizer == pytest.approx(whole.optimizer / 4) and sharded.activations == whole.activations
+    for form in ("ddp", "fsdp"):
+        # where blocks are recomputed, what is kept of them stays fp32
+        assert forms[form, "bf16"].activations < 0.9 * forms[form, "fp32"].activations
 
 
 @pytest.mark.parametrize("profile", PROFILES)

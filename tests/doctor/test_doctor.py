@@ -58,7 +58,8 @@ def test_a_config_is_measured_and_its_bottleneck_named(config, said):
         "6 steps of 32 images",
         "images/s",
         "First bottleneck: ",
-        "Memory per rank",
+        "Memory per rank: about 0.",
+        "GB by count (",
     ):
         assert part in text
     assert "A global batch of 32 makes a noisy centre" in text
@@ -80,17 +81,6 @@ def test_on_a_gpu_attention_takes_its_share(config):
     sample = sample_data([open_dataset(loaded.data.train)], loaded, step_device(loaded.device))
     times = step_times(loaded, sample.payload, 16)
     assert times.device.type == "cuda" and 0.01 < times.attention / (times.step + times.transfer) < 0.9
-
-
-def test_memory_per_image_holds_no_copies_of_weights(config):
-    """Under bf16 autograd keeps a copy of every weight, 2 MB of this head's largest alone; images share it."""
-    from ssl_locat.config.schema import load
-    from ssl_locat.data.shards.index import open_dataset
-
-    loaded = load(config, ["precision=bf16", "objective.hidden_dim=1024"])
-    sample = sample_data([open_dataset(loaded.data.train)], loaded, step_device(loaded.device))
-    times = step_times(loaded, sample.payload, 4)
-    assert 5e4 < times.memory_per_image < 6e5
 
 
 def test_ranks_come_from_the_profile(config, said):

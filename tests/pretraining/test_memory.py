@@ -1,12 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from ssl_locat.benchmarks.memory import SIZES, size_rows
+from ssl_locat.config.schema import load
 from ssl_locat.models.backbone import create_backbone
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.objectives.ibot import IBOT
-from ssl_locat.pretraining.memory import KEPT, estimate_memory
+from ssl_locat.pretraining.memory import KEPT, estimate_memory, memory_of
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 
 CROPS = {"global_size": 224, "local_size": 96, "num_local": 8}
@@ -69,3 +73,27 @@ def test_hidden_patches_are_as_many_as_counted(shared):
     ibot = IBOT(shared_head=shared)
     masks = ibot.make_masks(list(range(400)), 2, (14, 14))
     assert masks.float().mean() == pytest.approx(ibot.hidden_share, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["locatswin_tiny", "locatjumbo_tiny"])
+def test_other_shapes_are_counted_too(name):
+    """Swin's stages have fewer and wider tokens; Jumbo's class token is wider than its patches."""
+    model, objectives = on_meta(name)
+    memory = estimate_memory(model, objectives, images=4, **CROPS, parallel="fsdp", world_size=2)
+    assert min(memory) >= 0 and 2e8 < memory.activations < 4e9
+
+
+def test_gram_and_its_anchor_are_counted():
+    plain = memory_of(load("dinov2_locatvit_b16"), 8)
+    config = load("highres_gram")
+    anchored = memory_of(config, 8)
+    # 16 images, two crops each, 33 x 33 patches; the frozen network is as large as the student, whole on each rank
+    assert anchored.scores > 4 * 4 * 2 * 16 * 1089**2
+    assert anchored.weights - plain.weights > 4 * 85e6
+    assert anchored.crops == pytest.approx(2 * 4 * 16 * 3 * (2 * 528**2 + 8 * 112**2 + 2 * 800**2))
+
+
+def test_the_docs_table_is_the_counted_one():
+    counted = " | ".join(f"{row['value']:.2g}" for row in size_rows({"ViT-S/16": SIZES["ViT-S/16"]}))
+    text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    assert f"| ViT-S/16 | {counted} |" in text, "ssl-locat bench memory"
