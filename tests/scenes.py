@@ -28,13 +28,15 @@ def png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def write_shard(path: Path, labels: list[int], seed: int, size: int = 32) -> str:
-    """A WebDataset shard with members png, cls and seg.png; its path as text."""
+def write_shard(path: Path, labels: list[int], seed: int, size: int = 32, void: bool = False) -> str:
+    """A WebDataset shard with members png, cls and seg.png (`void`: of nothing but void); its path as text."""
     rng = np.random.default_rng(seed)
     mode = {".gz": "w:gz"}.get(path.suffix, "w")
     with tarfile.open(path, mode) as tar:
         for index, label in enumerate(labels):
             image, mask = scene(label, size, rng)
+            if void:
+                mask[:] = 255
             for name, content in (("cls", b"%d" % label), ("png", png(image)), ("seg.png", png(mask))):
                 info = tarfile.TarInfo(f"{index:04d}.{name}")
                 info.size = len(content)

@@ -8,6 +8,7 @@ from scenes import png, scene, write_shard
 
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.evaluation.protocols.dump import dump
+from ssl_locat.evaluation.shared.features import near
 from ssl_locat.models.backbone import create_backbone
 from ssl_locat.models.tokens import features
 
@@ -75,3 +76,17 @@ def test_a_place_that_cannot_be_written_is_reported_before_the_model_is_loaded(t
         program.features("timm:vit_tiny", "images", str(tmp_path / "out"), ["out=x"])
     with pytest.raises(ConfigError, match="rows is 0; expected a whole number of at least 1"):
         program.features("timm:vit_tiny", "images", str(tmp_path / "out"), ["rows=0"])
+
+
+def test_a_table_that_is_read_again_and_again_crosses_to_the_gpu_once_where_there_is_room(monkeypatch):
+    class Table:
+        nbytes = 40
+
+        def to(self, device):
+            return "moved"
+
+    table = Table()
+    for free, expected in ((80, "moved"), (79, table)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 100))
+        assert near(table, torch.device("cuda")) == expected
+    assert near(table, torch.device("cpu")) is table

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
-from scenes import write_split
+from scenes import write_shard, write_split
 
 from ssl_locat.errors import ConfigError, DataError, UserError
+from ssl_locat.evaluation.evaluate import refuse_not_finite, run_protocol
 from ssl_locat.evaluation.protocols import hummingbird as hb
 from ssl_locat.evaluation.shared import dense
 from ssl_locat.evaluation.shared.metrics import confusion_matrix, hungarian_scores, segmentation_scores
@@ -120,3 +123,13 @@ def test_wrong_masks_name_the_file(tmp_path, backbone):
         hb.evaluate(backbone, data=data | {"num_classes": 4}, image_size=32, workers=0)
     with pytest.raises(ConfigError, match=r"data.num_classes is missing"):
         hb.evaluate(backbone, data=data, image_size=32)
+
+
+def test_masks_that_are_void_all_over_leave_no_number_and_end_with_code_2(tmp_path, backbone):
+    data = write_split(tmp_path, num_train=8, num_test=4)
+    blank = {"train": data["train"], "test": write_shard(tmp_path / "void-0.tar", [0, 1], 1, void=True), "num_classes": 5}
+    result = run_protocol(backbone, "hummingbird", {"data": blank, "image_size": 32, "workers": 0}, "M")
+    assert result["metrics"]["miou"] is None and "NaN" not in json.dumps(result)
+    with pytest.raises(UserError, match="hummingbird of M: miou, mean_accuracy, pixel_accuracy not finite") as refused:
+        refuse_not_finite(result)
+    assert refused.value.exit_code == 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ssl_locat.errors import ConfigError, DataError
 from ssl_locat.evaluation.protocols.knn import nearest
 from ssl_locat.evaluation.shared.dense import HUMMINGBIRD, DenseImages, dense_images, last_patches
-from ssl_locat.evaluation.shared.features import check_colours, check_depth, check_image_size
+from ssl_locat.evaluation.shared.features import check_colours, check_depth, check_image_size, near
 from ssl_locat.evaluation.shared.image_views import normalisation
 from ssl_locat.evaluation.shared.metrics import confusion_matrix, hungarian_scores, segmentation_scores
 from ssl_locat.evaluation.shared.options import Count, Flag, FromEnd, Positive, SceneData, Whole
@@ -65,7 +65,7 @@ def retrieve(memory: Tensor, memory_labels: Tensor, queries: Tensor, neighbours:
     everyone = all_gather_cat(F.normalize(queries, dim=1))
     similarity, where = nearest(memory, everyone, neighbours)  # [W * Q, k] each
     # each process answers all queries from its part, then keeps the answers to its own
-    labels = memory_labels[where.cpu()].to(queries.device)  # [W * Q, k, C]
+    labels = memory_labels[where.to(memory_labels.device)].to(queries.device)  # [W * Q, k, C]
     missing = neighbours - similarity.shape[1]  # a small share of a small set: gathering wants one shape
     # a similarity of -inf has weight 0 below
     similarity, labels = F.pad(similarity, (0, missing), value=-torch.inf), F.pad(labels, (0, 0, 0, missing))
@@ -174,6 +174,7 @@ def evaluate(
     )
     if not len(memory):
         raise DataError("the memory is empty: no process read a training image with its mask.")
+    memory, memory_labels = near(memory, device), near(memory_labels, device)  # every batch of test images searches all of it
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     with progress("hummingbird", total=len(test), unit="images") as bar:
         for batch in test:

@@ -223,6 +223,15 @@ def extract(
     return Features(values, labels) if seen.all() else Features(values[seen], labels[seen])
 
 
+def near(table: Tensor, device: torch.device) -> Tensor:
+    """A table that is read again and again, where it is computed with: moved once, if it takes no more than half of what is free there.
+
+    Else as it is, on the CPU, from where each reading moves its part."""
+    if device.type != "cuda" or table.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return table
+    return table.to(device)
+
+
 def check_classes(train_labels: Tensor, test_labels: Tensor, num_classes: int | None = None) -> int:
     """Number of classes. Raises DataError when the test set has a class that training does not, or an id is out of range."""
     highest = int(max(train_labels.max(), test_labels.max())) + 1
