@@ -257,7 +257,13 @@ def compare(
     _print_json(result) if as_json else show(result)
 
 
-@app.command(epilog=_examples("ssl-locat table quick", "ssl-locat table dino runs/mine --dry-run"))
+@app.command(
+    epilog=_examples(
+        "ssl-locat table quick",
+        "ssl-locat table main --dry-run --tflops 300              every job and what it costs",
+        "ssl-locat table main data.imagenet.train=... data.imagenet.test=... --on slurm",
+    )
+)
 def table(
     name: Annotated[
         str,
@@ -270,19 +276,26 @@ def table(
     models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL ...]")] = None,
     on: On = None,
     dry_run: DryRun = False,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="with --dry-run: hours too, for a GPU that sustains so many 10^12 FLOP a second", min=1e-3),
+    ] = None,
 ) -> None:
-    """Models x protocols x data sets: our number beside the published one."""
+    """Models x protocols x data sets: our number beside the published one. What has no weights is trained first."""
+    if tflops and not dry_run:
+        raise UserError("--tflops is about what --dry-run lists; add --dry-run.")
     if on not in (None, "local"):
         from ssl_locat.cluster.launch import submit_table
 
         submit_table(name, models or [], on, dry_run=dry_run)
         return
-    from ssl_locat.evaluation.table import dry_run as show_plan
-    from ssl_locat.evaluation.table import run
-
     if dry_run:
-        show_plan(name, models or [])
+        from ssl_locat.tables.cost import dry_run as show_plan
+
+        show_plan(name, models or [], tflops)
         return
+    from ssl_locat.tables.table import run
+
     _, error = run(name, models or [])
     if error:  # the table is written, with what could be measured
         raise error

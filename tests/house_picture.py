@@ -14,7 +14,8 @@ ABOUT = {
     "benchmarks": "bench",
     "cluster": "Slurm, torchrun, jobs",
     "pretraining": "the training loop; probes, replay",
-    "evaluation": "evaluate, table, online probes",
+    "tables": "models x protocols, trained where they must be",
+    "evaluation": "evaluate, compare, online probes",
     "measure": "a machine, a step",
     "evaluation.protocols": "k-NN, linear, segmentation, ...",
     "evaluation.shared": "samples, features, metrics",
@@ -35,7 +36,7 @@ ABOUT = {
 BLUE, YELLOW, RED, GREEN, GREY = "#d7ebf7", "#fde7c7", "#f9d5cf", "#dcefd8", "#ececec"
 COLOURS = {
     "data": BLUE, "models": YELLOW, "objectives": YELLOW, "optim": YELLOW, "pretraining": RED, "evaluation": GREEN, "label_free": GREEN,
-    "export": GREEN, "report": GREEN,
+    "export": GREEN, "report": GREEN, "tables": GREEN,
 }  # fmt: skip
 
 

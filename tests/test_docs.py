@@ -17,8 +17,8 @@ from ssl_locat.config.yaml_files import names
 from ssl_locat.data.images.decode import decode_image
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.evaluation import PROTOCOLS
-from ssl_locat.evaluation.table import TableData, load_table
 from ssl_locat.runs.diagnosis import KINDS
+from ssl_locat.tables.schema import TableData, load_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -27,6 +27,7 @@ FLOORS = [
     {"evaluation.protocols"},
     {"evaluation", "measure"},
     {"pretraining"},
+    {"tables"},
     {"report", "benchmarks", "cluster"},
     {"doctor"},
     {"cli"},

@@ -188,7 +188,7 @@ def submit_evaluate(
 
 def submit_table(name: str, arguments: list[str], on: str, dry_run: bool = False) -> None:
     """Fill a table where the profile says; requeued, it resumes after the cells that are finished."""
-    from ssl_locat.evaluation.table import check
+    from ssl_locat.tables.table import check
 
     profile = load_profile(on)
     _submit_evaluation("table", name, check(name, arguments, model_may_come=waits_for_a_job(profile)), [], profile, dry_run)

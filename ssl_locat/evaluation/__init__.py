@@ -1,7 +1,7 @@
-"""How a frozen backbone is evaluated: the commands at this door (evaluate, table, and online for probes during pretraining),
+"""How a frozen backbone is evaluated: the commands at this door (evaluate, compare, and online for probes during pretraining),
 protocols/ with one file each, shared/ with what they have in common.
 
-Imported by pretraining (probes), report, cluster, cli. Begin with evaluate.py, then protocols/knn.py.
+Imported by pretraining (probes), tables, report, cluster, cli. Begin with evaluate.py, then protocols/knn.py.
 """
 
 # name -> where its evaluate() lives; looked up as text, so that a misspelt key is answered before torch is imported

@@ -5,11 +5,14 @@ classes itself, so it must not be among them. A model without LocAt gets timm's 
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 from timm.models import save_for_hf
 from torch import nn
 
+from ssl_locat.errors import UserError
 from ssl_locat.export.modeling import AUTO_MAP, FILE, write_modeling
 from ssl_locat.models.attach import LocAtModel
 from ssl_locat.models.jumbo import Jumbo
@@ -31,6 +34,28 @@ def write_timm(backbone: nn.Module, folder: Path, with_code: bool = False) -> No
         write_modeling(config["architecture"], folder / FILE)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     obey_umask(folder)
+
+
+def check_timm_target(folder: Path) -> None:
+    """UserError where `write_timm_whole` could not write, before hours of training end in it."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file. Give a folder, which may be new.")
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not os.access(folder if folder.exists() else parent, os.W_OK):
+        raise UserError(f"{folder} cannot be written. Mend its permissions, or give another folder.")
+
+
+def write_timm_whole(backbone: nn.Module, folder: Path) -> None:
+    """`write_timm` beside, then into `folder` file by file; other files there stay."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_timm(backbone, partial)
+    folder.mkdir(exist_ok=True)
+    # config.json last: without it the folder is no MODEL
+    for name in sorted((path.name for path in partial.iterdir()), key=lambda name: name == "config.json"):
+        os.replace(partial / name, folder / name)
+    partial.rmdir()
 
 
 def own_name(backbone: nn.Module, architecture: str, args: dict) -> tuple[str, dict]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import timm
+from safetensors import SafetensorError, safe_open
 
 from ssl_locat.errors import CheckpointError, UserError, did_you_mean
 from ssl_locat.models.architecture import HALF, recognise
@@ -88,10 +89,20 @@ def read_json(path: Path) -> dict:
 
 
 def beside(file: Path) -> dict:
-    """What config.json and preprocessor_config.json say about weights in the same folder; {} for a file of another name."""
-    if file.name not in FOLDER_FILES:
-        return {}
-    return {**read_json(file.with_name("config.json")), **read_json(file.with_name("preprocessor_config.json"))}
+    """What config.json and preprocessor_config.json say about weights in the same folder; of a file of another name, what its own header says."""
+    if file.name in FOLDER_FILES:
+        return {**read_json(file.with_name("config.json")), **read_json(file.with_name("preprocessor_config.json"))}
+    return {"header": header(file)} if file.suffix == ".safetensors" else {}
+
+
+def header(file: Path) -> dict:
+    """mean and std that `supervised` noted in the header of the weights it wrote; {} for a file without."""
+    try:
+        with safe_open(file, "pt") as opened:
+            noted = json.loads((opened.metadata() or {}).get("pretrained_cfg", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError):
+        return {}  # `read_file` says what is wrong with it
+    return noted if isinstance(noted, dict) and {"mean", "std"} <= noted.keys() else {}
 
 
 def normalisation(known: Known, facts: dict, name: str | None, num_classes: int) -> tuple[tuple, str, bool]:
@@ -101,6 +112,8 @@ def normalisation(known: Known, facts: dict, name: str | None, num_classes: int)
     own = facts.get("pretrained_cfg") or {}
     if "mean" in own and "std" in own:
         return (own["mean"], own["std"]), "of config.json beside it", False
+    if facts.get("header"):
+        return (tuple(facts["header"]["mean"]), tuple(facts["header"]["std"])), "of the file's own header", False
     if name is not None:
         config = timm.get_pretrained_cfg(name)
         assert config is not None  # of a name that timm knows

@@ -59,8 +59,9 @@ class GAug(nn.Module):
         isotropic: one variance for both axes (eq. 12).
         sigma: a constant standard deviation in patches for everybody, nothing predicted ("fixed width").
         alpha: "learned" (eq. 9); "one": no scaling; "auto": from the norms of queries and keys (eq. 13-19).
-        kernel: "gaussian"; "laplace" exp(-r / lambda) (eq. 20); "inverse" 1 / (1 + r / lambda) (eq. 21), with r the Euclidean distance
-            in patches and lambda predicted like a variance, but bounded by the grid's side, as it is a length.
+        kernel: "gaussian"; "laplace" exp(-r / lambda) (eq. 20); "inverse" 1 / (1 + r / lambda), our reading of the paper's "inverse distance"
+            (eq. 21, whose form the text that we have does not print); r is the Euclidean distance in patches, and lambda is predicted like a
+            variance, but bounded by the grid's side, as it is a length.
         disable_clamp: distances beyond the training grid count as they are.
         fast: "reference" pools queries 2 x 2 in training from 32 rows on, as the release does (training and evaluation then differ).
         small_start: start with alpha near 0, so that a pretrained vanilla model is not disturbed at first.

@@ -25,6 +25,7 @@ def test_counts_of_both_twins(golden, family, size):
         found = evaluate(create_backbone(ours))
         assert found["params"] == row["params"][kind]
         assert found["gmacs"] == pytest.approx(row["gmacs"]["torch_flop_counter_half"][kind], rel=1e-3)
+        assert found["params_added"] == (row["params"]["added"] if kind == "locat" else 0)
         published = row["paper_table1"][kind]
         assert (found["published_params_millions"], found["published_gmacs"]) == (published["params_m"], published["gflops"])
         assert found["gmacs"] == pytest.approx(published["gflops"], rel=0.01)

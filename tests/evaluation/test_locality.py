@@ -82,6 +82,20 @@ def test_locality_protocol(folder, tmp_path):
     assert not any(m._forward_hooks for m in model.modules())  # nothing stays behind
 
 
+def test_two_models_are_in_one_figure_and_every_image_counts(folder, tmp_path):
+    vanilla = "timm:vit_tiny?" + "&".join(f"{name}={value}" for name, value in TINY.items())
+    options = {"data": {"test": str(folder)}, "workers": 0}
+    both = locality.evaluate(small(), **options, beside=vanilla, out=str(tmp_path / "both"))
+    alone = locality.evaluate(small(), **options, out=str(tmp_path / "alone"))
+    assert both["images"] == both["images_beside"] == 5
+    assert all(both[name] == value for name, value in alone.items())
+    assert {"locality_beside", "patch_cls_layer3_beside"} <= both.keys() and "sigma_layer1_beside" not in both
+    written = json.loads((tmp_path / "both" / "locality.json").read_text())
+    assert len(written["beside"]["locality"]) == 3 and written["locality"] != written["beside"]["locality"]
+    sizes = [(tmp_path / name / "locality.png").stat().st_size for name in ("both", "alone")]
+    assert sizes[0] > sizes[1]  # a second curve
+
+
 def test_locality_of_models_without_class_token_or_gaug(folder):
     swin = create_backbone("locatswin_tiny", embed_dim=12, depths=(2, 2), num_heads=(2, 4), img_size=56)
     metrics = locality.evaluate(swin, data={"test": str(folder)}, workers=0, out=None)

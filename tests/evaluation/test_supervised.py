@@ -4,9 +4,9 @@ from safetensors.torch import load_file
 from scenes import write_split
 from timm.layers import DropPath
 
-from ssl_locat.errors import ConfigError
-from ssl_locat.evaluation.protocols import supervised
-from ssl_locat.models.backbone import create_backbone
+from ssl_locat.errors import ConfigError, UserError
+from ssl_locat.evaluation.protocols import supervised, validate
+from ssl_locat.models.backbone import create_backbone, load_backbone
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 QUICK = {
@@ -145,6 +145,41 @@ def test_training_follows_the_teacher_where_one_is_given(data, monkeypatch):
     assert len(asked) == 2 and not torch.equal(*states)
     with pytest.raises(ConfigError, match=r"has 5 classes, the data 4"):
         supervised.evaluate(make(), data=data, distill={"model": CLASSIFIER.replace("classes=4", "classes=5")}, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "mean"),
+    [
+        ("vit_tiny", {}, 0.5),
+        ("locatregvit_tiny", {}, 0.5),
+        ("locatjumbo_tiny", {}, 0.5),
+        ("locatvit_tiny_rope_mixed", {}, 0.485),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (2,), "num_heads": (2,)}, 0.485),
+    ],
+)
+def test_the_release_s_normalisation_by_family(name, more, mean):
+    sizes = {"img_size": 32} if more else TINY | {"depth": 1}
+    backbone = create_backbone(name, **sizes, **more)
+    for option, expected in (("model", 0.485), ("release", mean), ("half", 0.5), ("imagenet", 0.485)):
+        supervised.show_as(backbone, option)
+        assert backbone.pretrained_cfg["mean"][0] == expected
+
+
+def test_what_is_exported_knows_how_its_images_were_shown(data, tmp_path):
+    """mean and std of 0.5, as trained; `validate` of the folder and of the file gives training's own numbers."""
+    settings = {"data": data, "epochs": 3, "warmup_epochs": 0, "lr": 3e-3, "batch_size": 16, **QUICK | {"crop_fraction": 0.8}}
+    shown = {"normalisation": "release", "export": str(tmp_path / "out"), "weights_file": str(tmp_path / "out.safetensors")}
+    vit = create_backbone("vit_tiny", **TINY | {"embed_dim": 64, "num_heads": 1})
+    scores = supervised.evaluate(vit, **settings, **shown)
+    for model in ("out", "out.safetensors"):
+        again = load_backbone(str(tmp_path / model))
+        assert [*again.pretrained_cfg["mean"], *again.pretrained_cfg["std"]] == [0.5] * 6 and again.num_classes == 4
+        crop = {} if model == "out" else {"crop_fraction": 0.8}  # which the folder says itself
+        assert validate.evaluate(again, data=data, workers=0, **crop) == scores
+    assert create_backbone("vit_tiny", **TINY).pretrained_cfg["mean"] != (0.5, 0.5, 0.5)  # the registry stays
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file"):
+        supervised.evaluate(make(), **settings, export=str(tmp_path / "file"))
 
 
 def test_an_unknown_augmentation_is_refused(data):

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scenes import write_split
 
-from ssl_locat.evaluation import table
 from ssl_locat.evaluation.shared.heads import load_progress, save_progress
+from ssl_locat.tables import table
 
 MODEL = "timm:locatvit_tiny?img_size=32&patch_size=8&embed_dim=48&num_heads=3&depth=1"
 
@@ -168,7 +168,7 @@ def test_a_cell_that_another_job_holds_is_left_to_it(tmp_path):
     path = tmp_path / "cells" / "knn-0123.json"
     held = table.Claim(path)
     assert held.take()
-    other = "import sys; from pathlib import Path; from ssl_locat.evaluation.table import Claim; sys.exit(Claim(Path(sys.argv[1])).take())"
+    other = "import sys; from pathlib import Path; from ssl_locat.tables.table import Claim; sys.exit(Claim(Path(sys.argv[1])).take())"
     assert subprocess.run([sys.executable, "-c", other, str(path)]).returncode == 0  # False: not taken
     held.release()
     assert subprocess.run([sys.executable, "-c", other, str(path)]).returncode == 1

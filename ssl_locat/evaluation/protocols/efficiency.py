@@ -31,7 +31,8 @@ PUBLISHED = {
 
 @torch.no_grad()
 def evaluate(backbone: nn.Module, *, image_size: Count = 224, num_classes: Count = 1000) -> dict[str, float]:
-    """-> params and gmacs with a classifier of `num_classes`, params_backbone without; published_* where the paper has such a model.
+    """-> params and gmacs with a classifier of `num_classes`, params_backbone without, params_added by LocAt; published_* where the paper has
+    such a model.
 
     image_size: pixels, square. gmacs: billions of multiply-accumulates for one image.
     """
@@ -45,6 +46,7 @@ def evaluate(backbone: nn.Module, *, image_size: Count = 224, num_classes: Count
     model.reset_classifier(0)
     found: dict[str, float] = {"params_backbone": count_parameters(model)}
     model.reset_classifier(num_classes)
+    found["params_added"] = sum(p.numel() for name, p in model.named_parameters() if of_locat(name) and is_locat(model))
     found |= {"params": count_parameters(model), "gmacs": count_macs(model, image_size) / 1e9}
     published = published_for(backbone)
     # at other sizes there is nothing to compare with
@@ -54,6 +56,15 @@ def evaluate(backbone: nn.Module, *, image_size: Count = 224, num_classes: Count
         console().print(f"{found['params'] / 1e6:.2f} M parameters, published {millions} M")
         console().print(f"{found['gmacs']:.3f} GMAC, published {gmacs} ({found['gmacs'] / gmacs - 1:+.2%})")
     return found
+
+
+def of_locat(name: str) -> bool:
+    """Whether a parameter of this name is one that a vanilla twin lacks: GAug's, PRR's norms, and LocAtJumbo's norm of patches."""
+    return ".gaug." in name or name.startswith(("prr.", "norm_patches."))
+
+
+def is_locat(model: nn.Module) -> bool:
+    return bool(getattr(model, "has_gaug", False)) or getattr(model, "prr", None) is not None
 
 
 def count_parameters(model: nn.Module) -> int:

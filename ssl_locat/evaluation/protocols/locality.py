@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ssl_locat.evaluation.shared.options import Count, LabelledData, Text, Whole
 from ssl_locat.evaluation.shared.pictures import pictures
 from ssl_locat.models.attention import Gaussian
+from ssl_locat.models.backbone import load_backbone
 from ssl_locat.models.gaug import GAug
 from ssl_locat.models.tokens import Tokens, last_blocks
 from ssl_locat.runs.distributed import all_reduce_sum_, is_main
@@ -109,24 +110,24 @@ def evaluate(
     backbone: nn.Module,
     *,
     data: LabelledData,
-    images: Count | None = 1000,
+    images: Count | None = None,
     image_size: Count | None = None,
     resize_size: Count | None = None,
+    beside: Text | None = None,
     batch_size: Count = 64,
     workers: Whole | None = None,
     out: Text | None = "locality",
 ) -> dict[str, float]:
     """-> locality_layer1, ..., patch_cls_layer1, ..., and locality, patch_cls of the last layer; sigma_layer1, alpha_layer1, ... (means).
 
-    Layers count from 1: blocks, or Swin's stages (sigma and alpha: its attentions). images: how many of data.test (null: all).
+    Layers count from 1: blocks, or Swin's stages (sigma and alpha: its attentions). images: how many of data.test (null: all, as published).
+    beside: another MODEL, on the same images and in the same figure; its metrics end in `_beside`.
     out: folder for locality.json and locality.png, null for none.
     """
-    backbone.eval()
     device = next(backbone.parameters()).device
-    # a ViT has blocks, Swin stages
-    depth = len(getattr(backbone, "blocks", getattr(backbone, "layers", ())))
-    sums = torch.zeros(3, depth, dtype=torch.float64, device=device)  # locality, patch to class token, images
-    has_class_token = False
+    models = {"model": backbone.eval()}
+    if beside is not None:
+        models["beside"] = load_backbone(beside).to(device)
     views: dict[str, Any] = {
         "limit": images,
         "image_size": image_size,
@@ -134,7 +135,23 @@ def evaluate(
         "batch_size": batch_size,
         "workers": workers,
     }
-    with gaug_statistics(backbone) as spreads, progress("locality", total=images, unit="images") as bar:
+    found = {name: look(model, data, views) for name, model in models.items()}
+    if out is not None and is_main():
+        write(Path(out), found)
+    metrics: dict[str, float] = {}
+    for name, result in found.items():
+        metrics |= {f"{key}{'' if name == 'model' else '_beside'}": value for key, value in metrics_of(result).items()}
+    return metrics
+
+
+def look(backbone: nn.Module, data: LabelledData, views: dict[str, Any]) -> dict[str, Any]:
+    """One model's {"images", "locality", "patch_cls" (with a class token), "gaug"}; lists have one entry for each layer."""
+    device = next(backbone.parameters()).device
+    # a ViT has blocks, Swin stages
+    depth = len(getattr(backbone, "blocks", getattr(backbone, "layers", ())))
+    sums = torch.zeros(3, depth, dtype=torch.float64, device=device)  # locality, patch to class token, images
+    has_class_token = False
+    with gaug_statistics(backbone) as spreads, progress("locality", total=views["limit"], unit="images") as bar:
         for batch in pictures(backbone, data, **views):
             valid = batch.valid.to(device)
             # one forward pass gives the raw tokens of every layer
@@ -150,36 +167,46 @@ def evaluate(
     result = {"images": int(count[0]), "locality": (locality / count).tolist(), "gaug": gaug}
     if has_class_token:
         result["patch_cls"] = (similarity / count).tolist()
-    if out is not None and is_main():
-        write(Path(out), result)
-    metrics: dict[str, float] = {}
+    return result
+
+
+def metrics_of(result: dict[str, Any]) -> dict[str, float]:
+    metrics: dict[str, float] = {"images": result["images"]}
     for name in ("locality", "patch_cls"):
         if name in result:
             metrics[name] = result[name][-1]
             metrics |= {f"{name}_layer{layer}": value for layer, value in enumerate(result[name], 1)}
     for name in ("sigma", "alpha"):
-        metrics |= {f"{name}_layer{layer}": each[name]["mean"] for layer, each in enumerate(gaug, 1)}
+        metrics |= {f"{name}_layer{layer}": each[name]["mean"] for layer, each in enumerate(result["gaug"], 1)}
     return metrics
 
 
-def write(folder: Path, result: dict) -> None:
-    """locality.json and locality.png."""
+def write(folder: Path, found: dict[str, dict]) -> None:
+    """locality.json (the model's numbers, the other's under "beside") and locality.png with the curves of both in the same panels."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "locality.json").write_text(json.dumps(result, indent=1) + "\n")
-    panels = [("locality", "cosine with the 8 neighbours"), ("patch_cls", "cosine of patch and class token")]
-    panels = [panel for panel in panels if panel[0] in result]
-    figure = Figure(figsize=(4.5 * (len(panels) + 2 * bool(result["gaug"])), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels) + 2 * bool(result["gaug"]), squeeze=False)[0]
-    for axis, (name, title) in zip(axes, panels, strict=False):
-        axis.plot(range(1, len(result[name]) + 1), result[name], marker="o")
-        axis.set(title=title, xlabel="layer")
-    for axis, name, unit in zip(axes[len(panels) :], ("sigma", "alpha"), ("patches", "logits"), strict=False):
-        layers = range(1, len(result["gaug"]) + 1)
-        values = [each[name] for each in result["gaug"]]
-        for low, high, opacity in (("p5", "p95", 0.15), ("p25", "p75", 0.3)):
-            axis.fill_between(layers, [v[low] for v in values], [v[high] for v in values], alpha=opacity, color="C0", linewidth=0)
-        axis.plot(layers, [v["mean"] for v in values], marker="o")
-        axis.set(title=f"GAug's {name}: mean, 25-75 %, 5-95 %", xlabel="attention", ylabel=unit)
+    content = {**found["model"], **({"beside": found["beside"]} if "beside" in found else {})}
+    (folder / "locality.json").write_text(json.dumps(content, indent=1) + "\n")
+    panels = [("locality", "cosine with the 8 neighbours", ""), ("patch_cls", "cosine of patch and class token", "")]
+    panels = [panel for panel in panels if any(panel[0] in result for result in found.values())]
+    if any(result["gaug"] for result in found.values()):
+        panels += [
+            (name, f"GAug's {name}: mean, 25-75 %, 5-95 %", unit) for name, unit in (("sigma", "patches"), ("alpha", "logits"))
+        ]
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    for axis, (name, title, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, (label, result) in enumerate(found.items()):
+            values = [each[name] for each in result["gaug"]] if unit else result.get(name, [])
+            layers, colour = range(1, len(values) + 1), f"C{number}"
+            if unit:
+                for low, high, opacity in (("p5", "p95", 0.15), ("p25", "p75", 0.3)):
+                    lower, upper = ([each[part] for each in values] for part in (low, high))
+                    axis.fill_between(layers, lower, upper, alpha=opacity, color=colour, linewidth=0)
+                values = [each["mean"] for each in values]
+            if values:
+                axis.plot(layers, values, marker="o", color=colour, label=label)
+        axis.set(title=title, xlabel="attention" if unit else "layer", ylabel=unit)
+        if len(found) > 1:
+            axis.legend()
     figure.savefig(folder / "locality.png", dpi=120)

@@ -7,11 +7,13 @@ timm supplies the parts: RandAugment, Mixup/CutMix, random erasing, drop path, l
 number, so that a stopped run resumes with the same crops and the same mixing.
 """
 
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +23,7 @@ from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
@@ -28,7 +31,8 @@ from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.shared.classifier import test_accuracy
 from ssl_locat.evaluation.shared.features import check_colours, check_image_size, labelled_for_training, split
 from ssl_locat.evaluation.shared.heads import load_progress, purpose_of, save_progress
-from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
+from ssl_locat.evaluation.shared.image_views import centre_view
+from ssl_locat.evaluation.shared.image_views import normalisation as normalisation_of
 from ssl_locat.evaluation.shared.options import (
     BelowOne,
     Count,
@@ -44,8 +48,11 @@ from ssl_locat.evaluation.shared.options import (
 from ssl_locat.evaluation.shared.samples import LabelledImage, Pass, open_split, same_classes
 from ssl_locat.evaluation.shared.stopping import asked_to_stop, stopped
 from ssl_locat.evaluation.shared.training_data import plan_for, training_batches
+from ssl_locat.export.timm_folder import check_timm_target, write_timm_whole
+from ssl_locat.models.architecture import HALF
 from ssl_locat.models.backbone import load_backbone
-from ssl_locat.runs.distributed import is_main, rank, world_size
+from ssl_locat.models.layouts import IMAGENET
+from ssl_locat.runs.distributed import barrier, is_main, rank, world_size
 from ssl_locat.runs.folder import save_tensors
 from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
@@ -128,6 +135,19 @@ def training_transform(
     return transform
 
 
+def show_as(backbone: nn.Module, normalisation_name: str) -> None:
+    """Note in `pretrained_cfg`, which exports carry, the mean and std that this training shows its images with.
+
+    release: those of the LocAt paper's code, which left ViT, RegViT and Jumbo (with LocAt or without) at timm's 0.5 and gave ImageNet's to
+    RoPEViT and Swin.
+    """
+    if normalisation_name == "release":
+        normalisation_name = "half" if isinstance(backbone, VisionTransformer) else "imagenet"
+    if normalisation_name != "model":
+        mean, std = HALF if normalisation_name == "half" else IMAGENET
+        backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": mean, "std": std}
+
+
 class Distillation:
     """The agreement with a trained classifier (Hinton et al., arXiv:1503.02531): (1 - weight) CE + weight T^2 KL(teacher || student).
 
@@ -146,7 +166,8 @@ class Distillation:
                 f"distill.model {model} has {self.teacher.num_classes} classes, the data {num_classes}. It must be a classifier of the same."
             )
         (mean, std), (theirs, spread) = (
-            [torch.tensor(part, device=device)[:, None, None] for part in normalisation(one)] for one in (backbone, self.teacher)
+            [torch.tensor(part, device=device)[:, None, None] for part in normalisation_of(one)]
+            for one in (backbone, self.teacher)
         )
         # x * std + mean is the picture, (picture - theirs) / spread what the teacher expects: one product and one sum
         self.gain, self.offset = std / spread, (mean - theirs) / spread
@@ -179,6 +200,7 @@ def evaluate(
     random_erasing: Probability = 0.25,
     crop_scale: tuple[Share, Share] = (0.08, 1.0),
     crop_fraction: Share = 0.9,
+    normalisation: Literal["model", "release", "half", "imagenet"] = "model",
     distill: Distill | None = None,
     image_size: Count | None = None,
     train_fraction: Share = 1.0,
@@ -187,6 +209,7 @@ def evaluate(
     seed: Whole = 42,
     resume_file: Text | None = None,
     weights_file: Text | None = None,
+    export: Text | None = None,
 ) -> dict[str, float]:
     """top1 and top5 in percent on data.test of the whole network, trained on data.train. The backbone given is changed.
 
@@ -198,11 +221,13 @@ def evaluate(
         clip_grad: global norm; 0: none. drop_path: of the last block; None: 0.1, 0.2, 0.4 for tiny, small, base and larger.
         mixup, cutmix: alphas; both 0: none. auto_augment: timm's notation. random_erasing: probability, after mixing.
         crop_scale: of the training crop's area. crop_fraction: of a test image's side that the centre crop keeps (timm: size 224 of 248).
+        normalisation: mean and std of the images, and of what is exported: the model's own, the release's for its family, 0.5, ImageNet's.
         distill: {model: MODEL with a classifier, weight: 1.0, temperature: 1.0}, weight 1: no labels at all; None: labels alone.
         precision: fp32, bf16 or fp16 (with loss scaling) autocast.
         resume_file: progress is kept there after every epoch and every 1000 steps, and the same command resumes from it (the commands
             give one by themselves).
         weights_file: a .safetensors for the trained weights; as a MODEL it is evaluated by the other protocols.
+        export: a folder in timm's format for weights and classifier, with size, crop, mean and std; likewise a MODEL.
     """
     purpose = purpose_of("supervised", locals())
     if not layer_decay:
@@ -216,7 +241,10 @@ def evaluate(
             f"batch_size is {batch_size}, over all processes; mixing pairs images, so it must be a multiple of {2 * world_size()}."
         )
     device = next(backbone.parameters()).device
-    mean, std = normalisation(backbone)
+    show_as(backbone, normalisation)
+    mean, std = normalisation_of(backbone)
+    if export:
+        check_timm_target(Path(export))
     train_view = partial(_training_view, training_transform(size, mean, std, scale=crop_scale, auto_augment=auto_augment))
     test_view = partial(centre_view, size=size, resize=math.floor(size / crop_fraction), mean=mean, std=std)
     for name in ("train", "test"):
@@ -289,8 +317,15 @@ def evaluate(
                 save()
             if stop:
                 raise stopped(f"supervised training, step {step} of {total}")
+    # as the test below shows them: `validate` of what is exported gives the same numbers
+    shown_as = {"mean": mean, "std": std, "crop_pct": crop_fraction, "interpolation": "bicubic"}
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, **shown_as, "input_size": (3, size, size)}
     if weights_file and is_main():
-        save_tensors({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, weights_file)
+        weights = {name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+        save_tensors(weights, weights_file, metadata={"pretrained_cfg": json.dumps(shown_as)})
+    if export and is_main():
+        write_timm_whole(backbone, Path(export))
+    barrier()
     tested = Pass(
         test, LabelledImage(test_view, data, num_classes=num_classes), batch_size=batch_size // world_size(), workers=workers,
         max_bad=data.get("max_bad") or 0.0,

@@ -25,7 +25,14 @@ def average_gradients(module: nn.Module) -> None:
                 all_reduce_sum_(parameter.grad).div_(world_size())
 
 
-WITHOUT_EFFECT = ("backbone", "workers", "per_class", "resume_file", "weights_file")  # arguments that leave a training as it is
+WITHOUT_EFFECT = (
+    "backbone",
+    "workers",
+    "per_class",
+    "resume_file",
+    "weights_file",
+    "export",
+)  # arguments that leave a training as it is
 
 
 def purpose_of(protocol: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +76,8 @@ def _laid_out(grid: Grid, plus_minus: str) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def to_markdown(title: str, source: str, grid: Grid, failed: list[str]) -> str:
-    """A title, the table, the failures."""
+def to_markdown(title: str, source: str, grid: Grid, failed: list[str], notes: Sequence[str] = ()) -> str:
+    """A title, the table, notes on its rows, the failures."""
     header, rows = _laid_out(grid, "±")
     # names to the left, numbers to the right
     lines = [f"# {title}", "", *([source, ""] if source else []), _line(header), "|---" + "|---:" * (len(header) - 1) + "|"]
@@ -84,6 +85,8 @@ def to_markdown(title: str, source: str, grid: Grid, failed: list[str]) -> str:
     runs = max((cell.runs for row in grid.values() for cell in row.values()), default=0)
     if runs > 1:
         lines += ["", f"Mean ± standard deviation over up to {runs} runs; a difference inside two deviations is a tie."]
+    if notes:
+        lines += ["", *(f"- {' '.join(note.split())}" for note in notes)]
     if failed:
         lines += ["", "Not measured:", "", *(f"- {' '.join(message.split())}" for message in failed)]
     return "\n".join(lines) + "\n"
@@ -106,7 +109,7 @@ def to_csv(grid: Grid) -> str:
     return stream.getvalue()
 
 
-def to_latex(title: str, grid: Grid) -> str:
+def to_latex(title: str, grid: Grid, notes: Sequence[str] = ()) -> str:
     """The same as a booktabs table."""
     header, rows = _laid_out(grid, r"$\pm$")
     lines = [
@@ -119,7 +122,8 @@ def to_latex(title: str, grid: Grid) -> str:
         r"\midrule",
         *(" & ".join([escape(row[0]), *row[1:]]) + r" \\" for row in rows),
     ]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    below = [r"\par\footnotesize " + r" \\ ".join(map(escape, notes))] if notes else []
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *below, r"\end{table}"]) + "\n"
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"} | {
@@ -132,10 +136,10 @@ def escape(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in " ".join(text.split()))
 
 
-def write_table(folder: Path, title: str, source: str, grid: Grid, failed: list[str]) -> str:
+def write_table(folder: Path, title: str, source: str, grid: Grid, failed: list[str], notes: Sequence[str] = ()) -> str:
     """table.md, table.csv and table.tex in `folder`; returns the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
-    markdown = to_markdown(title, source, grid, failed)
-    for name, text in (("table.md", markdown), ("table.csv", to_csv(grid)), ("table.tex", to_latex(title, grid))):
+    markdown = to_markdown(title, source, grid, failed, notes)
+    for name, text in (("table.md", markdown), ("table.csv", to_csv(grid)), ("table.tex", to_latex(title, grid, notes))):
         write_atomically(folder / name, text)
     return markdown

@@ -6,8 +6,10 @@ from scenes import write_split
 
 from ssl_locat.config.yaml_files import names
 from ssl_locat.errors import ConfigError, UserError
-from ssl_locat.evaluation import table as program
-from ssl_locat.evaluation.table_text import Cell, to_latex, to_markdown
+from ssl_locat.evaluation.evaluate import fingerprint
+from ssl_locat.tables import table as program
+from ssl_locat.tables.schema import cells, load_table
+from ssl_locat.tables.text import Cell, to_latex, to_markdown
 
 SMALL = "timm:locatvit_tiny?img_size=32&patch_size=8&embed_dim=48&num_heads=3&depth="
 
@@ -121,7 +123,7 @@ def test_a_damaged_cell_is_measured_again(small, tmp_path, caplog):
 @pytest.mark.parametrize("rows", ["", "rows: null\n"])
 def test_a_model_becomes_a_row_where_there_are_none(small, rows):
     small.write_text(small.read_text().partition("rows:\n")[0] + rows)
-    assert program.load_table(str(small), ["runs/mine"]).rows["mine"].model == ["runs/mine"]
+    assert load_table(str(small), ["runs/mine"]).rows["mine"].model == ["runs/mine"]
 
 
 @pytest.mark.parametrize(
@@ -131,27 +133,25 @@ def test_rows_of_another_kind_are_named(small, rows, message):
     small.write_text(small.read_text().partition("rows:\n")[0] + f"rows: {rows}\n")
     for arguments in ([], ["runs/mine"]):
         with pytest.raises(ConfigError, match=message):
-            program.load_table(str(small), arguments)
+            load_table(str(small), arguments)
 
 
 def test_models_and_keys_on_the_command_line(small):
-    table = program.load_table(
-        str(small), ["untrained=a", "untrained=b", "data.unknown.train=x", "data.unknown.test=y", "runs/mine"]
-    )
+    table = load_table(str(small), ["untrained=a", "untrained=b", "data.unknown.train=x", "data.unknown.test=y", "runs/mine"])
     assert table.rows["untrained"].model == ["a", "b"]
     assert table.rows["mine"].model == ["runs/mine"]
-    wanted = [(row, column) for row, column, *_ in program.cells(table)]
+    wanted = [(row, column) for row, column, *_ in cells(table)]
     assert wanted.count(("two runs", "ADE20K")) == 2 and ("mine", "ADE20K") in wanted
     with pytest.raises(ConfigError, match=r"'untraned' is no row.*Did you mean 'untrained'"):
-        program.load_table(str(small), ["untraned=a"])
+        load_table(str(small), ["untraned=a"])
 
 
 def test_a_run_that_was_resumed_is_evaluated_anew(tmp_path):
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    before = program.fingerprint(str(tmp_path))
+    before = fingerprint(str(tmp_path))
     (tmp_path / "checkpoints" / "step_00000002").mkdir()
-    assert program.fingerprint(str(tmp_path)) != before
-    assert program.fingerprint("timm:vit_tiny") == "timm:vit_tiny"
+    assert fingerprint(str(tmp_path)) != before
+    assert fingerprint("timm:vit_tiny") == "timm:vit_tiny"
 
 
 @pytest.mark.parametrize(
@@ -172,21 +172,21 @@ def test_a_run_that_was_resumed_is_evaluated_anew(tmp_path):
 def test_wrong_keys_name_the_nearest(small, old, new, message):
     small.write_text(small.read_text().replace(old, new))
     with pytest.raises(ConfigError, match=message):
-        program.load_table(str(small))
+        load_table(str(small))
 
 
 @pytest.mark.parametrize("name", names("eval/tables"))
 def test_every_shipped_table_is_whole(name):
-    table = program.load_table(name)
+    table = load_table(name)
     assert table.rows and table.columns
-    for _, _, model, protocol, options in program.cells(table):
-        assert model and protocol and isinstance(options, dict)
+    for job in cells(table):
+        assert job.model and job.protocol and isinstance(job.options, dict)
     if name != "quick":
         assert all(row.published for row in table.rows.values())
 
 
 def test_shipped_numbers_are_the_papers():
-    published = {name: program.load_table(name).rows for name in names("eval/tables")}
+    published = {name: load_table(name).rows for name in names("eval/tables")}
     assert published["main"]["Base ViT + LocAt"].published == {
         "ADE20K": 32.64, "P-Context": 45.35, "C-Stuff": 33.62, "top-1": 82.31, "params M": 86, "GMAC": 17.64,
     }  # fmt: skip

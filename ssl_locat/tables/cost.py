@@ -1,0 +1,258 @@
+"""`ssl-locat table TABLE --dry-run`: every job with the operations that its networks do, and hours only for a speed that the user gives.
+
+A network's operations are counted on the real model, forward and backward, by torch's own counter on tensors without memory ("meta"), so that
+a Base model costs a second. A multiply-accumulate counts as two operations (FLOP). What is not counted: decoding, crops, the optimiser, heads'
+losses, and the search of k-NN and Hummingbird.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssl_locat.config.schema import Config
+from ssl_locat.evaluation.shared.seg_datasets import LAYOUTS
+from ssl_locat.models.attention import forced_backend
+from ssl_locat.models.backbone import create_backbone, load_backbone, split_options
+from ssl_locat.models.registry import TWINS
+from ssl_locat.pretraining.parts import build_model
+from ssl_locat.runs.log import say
+from ssl_locat.tables.schema import Job, TableConfig, TrainingJob, all_jobs, load_table, training_of
+from ssl_locat.tables.table import cell_file, check, finished, where
+
+log = logging.getLogger(__name__)
+
+ASPECT = 4 / 3  # of a photograph: test images of segmentation have sizes of their own
+
+
+def dry_run(name: str, arguments: Sequence[str] = (), tflops: float | None = None) -> None:
+    """Check everything and list all jobs: those at hand, those that would be done, those whose data set is not given. Writes nothing.
+
+    tflops: what a GPU sustains, 10^12 operations a second; then hours of one GPU stand beside the operations.
+    """
+    check(name, arguments)
+    table = load_table(name, arguments)
+    total, unknown = 0.0, 0
+    seen: set[Path] = set()
+    for job in all_jobs(table):
+        path = job.result if isinstance(job, TrainingJob) else cell_file(table, job)
+        # columns that show several metrics of one run measure it once
+        done = "done" if finished(path) else "as above" if path in seen else ""
+        seen.add(path)
+        operations = 0.0 if done else cost(table, job)
+        total, unknown = total + (operations or 0.0), unknown + (operations is None)
+        state = done or (f"needs {job.lacks}" if job.lacks else "to do")
+        if isinstance(job, TrainingJob):
+            what = f"{job.protocol} of {job.fresh}" if job.protocol else f"pretrain {job.fresh}"
+        else:
+            what = f"{job.protocol} of " + (f"what {job.row}'s training gives" if job.training else job.model)
+        say(f"{state:<31}{where(job)}: {what}" + ("" if done else f"  {in_words(operations, tflops)}"))
+    say(f"in all {in_words(total, tflops)}" + (f", and {unknown} jobs whose cost is not known" if unknown else ""))
+
+
+def in_words(operations: float | None, tflops: float | None) -> str:
+    if operations is None:
+        return "(cost not known: the model or its data set is not here)"
+    text = f"{operations / 1e15:,.3g} PFLOP" if operations < 1e18 else f"{operations / 1e18:,.3g} EFLOP"
+    return text if tflops is None else f"{text}, {operations / (tflops * 1e12) / 3600:,.3g} GPU hours at {tflops:g} TFLOP/s"
+
+
+def cost(table: TableConfig, job: TrainingJob | Job) -> float | None:
+    """FLOP of a job; None where nobody can tell: weights that are not here yet, or a set without a size."""
+    try:
+        if isinstance(job, TrainingJob):
+            return cost_of_training(table, job)
+        if job.protocol == "efficiency":
+            return 0.0  # one image on the CPU
+        protocol = COSTS.get(job.protocol)
+        count = images_of(table, table.columns[job.column].data)
+        spec = table.rows[job.row].fresh if job.training and job.training.protocol else job.model
+        if job.training and job.training.protocol is None:
+            spec = spec_of(job.training.config())
+        return None if protocol is None or count is None or spec is None else protocol(spec, job.options, *count)
+    except Exception as error:
+        log.info("%s: %s", where(job), error)  # a plan goes on with what can be told
+        return None
+
+
+def images_of(table: TableConfig, name: str | None) -> tuple[int, int] | None:
+    """(train, test) images of a data set: counted where it is here, as published where it is not."""
+    if name is None:
+        return None
+    data = table.data[name]
+    found: list[int] = []
+    for part in ("train", "test"):
+        limit: int | None = getattr(data, f"{part}_images")
+        count: int | None = getattr(data.size, part) if data.size else None
+        if getattr(data, part):
+            count = opened(table, name, part)
+        if count is None:
+            return None
+        found.append(min(count, limit or count))
+    return found[0], found[1]
+
+
+def opened(table: TableConfig, name: str, part: str) -> int:
+    """Images of a set that is here."""
+    from ssl_locat.evaluation.shared.samples import open_split
+    from ssl_locat.evaluation.shared.seg_datasets import open_scenes
+
+    given = table.data[name].given
+    return len(open_scenes(given, part) if "layout" in given else open_split(given, part))
+
+
+# --- operations of one image ----------------------------------------------------------------------------------------------
+
+
+@cache
+def operations(spec: str, height: int, width: int, backward: bool = False, num_classes: int | None = None) -> float:
+    """FLOP of one image through a model (timm:NAME?options, or weights that are here), and its gradient's where `backward`."""
+    model = on_meta(spec, num_classes)
+    channels = getattr(model, "in_chans", 3)
+    images = torch.empty(1, channels, height, width, device="meta")
+    with FlopCounterMode(display=False) as counter, forced_backend("sdpa"), sdpa_kernel(SDPBackend.MATH):
+        if not backward:
+            with torch.no_grad():
+                model.eval()(images)
+        else:
+            model.train()(images).sum().backward()
+    return float(counter.get_total_flops())
+
+
+@cache
+def on_meta(spec: str, num_classes: int | None) -> nn.Module:
+    """A model without memory: what counts is its shape."""
+    if spec.startswith("timm:"):
+        name, options = split_options(spec.removeprefix("timm:"))
+        options |= {"num_classes": num_classes or options.get("num_classes", 0)}
+        with torch.device("meta"):
+            if options.pop("pretrained", False):  # any model of timm's, as `load_backbone` opens it
+                return timm.create_model(name, **{**TWINS.get(name.split(".")[0], {}), **options})
+            return create_backbone(name, **options)
+    model = load_backbone(spec).to("meta")
+    if num_classes:
+        model.reset_classifier(num_classes)
+    return model.to("meta")
+
+
+def own_size(spec: str, options: dict[str, Any]) -> int:
+    if options.get("image_size"):
+        return int(options["image_size"])
+    model = on_meta(spec, None)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    return int(size[-1])
+
+
+# --- operations of a job --------------------------------------------------------------------------------------------------
+
+
+def frozen_pass(spec: str, options: dict[str, Any], train: int, test: int) -> float:
+    """k-NN, Hummingbird: every image once."""
+    size = own_size(spec, options)
+    return (train * options.get("train_fraction", 1.0) + test) * operations(spec, size, size)
+
+
+def validation(spec: str, options: dict[str, Any], train: int, test: int) -> float:
+    size = own_size(spec, options)
+    return test * operations(spec, size, size, num_classes=(options.get("data") or {}).get("num_classes") or 1000)
+
+
+def linear(spec: str, options: dict[str, Any], train: int, test: int) -> float:
+    """Every training crop anew in each epoch, and the test set once, whose features are kept; without augmentation each image once."""
+    size, epochs = own_size(spec, options), options["epochs"] if options.get("augment", True) else 1
+    return (epochs * train * options.get("train_fraction", 1.0) + test) * operations(spec, size, size)
+
+
+def supervised(spec: str, options: dict[str, Any], train: int, test: int) -> float:
+    """Forward and backward of every training image in each epoch; a distillation teacher's forward beside it; the test once."""
+    size, classes = own_size(spec, options), (options.get("data") or {}).get("num_classes") or 1000
+    each = operations(spec, size, size, backward=True, num_classes=classes)
+    if teacher := (options.get("distill") or {}).get("model"):
+        each += operations(teacher, size, size, num_classes=classes)
+    seen = options["epochs"] * train * options.get("train_fraction", 1.0)
+    return seen * each + test * operations(spec, size, size, num_classes=classes)
+
+
+def segmentation(spec: str, options: dict[str, Any], train: int, test: int) -> float:
+    """A frozen pass over the crops, the probe's head forward and backward, and whole test images of a photograph's shape."""
+    crop, (longer, shorter) = options["image_size"], options["scale"]
+    height = min(shorter, round(longer / ASPECT))
+    stride, width = on_meta(spec, None).feature_info[-1]["reduction"], round(height * ASPECT)
+    height, width = -(-height // stride) * stride, -(-width // stride) * stride
+    crops = options["iterations"] * options["batch_size"]
+    return crops * (operations(spec, crop, crop) + head(spec, options, crop)) + test * operations(spec, height, width)
+
+
+def head(spec: str, options: dict[str, Any], crop: int) -> float:
+    """Of a segmentation probe on one crop: weights' gradients, and the second layer's inputs'."""
+    model = on_meta(spec, None)
+    dim, hidden, reduction = model.feature_info[-1]["num_chs"], options.get("hidden", 512), model.feature_info[-1]["reduction"]
+    data = options.get("data") or {}
+    classes = LAYOUTS[data["layout"]].num_classes if data.get("layout") else data.get("num_classes") or 1
+    cells = (crop // reduction) ** 2
+    if options.get("head") == "linear":
+        return 2.0 * cells * dim * classes * 2
+    return 2.0 * cells * (dim * hidden * 2 + hidden * classes * 3)
+
+
+COSTS: dict[str, Callable[..., float]] = {
+    "knn": frozen_pass,
+    "hummingbird": frozen_pass,
+    "linear": linear,
+    "linear_sweep": linear,
+    "supervised": supervised,
+    "validate": validation,
+    "segmentation": segmentation,
+}
+
+
+def cost_of_training(table: TableConfig, job: TrainingJob) -> float | None:
+    """Of a recipe: both networks with their heads, crop by crop."""
+    training = training_of(table, table.rows[job.row])
+    count = images_of(table, training.data if training else None)
+    if count is None:
+        return None
+    if job.protocol:
+        return COSTS[job.protocol](job.fresh, job.options, *count)
+    config = job.config()
+    steps_per_epoch = max(1, (config.data.epoch_samples or count[0]) // config.optim.global_batch_size)
+    steps = config.optim.total_steps or max(1, round((config.optim.epochs or 0) * steps_per_epoch))
+    return steps * config.optim.global_batch_size * operations_of_an_image(config)
+
+
+def operations_of_an_image(config: Config) -> float:
+    """FLOP that one image costs a pretraining: the teacher on two global crops, the student forward and backward on all crops."""
+    with torch.device("meta"):
+        model, _ = build_model(
+            config.model_copy(update={"backbone": config.backbone.model_copy(update={"init": None})}), torch.device("meta")
+        )
+    crops, channels = config.crops, len(config.crops.mean)
+    large = torch.empty(2, channels, crops.global_size, crops.global_size, device="meta")
+    small = torch.empty(crops.num_local, channels, crops.local_size, crops.local_size, device="meta") if crops.num_local else None
+    with FlopCounterMode(display=False) as counter, forced_backend("sdpa"), sdpa_kernel(SDPBackend.MATH):
+        model.targets(large, 2, None)
+        views = model.student(large, small, 2, None)
+        torch.stack([value.sum() for value in tensors_of(views)]).sum().backward()
+    return float(counter.get_total_flops())
+
+
+def tensors_of(views: Any) -> list[torch.Tensor]:
+    """Every tensor with a gradient in what the student's heads give: tensors, or tuples and mappings of such."""
+    if isinstance(views, torch.Tensor):
+        return [views] if views.requires_grad else []
+    if isinstance(views, dict):
+        views = list(views.values())
+    return [tensor for item in views for tensor in tensors_of(item)] if isinstance(views, list | tuple) else []
+
+
+def spec_of(config: Config) -> str:
+    """timm:NAME?options of a run's backbone, which its columns read."""
+    options = {"img_size": config.crops.global_size, **config.backbone.options}
+    return f"timm:{config.backbone.name}?" + "&".join(f"{key}={value}" for key, value in options.items())

@@ -1,0 +1,363 @@
+"""What a table's YAML (eval/tables/) says, and the jobs that follow from it: trainings of rows without weights, and cells.
+
+Reading it imports no torch. Columns and trainings name protocols of eval/ and recipes of configs/pretrain; all of their options can be
+changed in the table, by row too, and on the command line (`train.options.epochs=1`).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from ssl_locat.config.schema import Cache, Config, DataSpec, Section, load, parse
+from ssl_locat.config.schema import Data as RunData
+from ssl_locat.config.signatures import keyword_names
+from ssl_locat.config.yaml_files import LoadedYaml, load_yaml
+from ssl_locat.errors import ConfigError, did_you_mean
+from ssl_locat.evaluation import PROTOCOLS
+from ssl_locat.evaluation.evaluate import fingerprint, pop_protocol
+from ssl_locat.evaluation.shared.options import check_arguments
+
+
+class Sizes(Section):
+    """How many images a published set has, for `--dry-run` where the set itself is not here."""
+
+    train: int = Field(gt=0)
+    test: int = Field(gt=0)
+
+
+class TableData(Section):
+    """A data set of a table; null where the user has yet to say where it lies."""
+
+    train: DataSpec | None = None
+    test: DataSpec | None = None
+    layout: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    num_classes: int | None = None
+    ignore_index: int | None = None
+    reduce_zero_label: bool | None = None
+    train_images: int | None = Field(default=None, gt=0, description="how many of train, chosen by their keys; null: all")
+    test_images: int | None = Field(default=None, gt=0, description="likewise of test")
+    max_bad: float | None = Field(default=None, ge=0, le=1)
+    retry_minutes: float | None = Field(default=None, gt=0)
+    cache: Cache | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    mask_key: str | None = None
+    size: Sizes | None = Field(default=None, description="images of the published set; of one that is here they are counted")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As a protocol takes it."""
+        return self.model_dump(mode="json", exclude_none=True, exclude={"size"})
+
+
+class Column(Section):
+    protocol: str = Field(description="name of a YAML in eval/, or a path")
+    metric: str = Field(description="which of the protocol's metrics is shown")
+    data: str | None = Field(default=None, description="one of the table's data sets")
+    options: dict[str, Any] = Field(default={}, description="keys of the protocol that differ from its YAML")
+    seeds: list[int] | None = Field(default=None, description="run once with each")
+    fresh: bool = Field(default=False, description="of the row's `fresh` model (untrained), for protocols that train or count it")
+    factor: float = Field(default=1.0, description="the metric is multiplied by this: 1e-6 shows millions")
+
+
+class Training(Section):
+    """How rows without a MODEL get their weights: trained once for each row and seed, read by all columns that are not `fresh`."""
+
+    protocol: str | None = Field(default=None, description="a YAML of eval/ that trains a classifier and exports it: supervised")
+    recipe: str | None = Field(default=None, description="or a YAML of configs/pretrain, whose teacher is read")
+    data: str | None = Field(default=None, description="one of the table's data sets")
+    options: dict[str, Any] = Field(default={}, description="keys of the protocol or recipe that differ from its YAML")
+    seeds: list[int] | None = Field(default=None, description="train once with each")
+
+
+class Row(Section):
+    model: str | list[str] | None = Field(
+        default=None,
+        description="MODEL, or several that differ by seed; null: trained as `train` says, or published numbers only",
+    )
+    fresh: str | None = Field(default=None, description="the untrained model, timm:NAME")
+    train: Training | None = Field(default=None, description="what this row's training changes of the table's")
+    published: dict[str, float] = Field(default={}, description="column -> number in the paper")
+    options: dict[str, dict[str, Any]] = Field(default={}, description="column -> keys of its protocol that this row changes")
+    skip: dict[str, str] = Field(default={}, description="column -> why it is not measured in this row; printed below the table")
+    note: str | None = Field(default=None, description="printed below the table: what is ours in this row, or why it is empty")
+
+
+class Figure(Section):
+    """One column against another, an arrow from each row to its twin."""
+
+    x: str
+    y: str
+    twin: str = Field(default=" + LocAt", description="the row of this ending is where the arrow from the row without it leads")
+
+
+class TableConfig(Section):
+    title: str
+    source: str = ""
+    results: str = Field(description="folder of the finished cells, of what is trained, and of the table")
+    trained: str | None = Field(
+        default=None,
+        description="folder of what is trained, which tables may share: each training is made once; default: results/trained",
+    )
+    data: dict[str, TableData] = Field(default={})
+    train: Training | None = Field(default=None, description="how rows without a MODEL get their weights")
+    columns: dict[str, Column]
+    rows: dict[str, Row]
+    figure: Figure | None = Field(default=None, description="drawn from the cells: figure.png, figure.svg, figure.csv")
+
+
+class TrainingJob(NamedTuple):
+    """One training that columns read."""
+
+    row: str
+    fresh: str  # the untrained MODEL; of a recipe its name
+    protocol: str | None  # None: a recipe
+    options: dict[str, Any]  # the protocol's, with its data; of a recipe the keys that differ from its YAML
+    folder: Path  # where the weights will lie: a MODEL; its name tells all that they depend on
+    lacks: str = ""  # the data set that is not given
+
+    @property
+    def result(self) -> Path:
+        """Written when it has finished."""
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    def config(self) -> Config:
+        """Of a recipe, resolved."""
+        return load(self.fresh, overrides({**self.options, "run_dir": str(self.folder)}))
+
+
+class Job(NamedTuple):
+    """One run of a protocol: a cell, or one of several that a cell is the mean of."""
+
+    row: str
+    column: str
+    model: str
+    protocol: str
+    options: dict[str, Any]
+    training: TrainingJob | None = None  # whose weights `model` is
+    lacks: str = ""
+
+    @property
+    def identity(self) -> str:
+        """The model as far as the number depends on it."""
+        return self.training.folder.name if self.training else fingerprint(self.model)
+
+
+def load_table(name: str, arguments: Sequence[str] = ()) -> TableConfig:
+    """A shipped table or a path; arguments are ROW=MODEL (repeat it for several seeds), key.sub=value, or a MODEL that becomes a row."""
+    # read twice: only the table tells which of the arguments name its rows and which its keys
+    loaded = load_yaml(name, "eval/tables")
+    rows = loaded.data.get("rows")
+    rows = rows if isinstance(rows, dict) else {}
+    models: dict[str, list[str]] = {}
+    overrides = []
+    for argument in arguments:
+        head, equals, tail = argument.partition("=")
+        if equals and head in rows:
+            models.setdefault(head, []).append(tail)
+        elif equals and head.split(".")[0] in TableConfig.model_fields:
+            overrides.append(argument)
+        elif equals and "/" not in head and ":" not in head:
+            raise ConfigError(f"{argument!r}: {head!r} is no row of {name}.{did_you_mean(head, rows)} Rows: {', '.join(rows)}.")
+        else:
+            models.setdefault(Path(argument).name, []).append(argument)
+    loaded = load_yaml(name, "eval/tables", overrides)
+    if models and loaded.data.get("rows") is None:
+        loaded.data["rows"] = {}
+    rows = loaded.data.get("rows")
+    for row, found in models.items():
+        # what is no mapping stays, for the schema to name
+        if isinstance(rows, dict) and isinstance(rows.get(row), dict | None):
+            rows[row] = {**(rows.get(row) or {}), "model": found}
+    table = parse(TableConfig, loaded)
+    _check_names(table, loaded)
+    return table
+
+
+def _check_names(table: TableConfig, loaded: LoadedYaml) -> None:
+    """Names that refer to each other, and every column's and training's options against what they go to."""
+    for name, column in table.columns.items():
+        _check_known(column.data, table.data, ("columns", name, "data"), loaded)
+        protocol, _ = of_column(column, {})
+        check_arguments(PROTOCOLS[protocol], column.options, loaded, ("columns", name, "options"))
+        for key, option in (("data", "data"), ("seeds", "seed")):
+            if getattr(column, key) and option not in (keyword_names(PROTOCOLS[protocol]) or [option]):
+                raise ConfigError(
+                    f"{loaded.place(('columns', name, key))}: columns.{name}.{key} is given, but {protocol} takes no {option}. Leave it out."
+                )
+    for name, row in table.rows.items():
+        for section in ("published", "options", "skip"):
+            for key in getattr(row, section):
+                _check_known(key, table.columns, ("rows", name, section, key), loaded, f"rows.{name}.{section} names the column")
+        for key, options in row.options.items():
+            protocol, _ = of_column(table.columns[key], {})
+            check_arguments(PROTOCOLS[protocol], options, loaded, ("rows", name, "options", key))
+        _check_training(table, name, loaded)
+    for axis in ("x", "y") if table.figure else ():
+        _check_known(getattr(table.figure, axis), table.columns, ("figure", axis), loaded)
+
+
+def _check_known(name: str | None, known: dict, key: tuple, loaded: LoadedYaml, what: str = "") -> None:
+    if name is not None and name not in known:
+        what = what or f"{'.'.join(map(str, key))} is"
+        raise ConfigError(f"{loaded.place(key)}: {what} {name!r}; known: {', '.join(known)}.{did_you_mean(name, known)}")
+
+
+def _check_training(table: TableConfig, name: str, loaded: LoadedYaml) -> None:
+    """What `train` says for one row."""
+    key: tuple = ("rows", name, "train") if table.rows[name].train else ("train",)
+    training = training_of(table, table.rows[name])
+    if training is None or not (training.recipe or table.rows[name].fresh):
+        return  # nothing to train: published numbers, or a MODEL to come
+    _check_known(training.data, table.data, (*key, "data"), loaded)
+    if training.recipe:
+        load(training.recipe, overrides(training.options))
+        return
+    protocol, _ = of_training(training)
+    target = PROTOCOLS[protocol]
+    if "export" not in (keyword_names(target) or []):
+        trainers = [known for known, where in PROTOCOLS.items() if "export" in (keyword_names(where) or [])]
+        raise ConfigError(
+            f"{loaded.place((*key, 'protocol'))}: train.protocol is {training.protocol!r}, which exports no weights; expected a YAML of "
+            f"{' or '.join(trainers)}, or a recipe of pretraining (train.recipe)."
+        )
+    for section, given in ((("train", "options"), table.train), (("rows", name, "train", "options"), table.rows[name].train)):
+        check_arguments(target, given.options if given else {}, loaded, section)
+
+
+def of_column(column: Column, row_options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(protocol, options) of a column, the row's own on top."""
+    loaded = load_yaml(column.protocol, "eval")
+    protocol = pop_protocol(loaded)
+    check_arguments(PROTOCOLS[protocol], loaded.data, loaded)
+    return protocol, {**loaded.data, **column.options, **row_options}
+
+
+def of_training(training: Training) -> tuple[str, dict[str, Any]]:
+    """(protocol, options) of a training by a protocol."""
+    loaded = load_yaml(training.protocol or "supervised", "eval")
+    return pop_protocol(loaded), {**loaded.data, **training.options}
+
+
+def training_of(table: TableConfig, row: Row) -> Training | None:
+    """How a row is trained: the table's way, with what the row changes."""
+    if not row.train:
+        return table.train
+    below, above = ({**part, "options": flat(part.get("options", {}))} for part in (
+        table.train.model_dump(exclude_unset=True) if table.train else {}, row.train.model_dump(exclude_unset=True)
+    ))  # fmt: skip
+    for name, other in (("protocol", "recipe"), ("recipe", "protocol")):
+        if above.get(name) and below.get(other):  # of the other kind, whose options these are not
+            below = {"data": below.get("data")}
+    return Training(**{**below, **above, "options": nested({**below.get("options", {}), **above["options"]})})
+
+
+def flat(options: dict[str, Any]) -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}: keys that can be laid over others one by one."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        inside = {f"{key}.{name}": item for name, item in flat(value).items()} if isinstance(value, dict) and value else {}
+        found |= inside or {key: value}
+    return found
+
+
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    """The way back."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        *parents, last = key.split(".")
+        at = found
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[last] = value
+    return found
+
+
+def overrides(options: dict[str, Any]) -> list[str]:
+    """As a command line has them; JSON is YAML, so that text and lists arrive as they are."""
+    return [f"{key}={json.dumps(value)}" for key, value in flat(options).items()]
+
+
+def trainings(table: TableConfig, row_name: str) -> list[TrainingJob]:
+    """What must be trained for a row that comes without a MODEL."""
+    row = table.rows[row_name]
+    training = training_of(table, row)
+    if row.model or training is None or not (row.fresh or training.recipe):
+        return []
+    data = table.data[training.data] if training.data else TableData()
+    lacks = f"data.{training.data}.train" if training.data and not (data.train and data.test) else ""
+    found = []
+    seeds: Sequence[int | None] = training.seeds or [None]
+    for seed in seeds:
+        if training.recipe:
+            source, protocol, options = training.recipe, None, flat(training.options)
+            options |= {f"data.{key}": value for key, value in data.given.items() if key in RunData.model_fields}
+        else:
+            assert row.fresh  # see above
+            source = row.fresh
+            protocol, options = of_training(training)
+            options["data"] = _joined(options.get("data"), data.given)
+        options |= {} if seed is None else {"seed": seed}
+        about = json.dumps([source, protocol, options], sort_keys=True, default=str)
+        # by the model, not by the row: tables that share the folder call the same training differently
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(source.removeprefix("timm:")).stem).strip("-")[:60]
+        name = f"{stem}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+        found.append(
+            TrainingJob(row_name, source, protocol, options, Path(table.trained or f"{table.results}/trained", name), lacks)
+        )
+    return found
+
+
+def _joined(own: dict | None, given: dict[str, Any]) -> dict[str, Any]:
+    """A protocol's `data` of its YAML, with a table's data set on top; one that numbers its classes itself has no layout of the YAML's."""
+    own = {
+        key: value for key, value in (own or {}).items() if value is not None and not (key == "layout" and "num_classes" in given)
+    }
+    return {**own, **given}
+
+
+def all_jobs(table: TableConfig) -> Iterator[TrainingJob | Job]:
+    """Every training and every cell's runs, also those whose data set is not given (`lacks`); a training before the cells that read it."""
+    for row_name, row in table.rows.items():
+        trained = trainings(table, row_name)
+        yield from trained
+        models: list[tuple[str, TrainingJob | None]] = [(str(job.folder), job) for job in trained]
+        if row.model:
+            models = [(model, None) for model in ([row.model] if isinstance(row.model, str) else row.model)]
+        for column_name, column in table.columns.items():
+            if column_name in row.skip:
+                continue
+            protocol, options = of_column(column, row.options.get(column_name, {}))
+            lacks = ""
+            if column.data is not None:
+                data = table.data[column.data]
+                options["data"] = _joined(options.get("data"), data.given)
+                lacks = "" if data.test else f"data.{column.data}.test"
+            # what trains or counts starts from the untrained twin of the row, every other protocol from its trained model
+            fresh: list[tuple[str, TrainingJob | None]] = [(row.fresh, None)] if row.fresh else []
+            seeds: Sequence[int | None] = column.seeds or [None]
+            for model, training in fresh if column.fresh else models:
+                for seed in seeds:
+                    chosen = options if seed is None else {**options, "seed": seed}
+                    yield Job(
+                        row_name, column_name, model, protocol, chosen, training, lacks or (training.lacks if training else "")
+                    )
+
+
+def jobs(table: TableConfig) -> list[TrainingJob | Job]:
+    """Those that can be done; a training that no cell reads is not."""
+    possible = [job for job in all_jobs(table) if not job.lacks]
+    read = {job.training.folder for job in possible if isinstance(job, Job) and job.training}
+    return [job for job in possible if isinstance(job, Job) or job.folder in read]
+
+
+def cells(table: TableConfig) -> list[Job]:
+    """Every run of a protocol that the table asks for and that can be made."""
+    return [job for job in jobs(table) if isinstance(job, Job)]
