@@ -5,7 +5,9 @@ import runpy
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import simplejpeg
 import yaml
 from trained import write_config
 
@@ -14,7 +16,10 @@ from ssl_locat.cluster.launch import load_profile
 from ssl_locat.config import reference as config_reference
 from ssl_locat.config.schema import Config, load
 from ssl_locat.config.yaml_files import names
-from ssl_locat.data.images.decode import decode_image
+from ssl_locat.data.images.decode import decode_image, find_label
+from ssl_locat.data.shards.filters import filtered
+from ssl_locat.data.shards.index import open_mix
+from ssl_locat.data.shards.pack import pack, write_shard
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.runs.diagnosis import KINDS
@@ -63,6 +68,29 @@ def test_the_extending_page_runs_as_it_stands(workplace, monkeypatch, capsys):
     monkeypatch.setitem(PROTOCOLS, "spread", "")  # so that what the page adds is taken back
     runpy.run_path("evaluate_spread.py")
     assert "'rank': " in capsys.readouterr().out
+
+
+def test_the_webdataset_page_runs_from_top_to_bottom(workplace, capsys):
+    """Photographs are packed and read by others; a run takes a filter of the page."""
+    for label in range(2):
+        (workplace / f"photos/{label}").mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(4 * label + i).integers(0, 256, (40, 40, 3), np.uint8)
+            (workplace / f"photos/{label}/{i}.jpg").write_bytes(simplejpeg.encode_jpeg(pixels, 90))
+    files = {title: code for _, title, code in blocks("webdataset.md") if title}
+    pack("photos", "shards", workers=1)
+    for name in ("read_shards.py", "read_by_datasets.py"):
+        (workplace / name).write_text(files[name])
+        runpy.run_path(name)
+    assert re.search(r"\d_\d \(40, 40, 3\) [01]\n\(40, 40\) [01]\n\(40, 40\)\n", capsys.readouterr().out)
+    (workplace / "my_filters.py").write_text(files["my_filters.py"])
+    for path in Path("photos/1").iterdir():
+        write_shard(f"shards/{path.stem}.tar", [(path.stem, {"photo": path.read_bytes(), "json": b'{"species": 5}'})])
+    (part,) = [yaml.safe_load(code)["data"]["train"] for language, _, code in blocks("webdataset.md") if language == "yaml"]
+    (part[0]["shards"],) = ["shards/[0-9].tar"]
+    (dataset,), _ = open_mix(part)
+    sample = filtered(dataset.read(0, 1)[0], 7)
+    assert decode_image(sample.members["jpg"]).shape == (40, 40, 3) and find_label(sample.members) == 5
 
 
 def test_every_yaml_in_the_docs_is_a_valid_part_of_a_config(workplace):

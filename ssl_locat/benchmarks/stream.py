@@ -15,7 +15,6 @@ import os
 import random
 import resource
 import statistics
-import tarfile
 import tempfile
 import time
 import warnings
@@ -30,6 +29,7 @@ import numpy as np
 
 from ssl_locat.benchmarks.timing import make_rows
 from ssl_locat.data.shards.index import ShardDataset, open_dataset
+from ssl_locat.data.shards.pack import write_shard
 from ssl_locat.data.shards.shard_index import _MAGIC, SIDECAR, read_index
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import choose_plan
@@ -270,17 +270,10 @@ def _make_shards(folder: Path, shards: int, per_shard: int, size: int) -> int:
     folder.mkdir()
     content = random.Random(0).randbytes(2 * size)
     for number in range(shards):
-        with open(folder / f"{number:05d}.tar", "wb") as file:
-            for i in range(per_shard):
-                for name, data in (
-                    (f"{number:05d}{i:06d}.jpg", content[i % size : i % size + size]),
-                    (f"{number:05d}{i:06d}.cls", b"7"),
-                ):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    # header, payload, zeros up to the next 512 bytes; two zero blocks end the archive
-                    file.write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512))
-            file.write(bytes(1024))
+        write_shard(
+            folder / f"{number:05d}.tar",
+            ((f"{number:05d}{i:06d}", {"jpg": content[i % size : i % size + size], "cls": b"7"}) for i in range(per_shard)),
+        )
     return shards * per_shard
 
 

@@ -5,6 +5,7 @@ torch, so that a wrong key costs a second. The resolved config, written into the
 """
 
 import os
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -65,6 +66,17 @@ class Options(Section):
 class WeightedShards(Section):
     shards: str | list[str] = Field(description="brace or glob pattern, list of shards, or a folder")
     weight: float = Field(default=1.0, gt=0, description="share of the samples, relative to the other entries")
+    filters: list[str] = Field(
+        default=[],
+        description="webdataset filters of your own, 'package.module:name', that make one sample of each (docs/webdataset.md)",
+    )
+
+    @field_validator("filters")
+    @classmethod
+    def _dotted_names(cls, value: list[str]) -> list[str]:
+        if wrong := next((name for name in value if not re.fullmatch(r"\w+(\.\w+)*:\w+", name)), None):
+            raise ValueError(f"holds {wrong!r}; expected 'package.module:name' of a filter")
+        return value
 
 
 DataSpec = str | list[str] | list[WeightedShards]

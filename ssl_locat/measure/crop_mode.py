@@ -18,6 +18,7 @@ import torch
 from ssl_locat.config.schema import Config
 from ssl_locat.data.images.crops import MultiCrop
 from ssl_locat.data.images.decode import decode_image, find_image
+from ssl_locat.data.shards.filters import filtered
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.shard_index import default_cache_dir
 from ssl_locat.data.shards.tar import Damage
@@ -132,7 +133,7 @@ def _some_images(datasets: list[Dataset], config: Config) -> list[bytes]:
             if isinstance(sample, Damage):
                 continue
             with suppress(CorruptSample):
-                data = find_image(sample.members, config.data.image_key)
+                data = find_image(filtered(sample, place).members, config.data.image_key)
                 decode_image(data, channels=len(config.crops.mean), max_pixels=config.data.max_pixels)
                 found.append(data)
     return found

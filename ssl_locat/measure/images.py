@@ -10,6 +10,7 @@ import torch
 from ssl_locat.config.schema import Config
 from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
+from ssl_locat.data.shards.filters import filtered
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.errors import CorruptSample
@@ -46,7 +47,7 @@ def sample_data(datasets: list[Dataset], config: Config, device: torch.device, c
                 damaged.append(f"{sample.shard}: {sample.key}: {sample.reason}")
                 continue
             try:
-                data = find_image(sample.members, config.data.image_key)
+                data = find_image(filtered(sample, looked_at).members, config.data.image_key)
                 began = time.perf_counter()
                 image = decode_image(data, channels=len(config.crops.mean), max_pixels=config.data.max_pixels)
                 decoded = time.perf_counter()

@@ -95,7 +95,7 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
     datasets: list[Any] = [range(to_come.num_train)] if to_come else []
     weights = [1.0]
     if not to_come:
-        opened, weights = open_mix(config.data.model_dump()["train"], store=store)
+        opened, weights = open_mix(config.data.model_dump()["train"], store=store, split="train")
         datasets = [without_left_out(dataset) for dataset in opened]
     if config.data.epoch_samples is None and len(datasets) > 1:
         raise ConfigError(

@@ -127,7 +127,7 @@ def _fixed_images(run: Run, backbone: nn.Module) -> tuple[Tensor, list[str | Non
     """[n, C, S, S], normalised as the backbone wants it, and the name of each one's class, if it has one: the same images for every
     checkpoint, spread over the data."""
     data = run.config["data"]
-    members = Members(data.get("test") or data["train"])
+    members = Members(data.get("test") or data["train"], run_filters=False)
     size = int(backbone.pretrained_cfg["input_size"][-1])
     # spread, as classes may lie one after the other
     places = np.linspace(0, len(members) - 1, min(NUM_SEARCHED, len(members))).round().astype(int)

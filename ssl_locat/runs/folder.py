@@ -216,6 +216,8 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 def differences(saved: Any, given: Any, key: str = "") -> Iterator[Difference]:
     """Each setting of two configs, as plain values, that is another one and matters for what is learned."""
+    if key == "data.train" and (before := _filters(saved)) != (now := _filters(given)):
+        yield Difference(key, f"filters {before}", f"filters {now}")  # what they make of a sample is no matter of where it lies
     if key in MAY_CHANGE:
         return
     if isinstance(saved, dict) and isinstance(given, dict):
@@ -223,6 +225,13 @@ def differences(saved: Any, given: Any, key: str = "") -> Iterator[Difference]:
             yield from differences(saved.get(name), given.get(name), f"{key}.{name}".lstrip("."))
     elif redacted(saved, "") != redacted(given, ""):  # signed URLs rotate, and checkpoints keep none
         yield Difference(key, saved, given)
+
+
+def _filters(train: Any) -> list[list[str]]:
+    """Of each entry of data.train; [] where none has any: a config of before they came has no such key."""
+    entries = train if isinstance(train, list) else []
+    found = [list(entry.get("filters") or []) if isinstance(entry, dict) else [] for entry in entries]
+    return found if any(found) else []
 
 
 def environment() -> dict[str, Any]:

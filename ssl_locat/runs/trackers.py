@@ -46,7 +46,7 @@ class Wandb:
             import wandb
         except ImportError:
             raise UserError("The wandb tracker needs the wandb package: pip install 'ssl_locat[wandb]'.") from None
-        mode = os.environ.get("WANDB_MODE", "offline")
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         project = os.environ.get("WANDB_PROJECT", "ssl_locat")
         self.run = wandb.init(dir=str(run_dir), name=run_dir.name, project=project, mode=mode, config=config)
 

@@ -108,7 +108,7 @@ def test_a_refusal_says_that_the_folder_is_written_and_how_to_log_in(hub, tmp_pa
 READ = """
 import json, sys, zlib
 from ssl_locat.data.shards.index import open_dataset
-dataset = open_dataset(sys.argv[1])
+dataset = open_dataset(sys.argv[1], split="train")
 samples = dataset.read(0, len(dataset))
 print(json.dumps([[s.key, zlib.crc32(b"".join(s.members[name] for name in sorted(s.members)))] for s in samples]))
 """
@@ -130,13 +130,13 @@ class Datasets(BaseHTTPRequestHandler):
         if token != "Bearer good":
             return self.answer({"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"})
         if "/resolve/" in path:
-            name = path.rpartition("/")[2]
+            name = path.partition("/resolve/")[2].partition("/")[2]  # behind the revision
             if not (self.folder / name).exists():
                 return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             other = f"http://localhost:{self.server.server_port}/cdn/{name}"  # 127.0.0.1 is the hub: another host
             return self.answer({}, 302, {"Location": other})
         if "/tree/" in path:
-            return self.answer([self.entry(file) for file in sorted(self.folder.iterdir())])
+            return self.answer([self.entry(file) for file in sorted(self.folder.rglob("*"))])
         return self.answer({"id": "me/images", "sha": "0" * 40, "siblings": [], "private": True})
 
     def do_POST(self) -> None:
@@ -145,7 +145,8 @@ class Datasets(BaseHTTPRequestHandler):
         self.answer([self.entry(self.folder / name) for name in names if (self.folder / name).exists()])
 
     def entry(self, file: Path) -> dict:
-        return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "1" * 40}
+        found = {"path": file.relative_to(self.folder).as_posix(), "oid": "1" * 40}
+        return found | ({"type": "directory"} if file.is_dir() else {"type": "file", "size": file.stat().st_size})
 
     def send_part(self, data: bytes) -> None:
         first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
@@ -208,6 +209,19 @@ def test_a_closed_data_set_and_a_missing_shard_are_named(datasets, tmp_path):
     assert closed.returncode == 1 and "DataError" in closed.stderr and "hf auth login" in closed.stderr, closed.stderr[-1500:]
     missing = read(datasets, "hf://datasets/me/images/{000..002}.tar", "good", tmp_path / "cache")
     assert missing.returncode == 1 and "002.tar does not exist" in missing.stderr, missing.stderr[-1500:]
+
+
+@pytest.mark.store
+def test_a_webdataset_repository_of_the_hub_opens_by_its_name(datasets, tmp_path):
+    """Its shards in a folder, its splits in the header of its README: data.train means the one that is called so."""
+    (tmp_path / "set/data").mkdir()
+    (tmp_path / "set/000.tar").rename(tmp_path / "set/data/part-a.tar")
+    (tmp_path / "set/001.tar").rename(tmp_path / "set/data/part-b.tar")
+    files = "[{split: train, path: data/part-a.tar}, {split: validation, path: data/*-b.tar}]"
+    (tmp_path / "set/README.md").write_text(f"---\nconfigs: [{{config_name: default, data_files: {files}}}]\n---\n# Images\n")
+    done = read(datasets, "hf://datasets/me/images", "good", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [key for key, _ in json.loads(done.stdout)] == [f"000_{i:05d}" for i in range(7)]
 
 
 # --- models ------------------------------------------------------------------------------------------------------------------------

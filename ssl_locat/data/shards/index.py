@@ -28,6 +28,8 @@ import numpy as np
 
 from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS
 from ssl_locat.data.images.names import has_extension, warn_of_unread
+from ssl_locat.data.shards.filters import Filters, with_filters
+from ssl_locat.data.shards.lists import check_counts, choose_split, has_splits, is_shard_list, read_shard_list
 from ssl_locat.data.shards.shard_index import Shard, load_block, load_key_crcs, open_shards, scan_shard, write_sidecars
 from ssl_locat.data.shards.tar import COMPRESSED, DAMAGED, Damage, RawSample, parse
 from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, scheme_of
@@ -80,6 +82,7 @@ class ShardDataset:
     """Tar shards."""
 
     by_range = True
+    filters: Filters | None = None  # of the user's, by what `open_mix` was given
 
     def __init__(self, name: str, store: Store, shards: list[Shard]):
         self.name, self.store, self.shards = name, store, shards
@@ -118,7 +121,7 @@ class ShardDataset:
             with suppress(Gone), anew():
                 again = self.store.read(shard.url, slot.at, slot.at + size, shard.stat)
                 found = parse(again, 0, size, crc, slot.shard)
-        return found
+        return with_filters(found, self.filters)
 
     def fetch(self, start: int, stop: int) -> list[tuple | Damage]:
         found: list[tuple | Damage] = []
@@ -162,6 +165,7 @@ class FolderDataset:
     """Image files under a folder. If all of them lie in sub-folders, the first level names the class: member 'cls' is its number."""
 
     by_range = False
+    filters: Filters | None = None
 
     def __init__(self, name: str, store: Store, folder: str, paths: list[str]):
         self.name, self.store, self.folder = name, store, folder
@@ -199,7 +203,7 @@ class FolderDataset:
         return entry
 
     def fetch(self, start: int, stop: int) -> list[RawSample | Damage]:
-        return [self._read_one(self._path(i)) for i in range(start, stop)]
+        return [with_filters(self._read_one(self._path(i)), self.filters) for i in range(start, stop)]
 
     def _path(self, index: int) -> bytes:
         return self._paths[self._ends[index] : self._ends[index + 1]]
@@ -217,13 +221,17 @@ class FolderDataset:
 
 
 def open_dataset(
-    spec: str | list[str], *, store: Store | None = None, cache_dir: Path | None = None
+    spec: str | list[str], *, store: Store | None = None, cache_dir: Path | None = None, split: str | None = None
 ) -> ShardDataset | FolderDataset:
-    """Open shards (paths, URLs, braces, globs; or a list of these) or a folder of images. Builds and caches the index if need be.
+    """Open shards (paths, URLs, braces, globs; or a list of these), a wids list of shards, or a folder of shards or images.
 
+    split: 'train' or 'test': which one of a folder that holds several (lists.py).
     Raises DataError for what is missing, empty, compressed, or of an unknown scheme; Outage if a store does not answer.
     """
     store = store or Store()
+    if isinstance(spec, str) and is_shard_list(spec):
+        promised = {url: count for part in read_shard_list(store, spec) for url, count in part.counts.items()}
+        return _open_listed(spec, promised, store, cache_dir)
     name = (
         redact(spec)
         if isinstance(spec, str)
@@ -232,12 +240,16 @@ def open_dataset(
         else redact(spec[0])
     )
     if isinstance(spec, str) and (folder := _as_folder(spec)):
-        tars, images = _list_folder(store, folder)
+        tars, images = _list_folder(store, folder, split)
         if not tars:
             return FolderDataset(name, store, folder, images)
         found: dict[str, Stat | None] = tars
     else:
         found = store.expand(spec)
+    return _open_found(name, found, store, cache_dir)
+
+
+def _open_found(name: str, found: dict[str, Stat | None], store: Store, cache_dir: Path | None) -> ShardDataset:
     if packed := next((url for url in found if is_compressed(url)), None):
         raise DataError(
             f"{shown(packed)} is compressed: samples inside cannot be reached by offset, as training does. Repack it once: "
@@ -249,16 +261,44 @@ def open_dataset(
     return dataset
 
 
-def open_mix(spec: Any, *, store: Store | None = None) -> tuple[list[ShardDataset | FolderDataset], list[float]]:
-    """(datasets, weights) of a `data.train` value: one source, or a list of {shards: ..., weight: ...}."""
+def _open_listed(spec: str, promised: dict[str, int], store: Store, cache_dir: Path | None = None) -> ShardDataset:
+    """Shards of a wids list, in its order."""
+    dataset = _open_found(redact(spec), dict.fromkeys(promised), store, cache_dir)
+    check_counts(dataset.name, promised, ((shard.url, shard.count, shard.damaged) for shard in dataset.shards))
+    return dataset
+
+
+def open_mix(
+    spec: Any, *, store: Store | None = None, split: str | None = None
+) -> tuple[list[ShardDataset | FolderDataset], list[float]]:
+    """(datasets, weights) of a `data.train` value: one source, or a list of {shards: ..., weight: ..., filters: ...}.
+
+    A wids list with weights in it is a mix, too; its parts share the weight of their entry. split: as for `open_dataset`.
+    """
+    store = store or Store()
     parts = spec if isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec) else [{"shards": spec}]
+    datasets: list[ShardDataset | FolderDataset] = []
+    weights: list[float] = []
     for part in parts:
-        if not isinstance(part, Mapping) or not {"shards"} <= set(part) <= {"shards", "weight"}:
+        if not isinstance(part, Mapping) or not {"shards"} <= set(part) <= {"shards", "weight", "filters"}:
             raise ConfigError(
-                f"data.train: {part!r} is not of the form {{shards: PATTERN, weight: NUMBER}}; a mix lists only such entries"
+                f"data.train: {part!r} is not of the form {{shards: PATTERN, weight: NUMBER, filters: [MODULE:NAME]}}; a mix lists only such entries"
             )
-    datasets = [open_dataset(part["shards"], store=store) for part in parts]
-    return datasets, [float(part.get("weight", 1.0)) for part in parts]
+        opened = _open_part(part["shards"], store, split)
+        for dataset, share in opened:
+            dataset.filters = Filters(part["filters"]) if part.get("filters") else None
+            datasets.append(dataset)
+            weights.append(float(part.get("weight", 1.0)) * share)
+    return datasets, weights
+
+
+def _open_part(spec: str | list[str], store: Store, split: str | None) -> list[tuple[ShardDataset | FolderDataset, float]]:
+    """(dataset, share of the entry's weight): several only for a wids list that weights them."""
+    parts = read_shard_list(store, spec) if isinstance(spec, str) and is_shard_list(spec) else []
+    if isinstance(spec, list) or all(part.weight is None for part in parts) or len(parts) < 2:
+        return [(open_dataset(spec, store=store, split=split), 1.0)]
+    total = sum(part.weight or 1.0 for part in parts)
+    return [(_open_listed(spec, part.counts, store), (part.weight or 1.0) / total) for part in parts]
 
 
 def write_index(spec: str | list[str]) -> list[str]:
@@ -318,19 +358,19 @@ def _as_folder(spec: str) -> str | None:
     return None if ".tar" in redact(url).rpartition("/")[2] else url.rstrip("/")
 
 
-def _list_folder(store: Store, folder: str) -> tuple[dict[str, Stat | None], list[str]]:
-    """({URL of a shard at the top: Stat}, relative paths of images at any depth)"""
+def _list_folder(store: Store, folder: str, split: str | None) -> tuple[dict[str, Stat | None], list[str]]:
+    """({URL of a shard: Stat}, relative paths of images at any depth). Shards are those at the top; where they lie deeper, or the folder's README
+    tells their splits, those of one split."""
     files = store.walk(folder)
-    tars = {
-        join(folder, name): stat
-        for name, stat in files.items()
-        if "/" not in name and name.endswith(".tar") and not name.startswith("._")
-    }
+    tars = [name for name in files if name.endswith(".tar") and not name.rpartition("/")[2].startswith("._")]
+    top = [name for name in tars if "/" not in name]
     images = [name for name in files if has_extension(name, IMAGE_EXTENSIONS)]
     images = images or [name for name in files if has_extension(name, (ARRAY_EXTENSION,))]
+    if tars and (has_splits(store, folder, files) or not (top or images)):
+        top = choose_split(store, folder, tars, split)
     warn_of_unread(folder, files)
-    if not tars and not images:
+    if not top and not images:
         raise DataError(
             f"{shown(folder)} holds neither .tar shards nor images ({len(files)} files; images end in {', '.join(IMAGE_EXTENSIONS)})"
         )
-    return tars, images
+    return {join(folder, name): files[name] for name in top}, images

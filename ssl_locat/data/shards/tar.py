@@ -65,6 +65,7 @@ class RawSample(NamedTuple):
     members: dict[str, bytes]  # extension in lower case ('jpg', 'cls', 'seg.png') -> content
     key: str
     shard: str  # file name or URL, for messages
+    filters: Callable[["RawSample", int], "RawSample"] | None = None  # what is done to it before it is used (filters.py)
 
 
 class Damage(NamedTuple):

@@ -1,17 +1,26 @@
 """Objects in stores: how they are addressed, what a store tells of one, and how one can be missing or out of reach.
 
-Only the schemes below are ever opened: URLs are never executed.
+Opened is what fsspec knows by its scheme, but for the schemes that lead on to other URLs or into files: URLs are never executed.
 """
 
 import os
 import re
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from ssl_locat.errors import DataError, Outage, did_you_mean
 from ssl_locat.text.shown import MARK, shown
 
-SCHEMES = ("file", "memory", "s3", "gs", "http", "https", "hf")
-EXTRAS = {"s3": "s3", "gs": "gcs", "http": "http", "https": "http", "hf": "http"}  # of the package, where a scheme needs one
+SCHEMES = ("file", "memory", "s3", "gs", "http", "https", "hf")  # with a reader of our own
+# of the package, where a scheme needs one
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http", "hf": "http"}
+# fsspec's file systems over other ones: what they open stands behind the scheme, in a file or an option, where no check here would see it
+_OVER_OTHERS = {
+    *("async_wrapper", "asyncwrapper", "blockcache", "cached", "dir", "filecache", "generic", "reference", "simplecache"),
+    *("libarchive", "tar", "zip"),  # archives: samples inside are not reached by offset
+    *("dask", "pyscript"),  # another process reads
+    *("asynclocal", "data", "local"),  # a plain path says it; bytes in the URL itself
+}
 
 
 class Stat(NamedTuple):
@@ -46,7 +55,7 @@ class Denied(Outage):
 
 
 def scheme_of(url: str) -> str:
-    """'file' for plain paths. Raises DataError for anything off the list, `pipe:` commands and chained URLs above all."""
+    """'file' for plain paths. Raises DataError for anything that fsspec does not know, `pipe:` commands and chained URLs above all."""
     if f"{MARK}@" in url or f"?{MARK}" in url:
         raise DataError(
             f"data URL {url!r} is that of a checkpoint or a report, which keep no credentials. Give the URL with them again "
@@ -54,12 +63,23 @@ def scheme_of(url: str) -> str:
         )
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", url)
     scheme = match[1].lower() if match else "file"
-    if "::" in url or scheme not in SCHEMES or (match and scheme != "file" and not url.startswith(f"{scheme}://")):
+    known = scheme in SCHEMES or scheme in others()
+    if "::" in url or not known or (match and scheme != "file" and not url.startswith(f"{scheme}://")):
         raise DataError(
-            f"data URL {shown(url)!r} cannot be read: known are plain paths and {', '.join(s + '://' for s in SCHEMES)} "
-            f"(no commands, no '::' chains).{did_you_mean(scheme, SCHEMES)}"
+            f"data URL {shown(url)!r} cannot be read: known are plain paths, {', '.join(s + '://' for s in SCHEMES)} and what else fsspec "
+            f"knows ({', '.join(s + '://' for s in ('az', 'sftp', 'ftp', 'hdfs'))} ...; no commands, no '::' chains, no scheme over another "
+            f"one).{did_you_mean(scheme, (*SCHEMES, *others()))}"
         )
     return scheme
+
+
+@lru_cache(1)
+def others() -> frozenset[str]:
+    """Schemes that fsspec knows besides ours, those of packages that register theirs with it too. Nothing of them is imported."""
+    import fsspec
+
+    known = {name for name in (*fsspec.available_protocols(), *fsspec.registry) if "_" not in name}  # which no URL's scheme has
+    return frozenset(known - _OVER_OTHERS - {*SCHEMES})
 
 
 def normalise(url: str) -> str:

@@ -4,9 +4,11 @@ fsspec does addressing, credentials and listing. Ranges are asked for and checke
 Range, its s3 and gs readers do not tell which version of the object answered, and its event loop costs several times a blocking read.
 """
 
+import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -20,12 +22,24 @@ from ssl_locat.text.shown import shown
 
 _MAX_WHOLE = 64 << 20  # bytes taken at most from a server that ignores Range and sends the whole object
 _CONNECTIONS = 64
+_SESSIONS = 8  # of other stores at once: an ssh server drops some of more than ten that log in together
+# what changes when an object does, by each file system's name for it; the first that one has
+_VERSIONS = ("ETag", "etag", "created", "mtime", "last_modified", "LastModified", "modify", "modified", "modificationTime")
 
 
 def open_backend(scheme: str, timeout: float) -> Backend:
     """Raises ImportError if the scheme's package is not installed."""
-    kinds: dict[str, Callable[[float], Backend]] = {"memory": Memory, "s3": S3, "gs": Gcs, "hf": Hub}
-    return kinds.get(scheme, Http)(timeout)
+    kinds: dict[str, Callable[[float], Backend]] = {
+        "memory": Memory,
+        "s3": S3,
+        "s3a": S3,
+        "gs": Gcs,
+        "gcs": Gcs,
+        "hf": Hub,
+        "http": Http,
+        "https": Http,
+    }
+    return kinds[scheme](timeout) if scheme in kinds else Other(scheme, timeout)
 
 
 class _Listing:
@@ -52,7 +66,7 @@ class _Listing:
 
 def _stat(info: dict) -> Stat:
     """Of what fsspec tells of an object, in each store's words."""
-    return Stat(info["size"], str(info.get("ETag") or info.get("etag") or info.get("created") or "").strip('"'))
+    return Stat(info["size"], str(next((info[name] for name in _VERSIONS if info.get(name)), "")).strip('"'))
 
 
 class Memory(_Listing):
@@ -210,6 +224,104 @@ class Hub(Http):
                     at.repo_id, at.path_in_repo, repo_type=at.repo_type, revision=at.revision, endpoint=self.hub.endpoint
                 )
             return self.addresses[url], build_hf_headers(token=self.hub.token)
+
+
+class Other:
+    """Whatever else fsspec knows: az, sftp, ftp, hdfs, smb, webdav ... Host, port and user are those of the URL, all other settings those of fsspec's
+    own configuration (FSSPEC_AZ_ACCOUNT_NAME=..., files in ~/.config/fsspec).
+
+    fsspec's readers do not tell which version of an object answered: it is asked for after the bytes, one more request for each read.
+    """
+
+    def __init__(self, scheme: str, timeout: float):
+        self.scheme, self.timeout = scheme, timeout
+        self.kind = fsspec.get_filesystem_class(scheme)  # ImportError names the package
+        self.idle: dict[str, list[Any]] = {}
+        self.lock, self.sessions = threading.Lock(), threading.BoundedSemaphore(_SESSIONS)
+
+    def read(self, url: str, start: int, end: int) -> tuple[bytes, Stat]:
+        with self._session(url) as (fs, path):
+            return fs.cat_file(path, start=start, end=end), _stat(fs.info(path))
+
+    def stat(self, url: str) -> Stat:
+        with self._session(url) as (fs, path):
+            return _stat(fs.info(path))
+
+    def walk(self, folder: str) -> dict[str, Stat | None]:
+        with self._session(folder) as (fs, path):
+            root = path.strip("/")
+            # file systems differ in the slash that a path begins with, and some put it before what they list
+            found = {name.lstrip("/"): info for name, info in fs.find(path, detail=True).items()}
+            return {
+                name[len(root) :].lstrip("/"): _stat(info) for name, info in found.items() if name.startswith(root and f"{root}/")
+            }
+
+    def write(self, url: str, data: bytes) -> None:
+        with self._session(url) as (fs, path):
+            try:
+                if fs.async_impl:  # an object store: a name appears with the whole object
+                    fs.pipe_file(path, data)
+                    return
+                temporary = f"{path}.{os.getpid()}.tmp"
+                fs.pipe_file(temporary, data)
+                fs.mv(temporary, path)
+            except NotImplementedError:
+                raise DataError(
+                    f"{shown(url)} cannot be written: {self.scheme} is read only here. Write to the store behind it."
+                ) from None
+
+    @contextmanager
+    def _session(self, url: str) -> Iterator[tuple[Any, str]]:
+        """(file system, path): of this thread alone while it lasts, as ftplib's and others' connections serve one caller at a time. One that failed
+        is not used again: a connection that broke stays so."""
+        options = self.kind._get_kwargs_from_urls(url)
+        key = repr(sorted(options.items()))
+        with self.sessions:
+            with self.lock:
+                waiting = self.idle.setdefault(key, [])
+                fs = waiting.pop() if waiting else None
+            try:
+                fs = fs or self._connect(options)
+                fs.invalidate_cache()
+                yield fs, self.kind._strip_protocol(url)
+            except FileNotFoundError:
+                self._keep(key, fs)
+                raise
+            except Exception as error:
+                if (told := _in_our_words(error)) is error:
+                    raise
+                raise told from error
+            self._keep(key, fs)
+
+    def _keep(self, key: str, fs: Any) -> None:
+        if fs is not None:
+            with self.lock:
+                self.idle[key].append(fs)
+
+    def _connect(self, options: dict[str, Any]) -> Any:
+        try:
+            fs = self.kind(skip_instance_cache=True, **options)
+        except TypeError as error:  # a setting is missing that the URL cannot hold
+            raise ValueError(
+                f"{error}; settings that a URL does not hold come from fsspec's configuration, such as FSSPEC_{self.scheme.upper()}_NAME=VALUE"
+            ) from error
+        if hasattr(getattr(fs, "ftp", None), "get_channel"):  # paramiko's would wait for ever
+            fs.ftp.get_channel().settimeout(self.timeout)
+        return fs
+
+
+def _in_our_words(error: Exception) -> Exception:
+    """A library's error as one that `Store` can read: refused credentials, a missing object, or something that may heal."""
+    text, kind = str(error), type(error).__name__
+    if isinstance(error, OSError | ValueError | DataError | Gone):
+        return error
+    if re.search("Auth|Credential|Forbidden|PermissionDenied", kind) or re.match(
+        r"\W?(401|403|530)\b|.{0,40}uthentication", text
+    ):
+        return PermissionError(f"{kind}: {text}"[:300])
+    if re.search("NotFound|NoSuch", kind):
+        return FileNotFoundError(text)
+    return ConnectionError(f"{kind}: {text}")
 
 
 def _total(content_range: str | None) -> int:

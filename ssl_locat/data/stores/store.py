@@ -1,4 +1,4 @@
-"""Stores behind one interface: exact byte ranges of local files, s3, gs, http(s) and hf objects.
+"""Stores behind one interface: exact byte ranges of local files, of s3, gs, http(s) and hf objects, and of what else fsspec knows.
 
 `Store.read(url, start, end)` returns exactly those bytes of exactly that object, or raises:
     Outage     no answer within the time budget, refused credentials, or the object was replaced meanwhile: stop, start again later
@@ -255,7 +255,7 @@ def _open_backend(scheme: str, timeout: float) -> Backend:
         from ssl_locat.data.stores import remote
 
         return remote.open_backend(scheme, timeout)
-    except ImportError:
-        raise DataError(
-            f"reading {scheme}:// needs a package that is not installed: pip install 'ssl_locat[{EXTRAS.get(scheme)}]'"
-        ) from None
+    except ImportError as error:
+        # fsspec's own words name the package
+        mend = f"pip install 'ssl_locat[{EXTRAS[scheme]}]'" if scheme in EXTRAS else shown(error)
+        raise DataError(f"reading {scheme}:// needs a package that is not installed: {mend}") from None

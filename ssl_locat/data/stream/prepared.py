@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from ssl_locat.data.shards.filters import filtered
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stores.store import anew
@@ -12,18 +13,20 @@ from ssl_locat.errors import CorruptSample, MissingMember
 def prepared(
     raw: RawSample | Damage, prepare: Callable[[RawSample, int], Any], seed: int, again: Callable[[], RawSample | Damage | None]
 ) -> tuple[str, Any] | Damage:
-    """(key, `prepare(raw, seed)`); where that raises CorruptSample, of what `again()` brings, if it is not the same."""
+    """(key, `prepare(raw, seed)`) of the sample as its filters make it; where that raises CorruptSample, of what `again()` brings, if it is not the same."""
     if isinstance(raw, Damage):
         return raw
     try:
-        return raw.key, prepare(raw, seed)
+        sample = filtered(raw, seed)
+        return sample.key, prepare(sample, seed)
     except CorruptSample as error:
         damage = Damage(raw.key, raw.shard, error.reason)
         second = None if isinstance(error, MissingMember) else again()
     if not isinstance(second, RawSample) or second.members == raw.members:
         return damage
     try:
-        return second.key, prepare(second, seed)
+        sample = filtered(second, seed)
+        return sample.key, prepare(sample, seed)
     except CorruptSample as error:
         return Damage(second.key, second.shard, error.reason)
 

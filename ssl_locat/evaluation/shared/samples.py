@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
+from ssl_locat.data.shards.filters import filtered
 from ssl_locat.data.shards.index import Dataset, FolderDataset, is_compressed, open_dataset, open_mix
 from ssl_locat.data.shards.left_out import without_left_out
 from ssl_locat.data.shards.selections import Chosen, Joined, some
@@ -89,21 +90,25 @@ def open_store(data: Mapping[str, Any]) -> Store:
     return CachedStore(cache["folder"], int(cache.get("max_gb", 50) * 1e9), budget) if cache else Store(budget)
 
 
-def open_spec(spec: str | Path | Sequence[Any], store: Store | None = None) -> Joined:
-    """A DATA spec as one dataset (a mix is one after the other); compressed shards, which training refuses, are read as well."""
+def open_spec(spec: str | Path | Sequence[Any], store: Store | None = None, split: str | None = None) -> Joined:
+    """A DATA spec as one dataset (a mix is one after the other); compressed shards, which training refuses, are read as well.
+
+    split: 'train' or 'test': which one of a folder that holds several."""
     store = store or Store()
     parts: list[Any] = [
         part["shards"] if isinstance(part, dict) else part for part in (spec if isinstance(spec, list) else [spec])
     ]
     urls = list(store.expand(parts)) if all(isinstance(part, str) for part in parts) else []
     if any(map(is_compressed, urls)):
+        if any(part.get("filters") for part in (spec if isinstance(spec, list) else []) if isinstance(part, dict)):
+            raise DataError("filters are not run on compressed shards: repack them (ssl-locat shards pack SHARDS OUT)")
         return Joined([CompressedShard(url, store) if is_compressed(url) else open_dataset(url, store=store) for url in urls])
-    return Joined([without_left_out(dataset) for dataset in open_mix(spec, store=store)[0]])
+    return Joined([without_left_out(dataset) for dataset in open_mix(spec, store=store, split=split)[0]])
 
 
 def open_split(data: Mapping[str, Any], name: str) -> Joined | Chosen:
     """`data.train` or `data.test`, or those of its samples that data.train_images or data.test_images keep, chosen by their keys."""
-    return some(open_spec(data[name], open_store(data)), data.get(f"{name}_images"))
+    return some(open_spec(data[name], open_store(data), name), data.get(f"{name}_images"))
 
 
 def set_name(dataset: Dataset) -> str:
@@ -117,10 +122,13 @@ def set_name(dataset: Dataset) -> str:
 
 
 class Members:
-    """`members[i]` is the undecoded sample i of a DATA spec, for looking at a few. Damage is an error."""
+    """`members[i]` is the undecoded sample i of a DATA spec, for looking at a few. Damage is an error.
 
-    def __init__(self, spec: str | list, store: Store | None = None):
-        self.dataset = open_spec(spec, store)
+    run_filters: False leaves out a data set's filters, whose code nobody who only looks at somebody's run may have to run.
+    """
+
+    def __init__(self, spec: str | list, store: Store | None = None, run_filters: bool = True):
+        self.dataset, self.run_filters = open_spec(spec, store), run_filters
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -129,7 +137,7 @@ class Members:
         (sample,) = self.dataset.read(index, index + 1)
         if isinstance(sample, Damage):
             raise DataError(f"{sample.shard}: {sample.key}: {sample.reason}.{self.how_to_check()}")
-        return sample
+        return filtered(sample, index) if self.run_filters else sample
 
     def how_to_check(self) -> str:
         """' Check the set with ...' where it is shards; a folder's files are named one by one."""
@@ -297,7 +305,7 @@ def read_labels(dataset: Dataset, data: Mapping[str, Any], workers: int | None) 
     """
     label_key, max_bad = data.get("label_key"), data.get("max_bad") or 0.0
     parts = dataset.datasets if isinstance(dataset, Joined) else []
-    folders = [part for part in parts if isinstance(part, FolderDataset) and part.classes]
+    folders = [part for part in parts if isinstance(part, FolderDataset) and part.classes and not part.filters]
     if parts and label_key is None and len(folders) == len(parts):
         return torch.from_numpy(np.concatenate([folder.labels for folder in folders]))
     kept = _labels_file(dataset, label_key)
@@ -332,6 +340,8 @@ def _labels_file(dataset: Dataset, label_key: str | None) -> Path | None:
     shards = [shard for part in getattr(dataset, "datasets", []) for shard in getattr(part, "shards", [None])]
     # files of a folder, and stores that tell no version, may change unseen
     if not shards or not all(shard and shard.stat.version for shard in shards):
+        return None
+    if any(getattr(part, "filters", None) for part in getattr(dataset, "datasets", [])):  # their code may change, too
         return None
     about = [label_key, *([redact(shard.url), shard.stat.size, shard.stat.version, shard.digest] for shard in shards)]
     name = hashlib.blake2b(json.dumps(about).encode(), digest_size=12).hexdigest()
