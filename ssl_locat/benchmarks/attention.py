@@ -5,7 +5,6 @@ model pays of it depends on what else it queues."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,8 @@ from ssl_locat.benchmarks.timing import (
     time_rows,
 )
 from ssl_locat.models.attention import BACKENDS, Gaussian, gaussian_attention, unsupported_reason
-from ssl_locat.models.attention_packed import packed_attention, xformers_unsupported_reason
+from ssl_locat.models.attention_packed import Run, packed_attention
+from ssl_locat.models.attention_packed import unsupported_reason as packing_unsupported
 
 HEADS, HEAD_DIM, PREFIX = 6, 64, 1  # ViT-S
 
@@ -37,24 +37,21 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
 
 
 def packed_rows(repeats: int) -> list[dict]:
-    """Attention without a bias over 2 x 224 + 8 x 96 px crops: one call for each size beside both packed into one, where xformers works."""
-    shapes = [(2 * 64, HEADS, 196 + PREFIX, HEAD_DIM), (8 * 64, HEADS, 36 + PREFIX, HEAD_DIM)]
-    groups: list[Any] = [
-        tuple(torch.randn(s, device=device(), dtype=torch.bfloat16, requires_grad=True) for _ in range(3)) for s in shapes
-    ]
-    if xformers_unsupported_reason(groups[0][0]):
-        return []
-    # backward from random cotangents: a loss would add its own time
-    cotangents = [torch.randn_like(group[0]) for group in groups]
-    leaves = [leaf for group in groups for leaf in group]
+    """Attention without a bias over 2 x 224 + 8 x 96 px crops laid end to end: a call for each size, or one for both where there is one."""
+    images = 64 if device().type == "cuda" else 2
+    dtype = list(precisions().values())[-1]
+    runs = [Run(2 * images, 196 + PREFIX), Run(8 * images, 36 + PREFIX)]
+    tokens = sum(run.batch * run.tokens for run in runs)
+    q, k, v = (torch.randn(tokens, HEADS, HEAD_DIM, device=device(), dtype=dtype, requires_grad=True) for _ in range(3))
+    cotangent = torch.randn_like(q)  # a loss would add its own time
 
     def both(backend: str) -> object:
-        return torch.autograd.grad(packed_attention(groups, backend=backend), leaves, cotangents)
+        return torch.autograd.grad(packed_attention(q, k, v, runs, backend=backend), [q, k, v], cotangent)
 
-    backends = {"a call for each size": "sdpa", "packed by xformers": "xformers"}
-    variants = {name: partial(both, backend) for name, backend in backends.items()}
+    backends = {"a call for each size": "blocks", "varlen_attn": "varlen", "xformers": "xformers"}
+    variants = {name: partial(both, backend) for name, backend in backends.items() if not packing_unsupported(backend, q)}
     timings = side_by_side(variants, repeats)
-    return time_rows("attention", "vanilla multi-crop, 64 images, bf16", timings, "a call for each size")
+    return time_rows("attention", f"vanilla multi-crop, {images} images, {dtype}", timings, "a call for each size")
 
 
 def measure(side: int, batch: int, precision: str, dtype: torch.dtype, repeats: int) -> list[dict]:

@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of the Triton kernels, compiled ahead of time for a GPU that need not be there.
 
-python -m ssl_locat.benchmarks.kernels 90 bfloat16 64      (compute capability, dtype, head dimension) -> JSON
+python -m ssl_locat.benchmarks.kernels 90 bfloat16 64 [packed]     (compute capability, dtype, head dimension) -> JSON
 """
 
 import json
@@ -26,14 +26,17 @@ IN_DTYPE = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV"}  # the other tensors
 IN_FLOAT32 = {"AX", "AY", "ALPHA", "LSE", "DELTA", "DAX", "DAY", "DALPHA"}
 
 
-def compile_kernel(kernel: Any, capability: int, dtype: str, head_dim: int) -> dict:
-    """Compile as a launch on timm's tensors would (pointers and strides divisible by 16), then ask ptxas what it takes."""
+def compile_kernel(kernel: Any, capability: int, dtype: str, head_dim: int, packed: bool = False) -> dict:
+    """Compile as a launch on timm's tensors would (pointers and strides divisible by 16), then ask ptxas what it takes. packed: for sequences laid
+    end to end, each with its own grid."""
     options = kernels.launch_options(kernel, head_dim, getattr(torch, dtype)) | {"POOL": 1}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in options:
             signature[name], constants[(index,)] = "constexpr", options[name]
-        elif name == "KEPT":
+        elif name == "TABLE" and packed:
+            signature[name] = "*i32"
+        elif name in ("KEPT", "TABLE"):
             signature[name], constants[(index,)] = "constexpr", None
         elif name in IN_DTYPE | IN_FLOAT32:
             signature[name] = POINTERS[dtype] if name in IN_DTYPE else "*fp32"
@@ -61,6 +64,6 @@ def compile_kernel(kernel: Any, capability: int, dtype: str, head_dim: int) -> d
 
 
 if __name__ == "__main__":
-    capability, dtype, head_dim = sys.argv[1:]
-    report = [compile_kernel(kernel, int(capability), dtype, int(head_dim)) for kernel in KERNELS]
+    capability, dtype, head_dim, *packed = sys.argv[1:]
+    report = [compile_kernel(kernel, int(capability), dtype, int(head_dim), packed == ["packed"]) for kernel in KERNELS]
     json.dump(report, sys.stdout)

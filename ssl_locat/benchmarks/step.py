@@ -15,6 +15,8 @@ from ssl_locat.benchmarks.networks import PAIRS, PROGRESS, forward_backward, mak
 from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
 from ssl_locat.data.images.crops import MultiCrop
 from ssl_locat.models.attention import forced_backend
+from ssl_locat.models.packing import allow_packing, packed_tokens
+from ssl_locat.models.tokens import forward_tokens
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.optim.optim import build_optimizer, clip_gradients
 from ssl_locat.pretraining.student_teacher import StudentTeacher
@@ -30,6 +32,9 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
         for batch in (64, 256) if on_gpu else (2,) if quick else (2, 8):
             case = f"ViT-S 224 px {precision}, batch {batch}"
             yield case, partial(model_rows, case, "ViT-S", 224, batch, repeats, precision, compiled=on_gpu and not quick)
+    for name in ("vanilla", "LocAt"):
+        case = f"packing, {name} ViT-S, 2x224 + 8x96 px"
+        yield case, partial(packing_rows, case, name, 2 if quick else repeats)
     yield "DINO", partial(dino_rows, repeats, compiled=not quick)
     if not on_gpu:
         yield "whole job", partial(job_rows, repeats)
@@ -74,6 +79,29 @@ def model_rows(case: str, name: str, size: int, batch: int, repeats: int, precis
     if device().type == "cuda" and precision == "bf16":
         result += utilisation_rows(case, models["vanilla"], images, timings)
     return result
+
+
+def packing_rows(case: str, name: str, repeats: int) -> list[dict]:
+    """Forward + backward of a student's crops: a pass for each size beside one for both (backbone.pack_crops)."""
+    images = 32 if device().type == "cuda" else 1
+    precision, dtype = list(precisions().items())[-1]
+    name = PAIRS["ViT-S"][name == "LocAt"]
+    torch.manual_seed(0)
+    model = allow_packing(timm.create_model(name, num_classes=0, img_size=224, dynamic_img_size=True).to(device()))
+    crops = [torch.randn(views * images, 3, side, side, device=device()) for views, side in ((2, 224), (8, 96))]
+
+    def both(packed: bool) -> None:
+        with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
+            tokens = packed_tokens(model, crops) if packed else [forward_tokens(model, one) for one in crops]
+            loss: Any = sum(one.patches.float().square().mean() for one in tokens)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    variants = {"a pass for each size": partial(both, False), "packed": partial(both, True)}
+    case = f"{case}, {images} images {precision}"
+    result = time_rows("step", case, side_by_side(variants, repeats), "a pass for each size")
+    memory = {variant: peak_bytes(call) / 2**20 for variant, call in variants.items()}
+    return result + make_rows("step", case, "peak memory", "MiB", memory, "a pass for each size")
 
 
 def utilisation_rows(case: str, vanilla: nn.Module, images: torch.Tensor, timings: dict) -> list[dict]:

@@ -136,6 +136,10 @@ class Backbone(Options):
     drop_path_rate: float = Field(default=0.1, ge=0, lt=1, description="stochastic depth of the student; the teacher has none")
     init: str | None = Field(default=None, description="start from these weights: PATH, timm:NAME or hf-hub:NAME")
     frozen_epochs: float = Field(default=0, ge=0, description="epochs in which only the heads train; for `init`")
+    pack_crops: bool | Literal["auto"] = Field(
+        default="auto",
+        description="global and local crops through the student in one pass; `auto`: where this machine measures it faster",
+    )
 
 
 class Objective(Options):

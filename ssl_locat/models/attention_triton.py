@@ -31,13 +31,39 @@ def triton_attention(
 
 
 @triton.jit
-def place(T, H, BLOCK: tl.constexpr):
-    """This program's head, counted over the batch, the same as image and head, and its tokens [BLOCK]. One axis of the launch for both, as
-    CUDA's others end at 65535; a head's blocks are neighbours and share its keys in the cache."""
-    blocks = tl.cdiv(T, BLOCK)
+def place(TABLE, H, T, COLS, BLOCK: tl.constexpr):
+    """This program's image and head, the first token of its sequence, that one's length and columns, and the program's tokens in it [BLOCK]. One
+    axis of the launch for all, as CUDA's others end at 65535.
+
+    Without TABLE all sequences have T tokens, and a head's blocks are neighbours, which share its keys in the cache. Packed, they lie end to end:
+    a row of TABLE, int32 [blocks, 4], says of each block where its sequence begins, its length, its columns, and which of its blocks it is."""
     program = tl.program_id(0)
-    head = (program // blocks).to(tl.int64)  # offsets are products with it, which pass 32 bits at 2**31 elements
-    return head, head // H, head % H, program % blocks * BLOCK + tl.arange(0, BLOCK)
+    if TABLE is None:
+        blocks = tl.cdiv(T, BLOCK)
+        head = (program // blocks).to(tl.int64)  # offsets are products with it, which pass 32 bits at 2**31 elements
+        b, h = head // H, head % H
+        first = head * 0
+        block = program % blocks
+    else:
+        row = TABLE + program // H * 4
+        h = (program % H).to(tl.int64)
+        b = h * 0
+        first = tl.load(row).to(tl.int64)
+        T = tl.load(row + 1)
+        COLS = tl.load(row + 2)
+        block = tl.load(row + 3)
+    return b, h, first, T, COLS, block * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def starts(TABLE, b, h, first, rows_image, rows_head, bump_image, bump_head, R):
+    """Where the sequence's own begin: of numbers for each token ([B, heads, T]; packed [heads, S]), and of the coefficients, which only patches
+    have ([B, heads, T - R]), but for packed ones, where prefix tokens have a place, too ([heads, S])."""
+    rows = b * rows_image + h * rows_head + first
+    bumps = b * bump_image + h * bump_head + first
+    if TABLE is None:
+        bumps = bumps - R
+    return rows, bumps
 
 
 @triton.jit
@@ -74,10 +100,11 @@ def store_rows(base, tokens, stride, T, value, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def load_gaussian(AX, AY, ALPHA, head, tokens, R, T):
-    """Coefficients of these queries in base 2; alpha is 0 for prefix tokens, which takes their bias away."""
+def load_gaussian(AX, AY, ALPHA, start, tokens, R, T):
+    """Coefficients of these queries in base 2, `start` being where a token 0 would have its own; alpha is 0 for prefix tokens, which takes their bias
+    away."""
     mask = (tokens >= R) & (tokens < T)
-    at = head * (T - R) + tokens - R
+    at = start + tokens
     ax = tl.load(AX + at, mask=mask, other=0.0) * LOG2E
     ay = tl.load(AY + at, mask=mask, other=0.0) * LOG2E
     return ax, ay, tl.load(ALPHA + at, mask=mask, other=0.0) * LOG2E
@@ -85,11 +112,11 @@ def load_gaussian(AX, AY, ALPHA, head, tokens, R, T):
 
 @triton.jit
 def load_queries(
-    base, stride, AX, AY, ALPHA, KEPT, head, b, tokens, T, R, COLS, D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr
+    base, stride, AX, AY, ALPHA, KEPT, start, b, tokens, T, R, COLS, D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Rows [tokens, BLOCK_D] of queries, their places on the grid, and their Gaussians' three coefficients [tokens] each."""
     x, y = coordinates(KEPT, b, tokens, R, T, COLS, POOL)
-    ax, ay, alpha = load_gaussian(AX, AY, ALPHA, head, tokens, R, T)
+    ax, ay, alpha = load_gaussian(AX, AY, ALPHA, start, tokens, R, T)
     return load_rows(base, tokens, stride, T, D, BLOCK_D), x, y, ax, ay, alpha
 
 
@@ -123,19 +150,20 @@ def load_keys(
 def forward_kernel(
     Q, K, V, AX, AY, ALPHA, KEPT, OUT, LSE,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    H, T, R, COLS, scale, clamp,
+    TABLE, rows_image, rows_head, bump_image, bump_head, H, T, R, COLS, scale, clamp,
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, b, h, m = place(T, H, BLOCK_M)
+    b, h, first, T, COLS, m = place(TABLE, H, T, COLS, BLOCK_M)
+    rows, bumps = starts(TABLE, b, h, first, rows_image, rows_head, bump_image, bump_head, R)
     q, xm, ym, ax, ay, alpha = load_queries(
-        Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, KEPT, head, b, m, T, R, COLS, D, POOL, BLOCK_D
+        Q + b * q_b + h * q_h + first * q_t, q_t, AX, AY, ALPHA, KEPT, bumps, b, m, T, R, COLS, D, POOL, BLOCK_D
     )
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, T, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k = load_rows(K + b * k_b + h * k_h, n, k_t, T, D, BLOCK_D)
+        k = load_rows(K + b * k_b + h * k_h + first * k_t, n, k_t, T, D, BLOCK_D)
         xn, yn = coordinates(KEPT, b, n, R, T, COLS, POOL)
         gauss, _, _ = gauss_tile(xm[:, None], ym[:, None], ax[:, None], ay[:, None], xn[None, :], yn[None, :], clamp)
         bias = tl.where(n[None, :] >= R, alpha[:, None] * gauss, 0.0)  # prefix tokens as keys get no bias
@@ -146,38 +174,53 @@ def forward_kernel(
         weights = tl.exp2(logits - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)  # 0 in the first tile, where highest is -inf
         total = total * shrink + tl.sum(weights, 1)
-        v = load_rows(V + b * v_b + h * v_h, n, v_t, T, D, BLOCK_D)
+        v = load_rows(V + b * v_b + h * v_h + first * v_t, n, v_t, T, D, BLOCK_D)
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         highest = new_highest
-    store_rows(OUT + b * o_b + h * o_h, m, o_t, T, out / total[:, None], D, BLOCK_D)
-    tl.store(LSE + head * T + m, highest + tl.log2(total), mask=m < T)  # base 2, like the logits
+    store_rows(OUT + b * o_b + h * o_h + first * o_t, m, o_t, T, out / total[:, None], D, BLOCK_D)
+    tl.store(LSE + rows + m, highest + tl.log2(total), mask=m < T)  # base 2, like the logits
 
 
 @triton.jit
 def query_grad_kernel(
     Q, K, V, AX, AY, ALPHA, KEPT, OUT, DOUT, LSE, DELTA, DQ, DAX, DAY, DALPHA,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
-    H, T, R, COLS, scale, clamp,
+    TABLE, rows_image, rows_head, bump_image, bump_head, H, T, R, COLS, scale, clamp,
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ and the coefficients' gradients of a block of queries; leaves `DELTA`, the rows' sum of out * dout, for the key kernel."""
-    head, b, h, m = place(T, H, BLOCK_M)
+    b, h, first, T, COLS, m = place(TABLE, H, T, COLS, BLOCK_M)
+    rows, bumps = starts(TABLE, b, h, first, rows_image, rows_head, bump_image, bump_head, R)
     q, xm, ym, ax, ay, alpha = load_queries(
-        Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, KEPT, head, b, m, T, R, COLS, D, POOL, BLOCK_D
+        Q + b * q_b + h * q_h + first * q_t, q_t, AX, AY, ALPHA, KEPT, bumps, b, m, T, R, COLS, D, POOL, BLOCK_D
     )
-    dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
-    out = load_rows(OUT + b * o_b + h * o_h, m, o_t, T, D, BLOCK_D)
+    dout = load_rows(DOUT + b * do_b + h * do_h + first * do_t, m, do_t, T, D, BLOCK_D)
+    out = load_rows(OUT + b * o_b + h * o_h + first * o_t, m, o_t, T, D, BLOCK_D)
     # sum_j w_ij dw_ij, without the weights (FlashAttention-2)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(DELTA + head * T + m, delta, mask=m < T)
-    lse = tl.load(LSE + head * T + m, mask=m < T, other=0.0)
+    tl.store(DELTA + rows + m, delta, mask=m < T)
+    lse = tl.load(LSE + rows + m, mask=m < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dax = tl.zeros([BLOCK_M], tl.float32)
     day = tl.zeros([BLOCK_M], tl.float32)
     dalpha = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, T, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k, v, xn, yn = load_keys(K + b * k_b + h * k_h, k_t, V + b * v_b + h * v_h, v_t, KEPT, b, n, T, R, COLS, D, POOL, BLOCK_D)
+        k, v, xn, yn = load_keys(
+            K + b * k_b + h * k_h + first * k_t,
+            k_t,
+            V + b * v_b + h * v_h + first * v_t,
+            v_t,
+            KEPT,
+            b,
+            n,
+            T,
+            R,
+            COLS,
+            D,
+            POOL,
+            BLOCK_D,
+        )
         gauss, dx2, dy2 = gauss_tile(xm[:, None], ym[:, None], ax[:, None], ay[:, None], xn[None, :], yn[None, :], clamp)
         gauss = tl.where(n[None, :] >= R, gauss, 0.0)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + alpha[:, None] * gauss
@@ -188,8 +231,8 @@ def query_grad_kernel(
         dalpha += tl.sum(product, 1)
         dax += tl.sum(product * dx2, 1)
         day += tl.sum(product * dy2, 1)
-    store_rows(DQ + b * dq_b + h * dq_h, m, dq_t, T, dq * scale, D, BLOCK_D)
-    patches, at = (m >= R) & (m < T), head * (T - R) + m - R
+    store_rows(DQ + b * dq_b + h * dq_h + first * dq_t, m, dq_t, T, dq * scale, D, BLOCK_D)
+    patches, at = (m >= R) & (m < T), bumps + m
     height = alpha / LOG2E  # out of base 2 again: the stored gradients are those of the coefficients given
     tl.store(DALPHA + at, dalpha, mask=patches)
     tl.store(DAX + at, -height * dax, mask=patches)
@@ -200,22 +243,37 @@ def query_grad_kernel(
 def key_grad_kernel(
     Q, K, V, AX, AY, ALPHA, KEPT, DOUT, LSE, DELTA, DK, DV,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    H, T, R, COLS, scale, clamp,
+    TABLE, rows_image, rows_head, bump_image, bump_head, H, T, R, COLS, scale, clamp,
     D: tl.constexpr, POOL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys; tiles are transposed, [keys, queries]."""
-    head, b, h, n = place(T, H, BLOCK_N)
-    k, v, xn, yn = load_keys(K + b * k_b + h * k_h, k_t, V + b * v_b + h * v_h, v_t, KEPT, b, n, T, R, COLS, D, POOL, BLOCK_D)
+    b, h, first, T, COLS, n = place(TABLE, H, T, COLS, BLOCK_N)
+    rows, bumps = starts(TABLE, b, h, first, rows_image, rows_head, bump_image, bump_head, R)
+    k, v, xn, yn = load_keys(
+        K + b * k_b + h * k_h + first * k_t,
+        k_t,
+        V + b * v_b + h * v_h + first * v_t,
+        v_t,
+        KEPT,
+        b,
+        n,
+        T,
+        R,
+        COLS,
+        D,
+        POOL,
+        BLOCK_D,
+    )
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, T, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         q, xm, ym, ax, ay, alpha = load_queries(
-            Q + b * q_b + h * q_h, q_t, AX, AY, ALPHA, KEPT, head, b, m, T, R, COLS, D, POOL, BLOCK_D
+            Q + b * q_b + h * q_h + first * q_t, q_t, AX, AY, ALPHA, KEPT, bumps, b, m, T, R, COLS, D, POOL, BLOCK_D
         )
-        dout = load_rows(DOUT + b * do_b + h * do_h, m, do_t, T, D, BLOCK_D)
-        lse = tl.load(LSE + head * T + m, mask=m < T, other=0.0)
-        delta = tl.load(DELTA + head * T + m, mask=m < T, other=0.0)
+        dout = load_rows(DOUT + b * do_b + h * do_h + first * do_t, m, do_t, T, D, BLOCK_D)
+        lse = tl.load(LSE + rows + m, mask=m < T, other=0.0)
+        delta = tl.load(DELTA + rows + m, mask=m < T, other=0.0)
         gauss, _, _ = gauss_tile(xm[None, :], ym[None, :], ax[None, :], ay[None, :], xn[:, None], yn[:, None], clamp)
         bias = tl.where(n[:, None] >= R, alpha[None, :] * gauss, 0.0)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
@@ -224,8 +282,8 @@ def key_grad_kernel(
         dv += tl.dot(weights.to(dout.dtype), dout, input_precision=PRECISION)  # [N, M] @ [M, D]
         dlogits = weights * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
         dk += tl.dot(dlogits.to(q.dtype), q, input_precision=PRECISION)  # [N, M] @ [M, D]
-    store_rows(DK + b * dk_b + h * dk_h, n, dk_t, T, dk * scale, D, BLOCK_D)
-    store_rows(DV + b * dv_b + h * dv_h, n, dv_t, T, dv, D, BLOCK_D)
+    store_rows(DK + b * dk_b + h * dk_h + first * dk_t, n, dk_t, T, dk * scale, D, BLOCK_D)
+    store_rows(DV + b * dv_b + h * dv_h + first * dv_t, n, dv_t, T, dv, D, BLOCK_D)
 
 
 def launch_options(kernel: Any, head_dim: int, dtype: torch.dtype) -> dict:
@@ -257,6 +315,12 @@ def token_major(like: Tensor) -> Tensor:
     return like.new_empty(b, t, h, d).transpose(1, 2)
 
 
+def steps(heads: int, tokens: int, num_prefix_tokens: int) -> tuple[int, int, int, int]:
+    """From image to image and from head to head: of one number for each token, and for each patch."""
+    patches = tokens - num_prefix_tokens
+    return heads * tokens, tokens, heads * patches, patches
+
+
 def strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
@@ -273,7 +337,7 @@ def attend(
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever the tensors' is
         forward_kernel[(triton.cdiv(t, options["BLOCK_M"]) * b * h,)](
             q, k, v, ax, ay, alpha, kept, out, lse,
-            *strides(q, k, v, out), h, t, num_prefix_tokens, cols, scale, clamp, POOL=pool, **options,
+            *strides(q, k, v, out), None, *steps(h, t, num_prefix_tokens), h, t, num_prefix_tokens, cols, scale, clamp, POOL=pool, **options,
         )  # fmt: skip
     return out, lse
 
@@ -288,7 +352,7 @@ def attend_backward(
     dq, dk, dv = (token_major(x) for x in (q, k, v))
     dax, day, dalpha = (torch.empty_like(x) for x in (ax, ay, alpha))
     delta = torch.empty_like(lse)
-    sizes = h, t, num_prefix_tokens, cols, scale, clamp
+    sizes = None, *steps(h, t, num_prefix_tokens), h, t, num_prefix_tokens, cols, scale, clamp
     with torch.cuda.device_of(q):
         options = launch_options(query_grad_kernel, q.shape[-1], q.dtype)
         query_grad_kernel[(triton.cdiv(t, options["BLOCK_M"]) * b * h,)](

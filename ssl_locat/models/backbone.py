@@ -35,7 +35,12 @@ from ssl_locat.runs.marker import problem, read_marker, step_folders, step_of
 log = logging.getLogger(__name__)
 
 ATTACH = ("gaug", "prr", "pos_resize")  # options of attach_locat
-NOT_FOR_THE_CONSTRUCTOR = ("name", "init", "frozen_epochs")  # keys of a config's `backbone` that are no options of the model
+NOT_FOR_THE_CONSTRUCTOR = (
+    "name",
+    "init",
+    "frozen_epochs",
+    "pack_crops",
+)  # keys of a config's `backbone` that are no options of the model
 NOT_OF_THE_WEIGHTS = ("num_classes", "in_chans", "img_size")  # options that a run chooses by itself
 
 

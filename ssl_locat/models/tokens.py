@@ -60,12 +60,7 @@ def run_blocks(
     model: VisionTransformer | Eva, images: Tensor, n: int = 1, *, masks: Tensor | None = None, mask_token: Tensor | None = None
 ) -> tuple[list[Tensor], Grid]:
     """Outputs of the last n blocks [B, R + N, D], and the grid; honours timm's `set_grad_checkpointing`."""
-    x = model.patch_embed(images)
-    grid = Grid(*x.shape[1:3]) if x.ndim == 4 else Grid(*model.patch_embed.grid_size)
-    if masks is not None:
-        # before positions: a hidden patch keeps its place, as in BEiT and iBOT
-        assert mask_token is not None  # comes with masks
-        x = torch.where(masks.view(*x.shape[:-1], 1), mask_token.to(x.dtype), x)
+    x, grid = embed_patches(model, images, masks=masks, mask_token=mask_token)
     last = range(len(model.blocks) - n, len(model.blocks))
     if hasattr(model, "place_patches"):  # a LocAt model, which tells its blocks where patches lie
         _, outputs = model.run_blocks(*model.place_patches(x), list(last))
@@ -79,6 +74,19 @@ def run_blocks(
         if index in last:
             outputs.append(x)
     return outputs, grid
+
+
+def embed_patches(
+    model: VisionTransformer | Eva, images: Tensor, *, masks: Tensor | None = None, mask_token: Tensor | None = None
+) -> tuple[Tensor, Grid]:
+    """Embeddings of the patches as `patch_embed` gives them, hidden ones replaced, without positions; and the grid."""
+    x = model.patch_embed(images)
+    grid = Grid(*x.shape[1:3]) if x.ndim == 4 else Grid(*model.patch_embed.grid_size)
+    if masks is not None:
+        # before positions: a hidden patch keeps its place, as in BEiT and iBOT
+        assert mask_token is not None  # comes with masks
+        x = torch.where(masks.view(*x.shape[:-1], 1), mask_token.to(x.dtype), x)
+    return x, grid
 
 
 def recomputed(block: nn.Module, x: Tensor, **context: Any) -> Tensor:

@@ -26,6 +26,7 @@ from ssl_locat.evaluation.probe_options import check_probes
 from ssl_locat.models.attach import LocAtModel
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
 from ssl_locat.models.gaug import GAug
+from ssl_locat.models.packing import cannot_pack
 from ssl_locat.models.tokens import input_grid
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.schedules import LEARNING_RATES, cosine, decayed, straight, warmed_up
@@ -202,6 +203,8 @@ def check_backbone(config: Config) -> None:
     # shapes without memory: a ViT-g is checked on a login node
     with torch.device("meta"):
         backbone = make_backbone(config)
+        if config.backbone.pack_crops is True and (reason := why_not_packed(config, backbone)):
+            raise ConfigError(f"backbone.pack_crops is true, but {reason}. Set it to auto or false.")
         for name in ("global_size", "local_size") if config.crops.num_local else ("global_size",):
             size = getattr(config.crops, name)
             try:
@@ -210,6 +213,16 @@ def check_backbone(config: Config) -> None:
                 raise ConfigError(
                     f"crops.{name} is {size} pixels, which {config.backbone.name} does not take: {error} Sides are multiples of the patch size."
                 ) from None
+
+
+def why_not_packed(config: Config, backbone: nn.Module) -> str | None:
+    """A reason why the crops of this config cannot go through the student in one pass; None if they can."""
+    if not config.crops.num_local:
+        return "there are no local crops: a batch is one pass already"
+    if config.compile:
+        return "compiled networks are not packed: they take a pass for each size"
+    reason = cannot_pack(backbone)
+    return reason and f"{config.backbone.name} {reason}"
 
 
 def build_model(config: Config, device: torch.device, checkpoint: Path | None = None) -> tuple[StudentTeacher, nn.ModuleDict]:
@@ -235,7 +248,7 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
         for name, objective in losses.items()
         if getattr(objective, "anchor", None) not in (None, "teacher")
     }
-    model = StudentTeacher(backbone, losses, anchors).to(device)
+    model = StudentTeacher(backbone, losses, anchors, pack_crops=config.backbone.pack_crops is True).to(device)
     check_anchor_crops(model, config)
     if config.optim.accumulate_steps > 1 and any(isinstance(part, nn.BatchNorm1d) for part in model.student.heads.modules()):
         raise ConfigError("batch_norm in a head sees one micro-batch at a time: with it, optim.accumulate_steps must be 1.")

@@ -21,6 +21,7 @@ from ssl_locat.objectives import Progress
 from ssl_locat.optim.optim import build_optimizer
 from ssl_locat.pretraining.choices import Choices
 from ssl_locat.pretraining.origin import find_origin, launcher, may_be_missing
+from ssl_locat.pretraining.packing_choice import decide_packing, with_packing
 from ssl_locat.pretraining.parts import (
     Prepare,
     Rates,
@@ -66,7 +67,7 @@ class Run:
         # before config.yaml is written: a refused resume leaves it as it was
         self.origin = find_origin(config, self.checkpointer, self.datasets, self.weights, resume, tuple(allow))
         self.start_from = self.origin.checkpoint
-        self.config = self._decide_crops(self.origin.config)
+        self.config = self._decide_packing(self._decide_crops(self.origin.config))
         if self.claim:
             if not self.start_from:
                 self.claim.require_same_settings(self.config)
@@ -88,6 +89,21 @@ class Run:
             mode = decided.crops.mode
             log.info("crops.mode auto: %s (%s)", mode, why)
         return with_crop_mode(config, distributed.broadcast_object(mode))
+
+    def _decide_packing(self, config: Config) -> Config:
+        """`backbone.pack_crops: auto` likewise: one run rounds in one way throughout."""
+        if config.backbone.pack_crops != "auto":
+            return config
+        packed = None
+        if is_main():
+            kept, why = self._kept_config(), "as at the first start of this run"
+            if kept is not None and kept.backbone.pack_crops != "auto":
+                packed = kept.backbone.pack_crops
+            else:
+                ranks_share = config.optim.global_batch_size // (world_size() * config.optim.accumulate_steps)
+                packed, why = decide_packing(config, self.device, ranks_share)
+            log.info("backbone.pack_crops auto: %s (%s)", str(packed).lower(), why)
+        return with_packing(config, distributed.broadcast_object(packed))
 
     def _kept_config(self) -> Config | None:
         """Of the checkpoint, or of this run's own start that came to none yet."""

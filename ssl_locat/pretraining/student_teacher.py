@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError, UserError
+from ssl_locat.models.packing import allow_packing, packed_tokens
 from ssl_locat.models.tokens import Grid, Tokens, class_token, forward_tokens, input_grid, normalise, refine
 from ssl_locat.objectives import Masks, Needs, Views
 from ssl_locat.runs.distributed import copy_whole
@@ -20,6 +21,7 @@ class Network(nn.Module):
     """
 
     hides = True
+    packs = False  # crops of both sizes go through the backbone in one pass
 
     def __init__(self, backbone: nn.Module, heads: nn.ModuleDict, needs: Needs):
         super().__init__()
@@ -48,12 +50,17 @@ class Network(nn.Module):
         """
         batch = len(global_crops) // num_global
         hidden = masks.hidden if masks is not None and self.hides else None
-        # a pass for each size of crops, as their numbers of tokens differ; prefix [T*B, R, D], patches [T*B, N, D]
-        raw = forward_tokens(self.backbone, global_crops, masks=hidden, mask_token=self.mask_token)
+        raw_local: Tokens | None = None
+        # one pass for both sizes, or one for each, as their numbers of tokens differ; prefix [T*B, R, D], patches [T*B, N, D]
+        if self.packs and local_crops is not None:
+            raw, raw_local = packed_tokens(self.backbone, [global_crops, local_crops], masks=hidden, mask_token=self.mask_token)
+        else:
+            raw = forward_tokens(self.backbone, global_crops, masks=hidden, mask_token=self.mask_token)
         tokens = refine(self.backbone, raw)
         cls = class_token(self.backbone, tokens)  # [T*B, D]; Jumbo's J tokens side by side: [T*B, J*D]
         if local_crops is not None:
-            local = refine(self.backbone, forward_tokens(self.backbone, local_crops))
+            raw_local = raw_local or forward_tokens(self.backbone, local_crops)
+            local = refine(self.backbone, raw_local)
             cls = torch.cat([cls, class_token(self.backbone, local)])  # [(T + n) * B, D]
         views = Views(cls.unflatten(0, (-1, batch)))  # [T + n, B, D]
         if self.needs.patches:
@@ -126,9 +133,16 @@ class StudentTeacher(nn.Module):
     Args:
         anchors: frozen backbones of the objectives (by name) that compare with one from outside; those whose `anchor` is "teacher" get a
             copy of this teacher, kept in `snapshots`, which are state of the run and saved with it.
+        pack_crops: the student's crops of both sizes go through in one pass (models/packing.py); the teacher sees one size only.
     """
 
-    def __init__(self, backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str, nn.Module] | None = None):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        objectives: nn.ModuleDict,
+        anchors: dict[str, nn.Module] | None = None,
+        pack_crops: bool = False,
+    ):
         super().__init__()
         anchors = anchors or {}
         # what any of the objectives reads is computed, once for all of them
@@ -145,6 +159,9 @@ class StudentTeacher(nn.Module):
         heads = make_heads(backbone, objectives, anchors)
         self.student = Network(backbone, heads, needs)
         self.teacher = copy.deepcopy(self.student)
+        if pack_crops:
+            allow_packing(backbone)
+            self.student.packs = True
         self.teacher.hides = False
         self.teacher.requires_grad_(False)
         for module in self.teacher.modules():

@@ -47,6 +47,7 @@ MAY_CHANGE += (
     "activation_checkpointing",
     "optim.accumulate_steps",
     "crops.mode",
+    "backbone.pack_crops",
 )
 MAY_CHANGE += ("checkpoint", "probes", "log", "stop_on", "stop_when", "export", "sweep")
 

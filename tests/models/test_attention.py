@@ -8,7 +8,6 @@ from torch._subclasses import FakeTensorMode
 from ssl_locat.errors import UserError
 from ssl_locat.models import attention_tiled
 from ssl_locat.models.attention import HAS_TRITON, Gaussian, forced_backend, gaussian_attention, gaussian_bias
-from ssl_locat.models.attention_packed import packed_attention, xformers_unsupported_reason
 
 GRIDS = [(4, 4), (1, 5), (5, 1), (3, 7), (6, 4)]
 NAMES = ("q", "k", "v", "ax", "ay", "alpha")
@@ -205,37 +204,6 @@ def test_extra_bias_is_added(backend):
     out = gaussian_attention(q, k, v, Gaussian(ax, ay, alpha), (3, 4), 1, extra_bias=extra, scale=0.3, backend=backend)
     bias = F.pad(gaussian_bias(Gaussian(ax, ay, alpha), (3, 4)), (1, 0, 1, 0)) + extra
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.3), atol=2e-6, rtol=1e-5)
-
-
-def crops_of_two_sizes(device="cpu", dtype=torch.float32):
-    torch.manual_seed(0)
-    return [
-        tuple(torch.randn(b, 2, t, 32, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
-        for b, t in ((2, 17), (3, 5))
-    ]
-
-
-def test_packed_crops_attend_within_themselves():
-    groups = crops_of_two_sizes()
-    for out, (q, k, v) in zip(packed_attention(groups, scale=0.3), groups, strict=True):
-        torch.testing.assert_close(out, (q @ k.mT * 0.3).softmax(-1) @ v, atol=2e-6, rtol=1e-5)
-
-
-def test_packing_by_xformers_that_cannot_serve_says_why():
-    with pytest.raises(UserError, match="these tensors are on 'cpu'"):
-        packed_attention(crops_of_two_sizes(), backend="xformers")
-
-
-@pytest.mark.gpu
-def test_packing_by_xformers_equals_sdpa():
-    groups = crops_of_two_sizes("cuda", torch.float16)
-    if reason := xformers_unsupported_reason(groups[0][0]):
-        pytest.skip(f"xformers {reason}")
-    outs = {backend: packed_attention(groups, backend=backend) for backend in ("xformers", "sdpa")}
-    for packed, plain, inputs in zip(outs["xformers"], outs["sdpa"], groups, strict=True):
-        torch.testing.assert_close(packed, plain, atol=2e-3, rtol=2e-3)
-        for ours, theirs in zip(*(torch.autograd.grad(o.square().sum(), inputs) for o in (packed, plain)), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)
 
 
 def test_unknown_backend_names_the_nearest():

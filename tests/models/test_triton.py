@@ -57,6 +57,39 @@ def test_kept_patches_equal_reference(grid, prefix, n):
 
 
 @interpreted
+@pytest.mark.parametrize(("prefix", "clamp", "pool"), [(1, 9.0, 1), (4, float("inf"), 2)])
+def test_packed_sequences_on_their_own_grids_equal_reference(prefix, clamp, pool):
+    """One launch for runs of two sizes, with blocks that end in the middle of a sequence; outputs and gradients."""
+    from ssl_locat.models.attention import Gaussian, gaussian_attention
+    from ssl_locat.models.attention_packed import Run
+    from ssl_locat.models.attention_triton_packed import packed_triton_attention
+
+    torch.manual_seed(0)
+    grids = [(8, 10), (2, 6)]  # 80 patches are three blocks of 32
+    runs = [Run(batch, prefix + rows * cols) for batch, (rows, cols) in zip((2, 3), grids, strict=True)]
+    qkv = [torch.randn(sum(run.batch * run.tokens for run in runs), 2, 16, requires_grad=True) for _ in "qkv"]
+    bumps = [[torch.rand(run.batch, 2, run.tokens - prefix, requires_grad=True) for _ in range(3)] for run in runs]
+    coeffs = [Gaussian(*three, clamp, pool) for three in bumps]
+    inputs = [*qkv, *(one for three in bumps for one in three)]
+    sizes = [run.batch * run.tokens for run in runs]
+    parts = zip(*(t.split(sizes) for t in qkv), runs, coeffs, grids, strict=True)
+    expected = torch.cat(
+        [
+            gaussian_attention(*(t.unflatten(0, run).transpose(1, 2) for t in three), coeff, grid, prefix, backend="reference")
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for *three, run, coeff, grid in parts
+        ]
+    )
+    found = packed_triton_attention(*qkv, coeffs, runs, grids, prefix)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    weights = torch.randn_like(found)
+    grads = (torch.autograd.grad((out * weights).sum(), inputs) for out in (found, expected))
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+@interpreted
 def test_half_precision_stays_near_float32():
     """float16 only: Triton's interpreter multiplies bfloat16 matrices as if their bits were integers."""
     from test_attention import make_inputs, run
@@ -199,7 +232,7 @@ def test_kernels_when_interpreted():
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert run.stdout.split()[0].count(".") == len(CASES) + 5, run.stdout[-2000:]  # none of those skipped
+    assert run.stdout.split()[0].count(".") == len(CASES) + 7, run.stdout[-2000:]  # none of those skipped
 
 
 @pytest.mark.skipif(INTERPRETING, reason="an interpreting triton compiles nothing")
@@ -216,6 +249,12 @@ def test_kernels_compile_without_spills(capability, dtype, head_dim):
     assert all(r["spills"] == 0 and r["registers"] <= 255 for r in resources), resources
 
 
+@pytest.mark.skipif(INTERPRETING, reason="an interpreting triton compiles nothing")
+def test_packed_kernels_compile_without_spills():
+    resources = compile_ahead(90, "bfloat16", 64, "packed")
+    assert all(r["spills"] == 0 and r["registers"] <= 255 for r in resources), resources
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="an interpreting triton compiles nothing")
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
@@ -225,8 +264,8 @@ def test_kernels_compile_in_every_size(dtype, head_dim):
         assert len(compile_ahead(capability, dtype, head_dim)) == 3
 
 
-def compile_ahead(capability, dtype, head_dim):
-    command = [sys.executable, "-m", "ssl_locat.benchmarks.kernels", str(capability), dtype, str(head_dim)]
+def compile_ahead(capability, dtype, head_dim, *packed):
+    command = [sys.executable, "-m", "ssl_locat.benchmarks.kernels", str(capability), dtype, str(head_dim), *packed]
     run = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)
