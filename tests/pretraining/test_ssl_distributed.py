@@ -1,6 +1,5 @@
 """Every objective on two processes: the training loop itself, with DDP and FSDP2, in each precision and compiled, against one process."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -41,8 +40,8 @@ SLOW = {
     # class and patch scores pass through one head in each step
     "shared": (f"[{DINO}, {{name: ibot, {HEAD}, shared_head: true}}, {KOLEO}]", [], 1e-4),
     "distill": (f"{{name: distill, hidden_dim: 32, anchor: '{ANCHOR}'}}", ["precision=bf16"], 1e-2),
-    # the first steps are skipped, until the loss scale fits
-    "half": (f"[{DINO}]", ["precision=fp16", "teacher.precision=fp32", "optim.total_steps=12"], 5e-3),
+    # a dozen steps are skipped, until the loss scale fits
+    "half": (f"[{DINO}]", ["precision=fp16", "teacher.precision=fp32", "optim.total_steps=18"], 5e-3),
     "compiled": (f"[{DINO}, {{name: ibot, {HEAD}}}]", ["compile=true"], 1e-4),
 }
 
@@ -91,10 +90,11 @@ def train_and_compare(cases: dict, folder: Path, seconds: float = 280) -> list:
         pretrain(config_of(file, cases, name, "alone"))
     found = run_ranks(_both_forms, 2, file, cases, seconds=seconds)
     for name, (_, _, largest) in cases.items():
-        expected = losses(folder / name / "alone")
-        assert all(math.isfinite(record["grad_norm"]) for record in read_jsonl(folder / name / "alone" / "metrics.jsonl")[-2:]), (
-            name
-        )
+        # which steps fp16 skips depends on a rank's share of the batch: there FSDP is compared with DDP
+        reference = "ddp" if name == "half" else "alone"
+        expected = losses(folder / name / reference)
+        norms = [record["grad_norm"] for record in read_jsonl(folder / name / reference / "metrics.jsonl")]
+        assert norms[-1] is not None and norms[-2] is not None, (name, norms)  # finite: these steps were made
         assert max(expected.values()) - min(expected.values()) > 0.05, name  # it moves, so that a wrong gradient would show
         for form in ("ddp", "fsdp"):
             each = losses(folder / name / form)
