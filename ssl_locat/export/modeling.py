@@ -10,7 +10,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ssl_locat.models import registry
+from timm.models import model_entrypoint
+
+from ssl_locat.models import families, registry
+from ssl_locat.models.families.front import Family
 from ssl_locat.models.registry import MODELS, TWINS, default_cfgs
 
 FILE = "modeling_ssl_locat.py"
@@ -95,9 +98,10 @@ def names_in(tree: ast.AST) -> list[str]:
 
 
 class Cut:
-    """What is taken so far: {module: names}, and the imports of others' packages."""
+    """What is taken so far: {module: names}, and the imports of others' packages. instead: definitions that change."""
 
-    def __init__(self):
+    def __init__(self, instead: dict[tuple[str, str], str]):
+        self.instead = instead
         self.modules: dict[str, Module] = {}
         self.taken: dict[str, set[str]] = {}
         self.imports: set[str] = set()
@@ -120,7 +124,7 @@ class Cut:
             self.imports.add(module.theirs[name])
         elif name in module.nodes and name not in self.taken.setdefault(module_name, set()):
             self.taken[module_name].update(defined(module.nodes[name]))
-            instead = INSTEAD.get((module_name, name))
+            instead = self.instead.get((module_name, name))
             for used in names_in(ast.parse(instead) if instead else module.nodes[name]):
                 self.take(module_name, used)
         return None
@@ -138,8 +142,23 @@ class Cut:
                     raise ValueError(f"{module_name} and {owners[name]} both define {name}: one of them needs another name")
             nodes = dict.fromkeys(module.nodes[name] for name in module.nodes if name in names)
             parts.append(f"# --- {module_name} ---")
-            parts += [INSTEAD.get((module_name, defined(node)[0]), module.source(node)) for node in nodes]
+            parts += [self.instead.get((module_name, defined(node)[0]), module.source(node)) for node in nodes]
         return "\n\n\n".join(parts)
+
+
+def only_family(architecture: str) -> dict[tuple[str, str], str]:
+    """In the file stands the one family of models that it needs."""
+    home = families.__name__
+    if architecture in MODELS:
+        chosen = [name for name, value in vars(families).items() if is_family_of(value, MODELS[architecture][0])]
+    else:
+        module = model_entrypoint(architecture.removeprefix("locat_")).__module__.rpartition(".")[2]
+        chosen = [name for name, value in vars(families).items() if isinstance(value, Family) and module in value.modules]
+    return {(home, "FAMILIES"): f"FAMILIES = ({''.join(f'{name},' for name in chosen)})", (home, "REFUSED"): "REFUSED: dict = {}"}
+
+
+def is_family_of(value: object, base: type) -> bool:
+    return isinstance(value, Family) and issubclass(base, value.base)
 
 
 def write_modeling(architecture: str, path: Path) -> None:
@@ -148,7 +167,8 @@ def write_modeling(architecture: str, path: Path) -> None:
 
 def modeling_code(architecture: str) -> str:
     """The whole file for an architecture by its name in the registry; without LocAt for timm's own names, which timm makes itself."""
-    cut, footer = Cut(), ""
+    timms = architecture.removeprefix("locat_")
+    cut, footer = Cut(INSTEAD | only_family(architecture)), ""
     if architecture in MODELS:
         base, defaults, load_filter = MODELS[architecture]
         # what register() needs besides its own names: the class, its options, the filter of its state dicts
@@ -161,10 +181,9 @@ def modeling_code(architecture: str) -> str:
             f"default_cfgs = generate_default_cfgs({{NAME: {config!r}}})\n"
             f"if not is_model(NAME):  # ssl_locat may be there, too\n    register(NAME, {base.__name__}, {defaults!r}, {filter_name})"
         )
-    elif architecture.removeprefix("locat_") in TWINS and architecture.startswith("locat_"):
+    elif timms in TWINS and architecture.startswith("locat_"):
         cut.take(REGISTRY, "register_twin")
-        name = architecture.removeprefix("locat_")
-        footer = f"NAME = {architecture!r}\nif not is_model(NAME):  # ssl_locat may be there, too\n    register_twin({name!r}, {TWINS[name]!r})"
+        footer = f"NAME = {architecture!r}\nif not is_model(NAME):  # ssl_locat may be there, too\n    register_twin({timms!r}, {TWINS[timms]!r})"
     imports = sorted({*cut.imports, "from pathlib import Path", "from timm import is_model"})
     head = (
         f'"""{architecture}, to be opened by transformers with trust_remote_code=True: needs torch, timm and transformers alone.\n\n'

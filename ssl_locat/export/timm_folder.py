@@ -14,7 +14,7 @@ from torch import nn
 
 from ssl_locat.errors import UserError
 from ssl_locat.export.modeling import AUTO_MAP, FILE, write_modeling
-from ssl_locat.models.attach import LocAtModel
+from ssl_locat.models.families.front import LocAtModel
 from ssl_locat.models.jumbo import Jumbo
 from ssl_locat.models.registry import MODELS, TWINS
 

@@ -81,9 +81,19 @@ def gaussian_attention(
     return BACKENDS[backend](q, k, v, coeff, grid, num_prefix_tokens, scale, dropout_p, extra_bias)
 
 
-def dense_bias_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, num_prefix_tokens: int, dropout_p: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d) + zero-pad(bias)) v for any patch-to-patch `bias` [B, heads, N, N] (Laplace, inverse distance)."""
+def dense_bias_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    num_prefix_tokens: int,
+    dropout_p: float = 0.0,
+    extra_bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + zero-pad(bias) + extra_bias) v for any `bias` [B, heads, N, M] between patches (Laplace, pooled queries, ...)."""
     mask = F.pad(bias, [num_prefix_tokens, 0, num_prefix_tokens, 0]).to(q.dtype)
+    if extra_bias is not None:
+        mask = mask + extra_bias
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 

@@ -63,7 +63,7 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
         if attach:  # timm's own name with LocAt's options: its twin, with what is asked for alone
             name, options = f"locat_{name}", {"gaug": False, "prr": False, **options}
     elif attach and base not in MODELS and base.removeprefix("locat_") not in TWINS:
-        raise UserError(f"backbone {name!r} takes no {attach[0]}: LocAt serves timm's ViTs and Swins")
+        raise UserError(f"backbone {name!r} takes no {attach[0]}: LocAt serves the names in docs/locat-on-timm.md")
     try:
         model = timm.create_model(name, **options)
     except UserError:
@@ -71,7 +71,10 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
     except Exception as error:  # timm and torch raise whatever a number or a word that they do not expect leads to
         raise UserError(f"backbone {name!r} refuses its options {options}: {type(error).__name__}: {error}") from error
     if not hasattr(model, "patch_embed"):
-        raise UserError(f"backbone {name!r} has no patches, which everything here is about; choose a ViT or a Swin")
+        raise UserError(
+            f"backbone {name!r} has no patch_embed, from which training and protocols here know its patches; choose a ViT or a Swin, or "
+            "attach LocAt to it by attach_locat, in a program of your own"
+        )
     return with_input_size(model) if "img_size" in options else model
 
 

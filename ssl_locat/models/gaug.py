@@ -17,7 +17,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ssl_locat.errors import UserError, did_you_mean
-from ssl_locat.models.attention import Gaussian, dense_bias_attention, gaussian_attention, gaussian_bias, patch_distances
+from ssl_locat.models.attention import Gaussian, dense_bias_attention, gaussian_attention, patch_distances
 
 FAST_GRID = 32  # from this many rows on, the reference pools queries 2 x 2 in training
 SMALL_ALPHA = -12.0  # softplus of it is 6e-6: invisible in the output, yet its gradient is far above Adam's epsilon
@@ -202,12 +202,17 @@ class GAug(nn.Module):
 
     def bias(self, coefficients: Gaussian, grid: tuple[int, int]) -> Tensor:
         """The bias between patches, [B, heads, N, N] float32, whatever the kernel; slow for large grids."""
-        if self.kernel == "gaussian":
-            return gaussian_bias(coefficients, grid)
         dx, dy = patch_distances(grid, coefficients.alpha.device, coefficients.pool, coefficients.kept)
-        distance = (dx.square().clamp(max=coefficients.clamp) + dy.square().clamp(max=coefficients.clamp)).sqrt()
-        reach = coefficients.ax[..., None] * distance  # [B, heads, N, 1] * [N, N]: row i is query i's
-        return coefficients.alpha[..., None] * (torch.exp(-reach) if self.kernel == "laplace" else 1 / (1 + reach))
+        return self.bias_between(coefficients, dx, dy)
+
+    def bias_between(self, coefficients: Gaussian, dx: Tensor, dy: Tensor) -> Tensor:
+        """The bias for keys that lie dx columns and dy rows from the queries, each [N, M] (or with [B, 1] before) -> [B, heads, N, M]."""
+        dx2, dy2 = dx.square().clamp(max=coefficients.clamp), dy.square().clamp(max=coefficients.clamp)
+        ax, ay, alpha = coefficients.ax[..., None], coefficients.ay[..., None], coefficients.alpha[..., None]
+        if self.kernel == "gaussian":
+            return alpha * torch.exp(-(ax * dx2 + ay * dy2))
+        reach = ax * (dx2 + dy2).sqrt()  # [B, heads, N, 1] * [N, M]: row i is query i's
+        return alpha * (torch.exp(-reach) if self.kernel == "laplace" else 1 / (1 + reach))
 
     def attend(
         self,
@@ -223,13 +228,11 @@ class GAug(nn.Module):
     ) -> Tensor:
         """softmax(q k^T / sqrt(d) + bias + extra_bias) v, the bias being 0 for prefix tokens (eq. 4, 10).
 
-        q, k, v [B, heads, R + N, head_dim], rotated if the model rotates; extra_bias only without prefix tokens."""
+        q, k, v [B, heads, R + N, head_dim], rotated if the model rotates; extra_bias broadcastable to [B, heads, R + N, R + N]."""
         if self.kernel == "gaussian":
             return gaussian_attention(q, k, v, coefficients, grid, num_prefix_tokens, dropout_p=dropout_p, extra_bias=extra_bias)
         bias = self.bias(coefficients, grid)
-        if extra_bias is not None:
-            bias = bias + extra_bias
-        return dense_bias_attention(q, k, v, bias, num_prefix_tokens, dropout_p=dropout_p)
+        return dense_bias_attention(q, k, v, bias, num_prefix_tokens, dropout_p=dropout_p, extra_bias=extra_bias)
 
     def deviation(self, coefficients: Gaussian) -> tuple[Tensor, Tensor]:
         """Learned standard deviations (or lambdas) in patches, along columns and along rows, each [B, heads, N]."""

@@ -76,6 +76,17 @@ def patch_distances(
     return x[..., :, None] - x[..., None, :], y[..., :, None] - y[..., None, :]
 
 
+def cell_centres(grid: tuple[int, int], cell: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Column and row of the centre of each whole cell x cell patches, row-major, float32 [M]."""
+    x, y = coordinates(grid[0] // cell, grid[1] // cell, device=device)
+    return x * cell + (cell - 1) / 2, y * cell + (cell - 1) / 2
+
+
+def distances(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Columns and rows between every query and every key, from their columns and rows [..., N] and [..., M]: dx, dy [..., N, M]."""
+    return queries[0][..., :, None] - keys[0][..., None, :], queries[1][..., :, None] - keys[1][..., None, :]
+
+
 def squared_distances(
     grid: tuple[int, int], clamp: float, pool: int, device: torch.device | None = None, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from ssl_locat.errors import UserError
-from ssl_locat.models.attach import project, rotate
+from ssl_locat.models.families.front import project
+from ssl_locat.models.families.plain import rotate
 from ssl_locat.models.grid import read_mask
 from ssl_locat.models.tokens import run_blocks
 

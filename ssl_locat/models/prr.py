@@ -13,11 +13,14 @@ from timm.models.cait import ClassAttn
 from torch import Tensor, nn
 
 
-def prr(x: Tensor, num_heads: int) -> Tensor:
-    """softmax(x x^T / sqrt(d)) x in each head, over all tokens; x [B, N, D] or a map [B, H, W, D]; the same shape comes back."""
+def prr(x: Tensor, num_heads: int, there: Tensor | None = None) -> Tensor:
+    """softmax(x x^T / sqrt(d)) x in each head, over all tokens; x [B, N, D] or a map [B, H, W, D]; the same shape comes back.
+
+    there: [B, N] bool where some tokens are padding, which nobody reads."""
     tokens = x.flatten(1, -2).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]
     # keys and values are the tokens themselves: [B, heads, N, d]
-    refined = F.scaled_dot_product_attention(tokens, tokens, tokens)
+    mask = None if there is None else there[:, None, None]
+    refined = F.scaled_dot_product_attention(tokens, tokens, tokens, attn_mask=mask)
     return refined.transpose(1, 2).reshape(x.shape)
 
 
@@ -36,9 +39,9 @@ class PRR(nn.Module):
         self.pre_norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
         self.post_norm = nn.LayerNorm(dim) if post_norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, D] or [B, H, W, D] -> the same shape."""
-        return self.post_norm(prr(self.pre_norm(x), self.num_heads))
+    def forward(self, x: Tensor, there: Tensor | None = None) -> Tensor:
+        """x [B, N, D] or [B, H, W, D] -> the same shape; there [B, N]: False for padding."""
+        return self.post_norm(prr(self.pre_norm(x), self.num_heads, there))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

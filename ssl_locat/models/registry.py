@@ -7,7 +7,7 @@
     locatswin_tiny        (timm's swin_tiny_patch4_window7_224);  tiny and base
     locatjumbo_tiny       jumbo_tiny         one class token as wide as six;  tiny and base
 
-    locat_NAME            NAME               any other ViT or Swin of timm by timm's own name, e.g. locat_vit_small_patch14_dinov2
+    locat_NAME            NAME               any other model of the families (families/) by timm's own name, e.g. locat_vit_small_patch14_dinov2
 
 All take timm's options of their class (`patch_size`, `img_size`, `drop_path_rate`, ...) and those of `attach_locat` (`gaug`, `prr`, `pos_resize`).
 """
@@ -37,6 +37,7 @@ from torch import nn
 
 from ssl_locat.errors import UserError
 from ssl_locat.models.attach import attach_locat
+from ssl_locat.models.families import FAMILIES, timms_filter
 from ssl_locat.models.jumbo import Jumbo
 from ssl_locat.models.positions import at_own_grid
 
@@ -132,8 +133,7 @@ def register_twin(name: str, options: dict) -> None:
         model = model_entrypoint(name)(pretrained=pretrained and not exported, **{**options, **given})
         model = attach_locat(model, gaug=gaug, prr=prr, pos_resize=pos_resize)
         if pretrained and exported:
-            timms = filter_eva if isinstance(model, Eva) else filter_swin if isinstance(model, SwinTransformer) else filter_vit
-            load_pretrained(model, num_classes=model.num_classes, in_chans=model.in_chans, filter_fn=partial(at_own_grid, timms))
+            load_pretrained(model, num_classes=model.num_classes, in_chans=model.in_chans, filter_fn=load_filter(model))
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": f"locat_{name}"}
         return model if maps is None else maps_of(model, maps)
 
@@ -142,24 +142,25 @@ def register_twin(name: str, options: dict) -> None:
     register_model(create)
 
 
+def load_filter(model: Any) -> Callable | None:
+    """timm's filter of weights for such a model; told the grid that they are of where timm would take it for a square."""
+    timms: Any = timms_filter(model)
+    return partial(at_own_grid, timms) if isinstance(model, VisionTransformer | Eva | SwinTransformer) else timms
+
+
 def maps_of(model: Any, options: dict[str, Any]) -> nn.Module:
     """The model behind `features_only=True`: of the last three blocks, or every stage, and with what timm notes on it."""
     if "out_indices" not in options:
-        options["out_indices"] = tuple(range(len(model.layers))) if isinstance(model, SwinTransformer) else 3
+        reductions = {info["reduction"] for info in model.feature_info}
+        options["out_indices"] = 3 if len(reductions) == 1 else tuple(range(len(model.feature_info)))
     getter: Any = FeatureGetterNet(model, **options)
     getter.pretrained_cfg = getter.default_cfg = model.pretrained_cfg
     getter.in_chans, getter._traits = model.in_chans, dict(model._traits)
     return getter
 
 
-# timm's modules of models that LocAt attaches to, and what makes them take images of any size
-SERVED = {
-    "vision_transformer": {"dynamic_img_size": True},
-    "deit": {"dynamic_img_size": True},
-    "eva": {"dynamic_img_size": True},
-    "swin_transformer": {"strict_img_size": False},
-}
-TWINS = {name: options for module, options in SERVED.items() for name in list_models(module=module)}
+# timm's names of models that LocAt attaches to, and what makes them take images of any size
+TWINS = {name: family.any_size for family in FAMILIES for module in family.modules for name in list_models(module=module)}
 MODELS = named_models()
 default_cfgs = generate_default_cfgs(
     {

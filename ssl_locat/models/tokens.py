@@ -7,10 +7,12 @@
 The grid of patches is derived from the images in every call, so that one model serves any mix of resolutions.
 """
 
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -51,9 +53,16 @@ def last_blocks(
         raise UserError(
             f"{type(backbone).__name__} has no forward_intermediates, by which timm's models give tokens; choose a timm ViT or Swin"
         )
-    # one [B, D, rows, cols] per stage
-    maps = backbone.forward_intermediates(images, indices=n, norm=False, output_fmt="NCHW", intermediates_only=True)
-    return [Tokens(m.new_empty(m.shape[0], 0, m.shape[1]), m.flatten(2).transpose(1, 2), Grid(*m.shape[2:])) for m in maps]
+    give: dict[str, Any] = {"indices": n, "norm": False, "output_fmt": "NCHW", "intermediates_only": True}
+    if (
+        getattr(backbone, "num_prefix_tokens", 0)
+        and "return_prefix_tokens" in signature(backbone.forward_intermediates).parameters
+    ):
+        pairs = backbone.forward_intermediates(images, return_prefix_tokens=True, **give)
+    else:
+        # one [B, D, rows, cols] per stage
+        pairs = [(m, m.new_empty(m.shape[0], 0, m.shape[1])) for m in backbone.forward_intermediates(images, **give)]
+    return [Tokens(prefix, m.flatten(2).transpose(1, 2), Grid(*m.shape[2:])) for m, prefix in pairs]
 
 
 def run_blocks(
@@ -112,21 +121,38 @@ def refine(backbone: nn.Module, tokens: Tokens) -> Tokens:
 
 def normalise(backbone: nn.Module, tokens: Tokens) -> Tokens:
     """Final norm alone: what patch losses of models without PRR read."""
-    x, prefix = backbone.norm(torch.cat([tokens.prefix, tokens.patches], dim=1)), tokens.prefix.shape[1]
+    norm = getattr(backbone, "norm", None)
+    if norm is None:  # GCViT's, among others, lies in its last stage
+        return tokens
+    x, prefix = norm(torch.cat([tokens.prefix, tokens.patches], dim=1)), tokens.prefix.shape[1]
     return Tokens(x[:, :prefix], x[:, prefix:], tokens.grid)
 
 
 def class_token(backbone: nn.Module, tokens: Tokens) -> Tensor:
     """What a head sees of refined tokens, [B, D]: the class token, all of Jumbo's side by side, or the mean of the patches.
 
-    The mean is taken where the model has no class token or pools by average (`global_pool="avg"`), and normalised if timm does so.
+    The mean is taken where the model has no class token or pools by average (`global_pool="avg"`), and normalised if timm does so; a model
+    with `global_pool="map"` pools by its attention.
     """
+    if getattr(backbone, "attn_pool", None) is not None:
+        whole = getattr(backbone, "pool_include_prefix", True)
+        return backbone.fc_norm(
+            backbone.attn_pool(torch.cat([tokens.prefix, tokens.patches], dim=1) if whole else tokens.patches)
+        )
     if tokens.prefix.shape[1] == 0 or backbone.global_pool == "avg":
         mean = tokens.patches.mean(dim=1)
         return backbone.fc_norm(mean) if hasattr(backbone, "fc_norm") else mean
     return tokens.prefix.flatten(1) if hasattr(backbone, "jumbo_mlp") else tokens.prefix[:, 0]
 
 
+def patch_width(backbone: nn.Module) -> int:
+    """Width of a patch token of the last block; the class token's, `num_features`, may be a multiple of it (Jumbo)."""
+    return backbone.embed_dim if hasattr(backbone, "jumbo_mlp") else backbone.num_features
+
+
 def features(backbone: nn.Module, images: Tensor) -> Tensor:
     """What a head sees of images [B, 3, H, W], [B, D]: norm and PRR included, which timm's `forward_features` has no PRR for."""
+    if not isinstance(backbone, VisionTransformer | Eva | SwinTransformer) and hasattr(backbone, "forward_head"):
+        # others make their class token behind the blocks (CaiT, VOLO), or normalise what is pooled (Hiera)
+        return backbone.forward_head(backbone.forward_features(images), pre_logits=True)
     return class_token(backbone, refine(backbone, forward_tokens(backbone, images)))

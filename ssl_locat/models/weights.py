@@ -14,15 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resize_rel_pos_bias_table
-from timm.models.eva import Eva
-from timm.models.eva import checkpoint_filter_fn as filter_eva
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer import checkpoint_filter_fn as filter_swin
-from timm.models.vision_transformer import checkpoint_filter_fn as filter_vit
 from torch import Tensor, nn
 
 from ssl_locat.errors import CheckpointError
 from ssl_locat.models.attach import set_initial_grid
+from ssl_locat.models.families import FAMILIES, timms_filter
 from ssl_locat.models.jumbo import drop_copies_of_the_shared_mlp
 from ssl_locat.models.layouts import Known, Weights
 from ssl_locat.models.positions import (
@@ -116,13 +113,13 @@ def fit(backbone: nn.Module, known: Known, source: str) -> list[str]:
     state = dict(known.state)
     own = backbone.state_dict()
     drop_copies_of_the_shared_mlp(backbone, state, "")
-    convert: Any = filter_eva if isinstance(backbone, Eva) else filter_vit
+    convert = timms_filter(backbone) if isinstance(backbone, tuple(family.base for family in FAMILIES)) else None
     if isinstance(backbone, SwinTransformer):
-        table, convert = fit_windows(backbone, state, known, source), filter_swin
+        table = fit_windows(backbone, state, known, source)
     else:
         table = fit_positions(backbone, state, known, source)
     try:
-        converted = convert(state, backbone)
+        converted = state if convert is None else convert(state, backbone)
     except (RuntimeError, LookupError) as error:
         raise CheckpointError(
             f"the weights of {source} do not fit this {type(backbone).__name__}: {error}. They must be of such a model."

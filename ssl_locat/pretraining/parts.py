@@ -23,8 +23,8 @@ from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import micro_batch_size
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.probe_options import check_probes
-from ssl_locat.models.attach import LocAtModel
 from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
+from ssl_locat.models.families.front import LocAtModel
 from ssl_locat.models.gaug import GAug
 from ssl_locat.models.packing import cannot_pack
 from ssl_locat.models.tokens import input_grid

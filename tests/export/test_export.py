@@ -223,10 +223,18 @@ def test_vanilla_exports_carry_timms_own_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["locatvit_tiny", "locatvit_tiny_rope_mixed", "locatjumbo_tiny", "locatswin_tiny", "locat_vit_small_patch16_dinov3"]
+    "name",
+    [
+        *("locatvit_tiny", "locatvit_tiny_rope_mixed", "locatjumbo_tiny", "locatswin_tiny", "locat_vit_small_patch16_dinov3"),
+        *("locat_beit_base_patch16_224", "locat_naflexvit_base_patch16_gap", "locat_hiera_tiny_224", "locat_volo_d1_224"),
+    ],
 )
-def test_the_generated_code_stands_alone(name):
+def test_the_generated_code_stands_alone(name, tmp_path):
     code = modeling_code(name)
+    (tmp_path / "modeling.py").write_text(code)
+    undefined = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F821,F811", str(tmp_path / "modeling.py")]
+    found = subprocess.run(undefined, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
     names = {alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)}
     assert {module.partition(".")[0] for module in names} - sys.stdlib_module_names == {"torch", "timm", "transformers"}

@@ -247,7 +247,7 @@ def test_random_timm_models_by_query():
     assert (model.blocks[0].attn.gaug.kernel, model.blocks[0].attn.gaug.alpha) == ("laplace", "one")
     with pytest.raises(UserError, match="expected YAML"):
         load_backbone("timm:locatvit_tiny?gaug={kernel")
-    with pytest.raises(UserError, match="'resnet18' has no patches"):
+    with pytest.raises(UserError, match="'resnet18' has no patch_embed"):
         load_backbone("timm:resnet18")
 
 
