@@ -18,9 +18,10 @@ from timm.layers import Attention, DropPath, PatchDropout, PatchDropoutWithIndic
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ssl_locat.models.attach import Front, GaugAttention, project
 from ssl_locat.models.attention import unsupported_reason
 from ssl_locat.models.attention_packed import Run, as_autocast, packed_attention, sequence_of_token
+from ssl_locat.models.families.front import Front, project
+from ssl_locat.models.families.plain import GaugAttention
 from ssl_locat.models.grid import Grid
 from ssl_locat.models.tokens import Tokens, embed_patches, recomputed
 

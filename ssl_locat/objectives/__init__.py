@@ -3,7 +3,8 @@
 An objective is an nn.Module (its buffers, such as a centre, are saved with the run) with
 
     needs: Needs                                    what it wants beyond class tokens
-    make_head(embed_dim) -> nn.Module               called for student and for teacher; head(Views) -> whatever forward compares
+    make_head(embed_dim) -> nn.Module               called for student and for teacher; head(Views) -> whatever forward compares. embed_dim is the
+                                                    class token's width; make_head(..., patch_dim) is told the patches', too
     forward(student, teacher, progress) -> (loss [], metrics)      outputs of the two heads, for one micro-batch
     finish_step() -> {name: value []}               once per optimiser step, after all micro-batches: centres and the like; more to log
     frozen(head, progress) -> iterable of parameters               of the student's head that must not move at this point

@@ -16,13 +16,15 @@ class Projections(nn.Module):
     """One MLP for class tokens, one for patch tokens, into the anchor's space.
 
     Args:
-        dims: widths of student, hidden layer and anchor.
+        cls, patches: widths of student and anchor.
+        hidden_dim: of the layer between.
     """
 
-    def __init__(self, dims: tuple[int, int, int], refined: bool):
+    def __init__(self, cls: tuple[int, int], patches: tuple[int, int], hidden_dim: int, refined: bool):
         super().__init__()
         self.cls, self.patches = (
-            nn.Sequential(nn.Linear(dims[0], dims[1]), nn.GELU(), nn.Linear(dims[1], dims[2])) for _ in range(2)
+            nn.Sequential(nn.Linear(own, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, anchors))
+            for own, anchors in (cls, patches)
         )
         self.refined = refined
 
@@ -59,8 +61,8 @@ class Distill(nn.Module):
         self.patch_weight, self.hidden_dim, self.refined = patch_weight, hidden_dim, refined
         self.needs = Needs(patches=not refined, refined_patches=refined)
 
-    def make_head(self, embed_dim: int, anchor_dim: int) -> Projections:
-        return Projections((embed_dim, self.hidden_dim, anchor_dim), self.refined)
+    def make_head(self, embed_dim: int, anchor_dim: int, patch_dim: int, anchor_patch_dim: int) -> Projections:
+        return Projections((embed_dim, anchor_dim), (patch_dim, anchor_patch_dim), self.hidden_dim, self.refined)
 
     def forward(self, student: tuple[Tensor, Tensor], anchor: Views, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Projected class tokens [S, B, D'] and patch tokens [T, B, N, D'], the anchor's views of the global crops -> loss [], metrics."""

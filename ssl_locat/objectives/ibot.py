@@ -99,8 +99,8 @@ class IBOT(PrototypeObjective):
         if self.center is not None:
             self.center = Center(self.num_prototypes, self.center_momentum)
 
-    def make_head(self, embed_dim: int) -> PatchScores:
-        return PatchScores(None if self.shares_head_of else DINOHead(embed_dim, **self.head_options), self.refined)
+    def make_head(self, embed_dim: int, patch_dim: int | None = None) -> PatchScores:
+        return PatchScores(None if self.shares_head_of else DINOHead(patch_dim or embed_dim, **self.head_options), self.refined)
 
     @property
     def hidden_share(self) -> float:

@@ -1,6 +1,7 @@
 """Student and teacher: two copies of backbone + heads, who sees which crops, the momentum update; frozen anchors. Knows no loss."""
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.models.packing import allow_packing, packed_tokens
-from ssl_locat.models.tokens import Grid, Tokens, class_token, forward_tokens, input_grid, normalise, refine
+from ssl_locat.models.tokens import Grid, Tokens, class_token, forward_tokens, input_grid, normalise, patch_width, refine
 from ssl_locat.objectives import Masks, Needs, Views
 from ssl_locat.runs.distributed import copy_whole
 
@@ -147,10 +148,6 @@ class StudentTeacher(nn.Module):
         anchors = anchors or {}
         # what any of the objectives reads is computed, once for all of them
         needs = Needs(*(any(flags) for flags in zip(*(objective.needs for objective in objectives.values()), strict=True)))
-        if any(needs) and hasattr(backbone, "jumbo_mlp"):
-            raise UserError(
-                "Jumbo's class token is wider than its patches, so that losses on patches do not fit it; choose another ViT"
-            )
         if needs.masks and not hasattr(backbone, "blocks"):
             raise UserError(
                 f"{type(backbone).__name__} merges its patches from stage to stage, so that masked ones cannot be told apart at its end; "
@@ -217,15 +214,23 @@ def make_heads(backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str
     """One head per objective, by name; those that share another's are given it."""
     heads = nn.ModuleDict()
     for name, objective in objectives.items():
-        anchored = getattr(objective, "anchor", None)
         # an anchor from outside may be wider than the student
-        widths = (anchors.get(name, backbone).num_features,) if anchored else ()
-        heads[name] = objective.make_head(backbone.num_features, *widths)
+        anchor = anchors.get(name, backbone)
+        widths = (anchor.num_features,) if getattr(objective, "anchor", None) else ()
+        # patches may be narrower than the class token (Jumbo's is as wide as six): told to those that ask
+        patches = {"patch_dim": patch_width(backbone), "anchor_patch_dim": patch_width(anchor)}
+        asked = inspect.signature(objective.make_head).parameters
+        heads[name] = objective.make_head(backbone.num_features, *widths, **{k: patches[k] for k in patches if k in asked})
     for name, objective in objectives.items():
         owner = getattr(objective, "shares_head_of", None)
         if owner and owner not in heads:
             raise ConfigError(
                 f"{name} shares the head of {owner!r}, which is not among the objectives: {', '.join(heads)}. Add it."
+            )
+        if owner and patch_width(backbone) != backbone.num_features:
+            raise ConfigError(
+                f"{name} shares the head of {owner!r}, which reads class tokens of {backbone.num_features} numbers, but patches of this "
+                f"{type(backbone).__name__} have {patch_width(backbone)}; leave shared_head out."
             )
         if owner:
             heads[name].share(heads[owner])

@@ -75,7 +75,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_gets_a_gradient(tiny, name, loss):
     """What DDP relies on: it is told to look for unused parameters of other people's models and losses only."""
-    if loss != "dino_koleo" and ("swin" in name or "jumbo" in name):
+    if loss != "dino_koleo" and "swin" in name:
         pytest.skip("no losses on patches")
     small = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
     backbone = create_backbone(name.split()[0], **(MODELS[name] if "swin" in name else small | MODELS[name]))
@@ -87,6 +87,20 @@ def test_every_parameter_gets_a_gradient(tiny, name, loss):
     targets, views = model.targets(crops, 2, masks)[0], model.student(crops, local, 2, masks)
     sum(objective(views[key], targets[key], Progress(0, 0.0, 1.0))[0] for key, objective in objectives.items()).backward()
     assert [key for key, value in model.student.named_parameters() if value.requires_grad and value.grad is None] == []
+
+
+def test_distillation_has_projections_for_both_widths_of_jumbo(tiny):
+    """Its class token is twice as wide as its patches here; as a teacher, too."""
+    small = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
+    jumbo, vit = (
+        create_backbone("locatjumbo_tiny", num_class_tokens=2, **small),
+        create_backbone("vit_tiny", **small | {"embed_dim": 12}),
+    )
+    objectives = build(tiny(COMBINATIONS["distill"]).objectives)
+    for student, teacher, widths in ((jumbo, vit, (48, 24, 12, 12)), (vit, jumbo, (12, 12, 48, 24))):
+        head = StudentTeacher(student, objectives, {"distill": teacher}).student.heads["distill"]
+        found = (head.cls[0].in_features, head.patches[0].in_features, head.cls[2].out_features, head.patches[2].out_features)
+        assert found == widths
 
 
 def test_masked_losses_refuse_models_that_merge_patches(tiny):
@@ -161,7 +175,11 @@ def test_gram_anchors_at_an_earlier_run(tiny, tmp_path):
             [],
             "num_prototypes is 48.*head of 'dino', where it is 32. Leave",
         ),
-        (IBOT, ["backbone={name: locatjumbo_tiny, img_size: 32, patch_size: 8}"], "Jumbo"),
+        (
+            f"[{DINO}, {{name: ibot, shared_head: true}}]",
+            ["backbone={name: locatjumbo_tiny, img_size: 32, patch_size: 8}"],
+            "class tokens of 1152 numbers, but patches of this LocAtJumbo have 192; leave shared_head out",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(tiny, objective, overrides, words):
