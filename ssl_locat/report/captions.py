@@ -55,7 +55,7 @@ TRAINING: list[tuple[str, list[Caption]]] = [
         Caption("RankMe", ("rankme",), "How many directions the teacher's features use, on the images of one step (arXiv:2210.02885).",
                 "May dip in the first tenth, then holds or rises. A fall that lasts costs accuracy.", "dimensions"),
         Caption("Spread of features", ("feature_std",),
-                "1: all directions are used evenly; 0: all images look the same to the teacher.", "0.2 to 1, and steady at the end. Under 0.1 is collapse."),
+                "1: all directions are used evenly; 0: all images look the same to the teacher.", "0.2 to 1, and steady at the end; a dip is harmless while RankMe holds. Under 0.05 is collapse."),
         Caption("Patches like the class token", ("patch_cls_similarity",), "Mean cosine of a patch token with its image's class token.",
                 "Well below 0.9. Near 1 patches no longer say what lies where, which dense tasks need."),
     ]),
