@@ -1,4 +1,4 @@
-"""The errors a user can meet, and the exit code of each. cli.py prints the message alone; a stack trace means our own mistake."""
+"""The errors a user can meet, and the exit code of each. `cli` prints the message alone; a stack trace means our own mistake."""
 
 import errno
 import re
@@ -11,6 +11,7 @@ from ssl_locat.text.shown import printable, redact, shown
 class Told(Exception):
     """Its message is for people: without credentials, which URLs carry, and without what acts on a terminal."""
 
+    # cleaned where it is made: a message ends up in logs, JSON, traces and other processes
     def __init__(self, message: object = ""):
         super().__init__(printable(redact(str(message))))
 
@@ -38,6 +39,7 @@ class CorruptSample(Told):
 
     def __init__(self, reason: str):
         self.reason = shown(reason)
+        # one argument, from which it is made again on its way from a worker process
         super().__init__(self.reason)
 
 
@@ -97,6 +99,7 @@ DISK_ERRORS = {
 def disk_error_message(error: Exception) -> str | None:
     """In words, what the operating system refused, if it is the machine's or the user's to mend; None for an error of ours."""
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    # an OSError has a number; what safetensors raises has the number in its text
     in_words = re.search(r"os error (\d+)|Os { code: (\d+)", str(error))  # all that safetensors gives
     if number is None and in_words:
         number = int(in_words[1] or in_words[2])

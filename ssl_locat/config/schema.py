@@ -7,12 +7,11 @@ torch, so that a wrong key costs a second. The resolved config, written into the
 import os
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
-from ssl_locat.config.habits import in_our_words, our_value
+from ssl_locat.config.mistakes import explain
 from ssl_locat.config.signatures import check_options
 from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, did_you_mean
@@ -432,62 +431,5 @@ def parse(schema: type[T], loaded: LoadedYaml) -> T:
         return schema.model_validate(loaded.data)
     except ValidationError as error:
         # each member of a union complains, mostly in the same words: said once, in the order of the file
-        lines = dict.fromkeys(_explain(schema, item, loaded) for item in error.errors())
+        lines = dict.fromkeys(explain(schema, item, loaded, foreign=schema is Config) for item in error.errors())
         raise ConfigError("\n".join(lines)) from None
-
-
-def _explain(schema: type[BaseModel], item: ErrorDetails, loaded: LoadedYaml) -> str:
-    """One pydantic error as: place: key is value; expected ...; nearest."""
-    key = _yaml_key(item["loc"], loaded.data)
-    name = ".".join(map(str, key)) or loaded.name
-    place = loaded.place(key)
-    kind, message = item["type"], item["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        known = _known_keys(schema, item["loc"][:-1])
-        ours = in_our_words(str(key[-1]), item["input"]) if schema is Config else ""
-        return f"{place}: unknown key {name!r}.{ours or did_you_mean(str(key[-1]), known)} Known here: {', '.join(known)}."
-    if kind == "missing":
-        return f"{loaded.place(key[:-1]) if key[:-1] else loaded.name}: the key {name!r} is missing. It must be given: {_description(schema, item['loc'])}."
-    if kind == "value_error":
-        return f"{place}: {name}: {message}."
-    expected = message[0].lower() + message[1:]
-    if (value := our_value(name, item["input"])) != item["input"]:
-        return f"{place}: {name} is {item['input']!r}, which is {value} here: {name}={value}."
-    return f"{place}: {name} is {item['input']!r}; {expected.replace('input should', 'it should')}."
-
-
-def _yaml_key(loc: tuple, data: Any) -> tuple:
-    """pydantic's location without the names of union members, which no user wrote."""
-    key = []
-    # ("objective", "list[Objective]", 0, "weight") -> ("objective", 0, "weight")
-    for position, part in enumerate(loc):
-        inside = isinstance(data, dict) and part in data
-        listed = isinstance(data, list) and isinstance(part, int) and part < len(data)
-        if inside or listed:
-            data = data[part]
-            key.append(part)
-        elif position == len(loc) - 1 and isinstance(data, dict):
-            key.append(part)  # a missing key
-    return tuple(key)
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections(argument)]
-
-
-def _known_keys(schema: type[BaseModel], loc: tuple) -> list[str]:
-    for part in loc:
-        if part in schema.model_fields:
-            schema = next(iter(_sections(schema.model_fields[part].annotation)), schema)
-    return list(schema.model_fields)
-
-
-def _description(schema: type[BaseModel], loc: tuple) -> str:
-    known = schema
-    for part in loc[:-1]:
-        if part in known.model_fields:
-            known = next(iter(_sections(known.model_fields[part].annotation)), known)
-    found = known.model_fields.get(loc[-1])
-    return (found.description or str(found.annotation)) if found else "see docs/config.md"

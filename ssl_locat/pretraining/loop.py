@@ -24,6 +24,7 @@ from ssl_locat.runs.checkpoint import SAVE_OR_END
 from ssl_locat.runs.distributed import rank
 from ssl_locat.runs.folder import read_summary
 from ssl_locat.runs.log import progress
+from ssl_locat.runs.stop import StopFlag
 from ssl_locat.seeds import mix64
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
     teacher_autocast, student_autocast = autocasts(config, run.device)
     with (
         run.ending(),
-        distributed.StopFlag() as stop,
+        StopFlag() as stop,
         progress("pretraining", length.total_steps, "steps", start=run.step) as bar,
     ):
         monitor = Monitor(run, bar)

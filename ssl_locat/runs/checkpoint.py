@@ -13,7 +13,6 @@ Random state is not stored: what draws numbers in training seeds itself from (se
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import time
@@ -33,8 +32,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ssl_locat.errors import DISK_ERRORS, CheckpointError, Outage, disk_error_message
 from ssl_locat.runs import distributed
@@ -51,6 +48,7 @@ from ssl_locat.runs.marker import (
     step_of,
     write_seal,
 )
+from ssl_locat.runs.tensors import at_least_1d, compare, empty_optimizer_state, is_finite, state_tensors
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +83,7 @@ class Checkpointer:
         self._next_try = 0.0
         self._made = False
         self._synced: dict[str, tuple] = {}  # what of COMMITTED is on disk, by inode, size and time
+        # one thread: saves come to disk in the order of their steps
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # caches pinned buffers
@@ -112,11 +111,12 @@ class Checkpointer:
             self._made = True
         if step == self.last_step and self.failures == 0:
             return  # saved a moment ago, by its period; now asked for again by a stop
-        tensors = _tensors(modules, optimizer)
+        tensors = state_tensors(modules, optimizer)
         scalars = [name for name, tensor in tensors.items() if tensor.ndim == 0]
-        tensors = _at_least_1d(tensors)
+        tensors = at_least_1d(tensors)
         if self._stager.state_dict_cache and self._stager.state_dict_cache.keys() != tensors.keys():
             self._stager.state_dict_cache = None  # AdamW has no state of frozen parameters, and then it has
+        # the copy is what the step waits for; from here on training may change the tensors
         tensors = self._stager.stage(tensors)
         content = {"format": FORMAT, "step": step, "meta": meta, "scaler": scaler_state, "scalars": scalars}
         content["groups"] = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -172,6 +172,7 @@ class Checkpointer:
             return wrong
         expected = distributed.broadcast_object(hashes(path) if distributed.is_main() else None)
         names = sorted(expected)
+        # each file is hashed by one rank: reading a large checkpoint takes as long as its disk gives, not ranks times that
         own = names[distributed.rank() :: distributed.world_size()]
         votes = torch.tensor([name in own and damage(path, expected, [name]) is not None for name in names], dtype=torch.int64)
         bad = distributed.sum_on_cpu_(votes).tolist()
@@ -222,25 +223,26 @@ class Checkpointer:
         with _explained(path):
             reader = HuggingFaceStorageReader(str(path))
             saved = reader.read_metadata().state_dict_metadata
-        targets = _at_least_1d(_tensors(modules))
+        targets = at_least_1d(state_tensors(modules))
         if may_differ is not None:
             targets = {name: tensor for name, tensor in targets.items() if name in saved or not name.startswith(may_differ)}
             known = targets.keys()
             saved = {name: info for name, info in saved.items() if name in known or not name.startswith(may_differ)}
-        _compare(path, saved, targets)
+        compare(path, saved, targets)
         if may_differ is None and len(content["groups"]) != len(optimizer.param_groups):
             raise CheckpointError(
                 f"{path} has {len(content['groups'])} parameter groups, the optimiser here has {len(optimizer.param_groups)}."
             )
-        state = _empty_optimizer_state(modules, optimizer, saved)
+        state = empty_optimizer_state(modules, optimizer, saved)
         flat = {f"optimizer.{name}.{key}": value for (name, _), values in state.items() for key, value in values.items()}
         with _explained(path):
-            dcp.load(targets | _at_least_1d(flat), storage_reader=reader, no_dist=True)
+            # no_dist: each rank reads what its own shards need, whatever sharding was saved
+            dcp.load(targets | at_least_1d(flat), storage_reader=reader, no_dist=True)
         for (_, parameter), values in state.items():
             optimizer.state[parameter] = values
         for group, values in zip(optimizer.param_groups, content["groups"], strict=True) if may_differ is None else ():
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-        if not_finite := [name for name, tensor in (targets | flat).items() if not _is_finite(tensor)]:
+        if not_finite := [name for name, tensor in (targets | flat).items() if not is_finite(tensor)]:
             log.warning(
                 "%s: %d tensors hold NaN or infinity, %s first: training from it cannot succeed. Resume from an earlier checkpoint "
                 "(--resume PATH), with a lower lr.",
@@ -292,6 +294,7 @@ class Checkpointer:
         """The hashes of all ranks' files; each rank wrote at most one."""
         if self._group is None:
             return own
+        # 512 bytes hold a file name and its 64 digits; gathered tensors must be of one size
         packed = torch.frombuffer(bytearray(json.dumps(own).encode().ljust(512)), dtype=torch.uint8)
         parts = [torch.empty_like(packed) for _ in range(distributed.world_size())]
         dist.all_gather(parts, packed, group=self._group)
@@ -299,6 +302,7 @@ class Checkpointer:
 
     def _begin(self, partial: Path) -> None:
         self.folder.mkdir(exist_ok=True)  # without parents: a run folder that was moved away must not appear again
+        # of a save that was killed
         for leftover in self.folder.glob(".step_*.partial"):
             shutil.rmtree(leftover)
         partial.mkdir()
@@ -410,99 +414,6 @@ def _explained(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and disk_error_message(error):
             raise
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}. Take another checkpoint of this run.") from error
-
-
-# ---- names and tensors
-
-
-def plain_name(module: nn.Module, name: str) -> str:
-    """`name` as in the bare module: without the levels that DDP, torch.compile and checkpoint wrappers put in."""
-    parts: list[str] = []
-    current: nn.Module | None = module
-    for part in name.split("."):
-        wrapper = (isinstance(current, DistributedDataParallel) and part == "module") or part in (
-            "_orig_mod",
-            "_checkpoint_wrapped_module",
-        )
-        parts += [] if wrapper else [part]
-        current = getattr(current, part, None) if current is not None else None
-    return ".".join(parts)
-
-
-def _tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """All state by name; tensors share memory with the modules'."""
-    found = {}
-    for prefix, module in modules.items():
-        for name, tensor in module.state_dict().items():
-            found[f"{prefix}.{plain_name(module, name)}"] = tensor
-    if optimizer is not None:
-        for name, parameter in _parameters(modules, optimizer).items():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                found[f"optimizer.{name}.{key}"] = value
-    return found
-
-
-def _parameters(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The optimizer's parameters by name; those without state yet (frozen so far) included."""
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {
-        f"{prefix}.{plain_name(module, name)}": parameter
-        for prefix, module in modules.items()
-        for name, parameter in module.named_parameters()
-        if id(parameter) in owned
-    }
-
-
-def _empty_optimizer_state(modules: dict, optimizer: torch.optim.Optimizer, saved: dict) -> dict:
-    """{(name, parameter): {key: tensor to fill}} for what the checkpoint holds; sharded as the parameter is."""
-    state: dict = {}
-    for name, parameter in _parameters(modules, optimizer).items():
-        for key in [full.removeprefix(f"optimizer.{name}.") for full in saved if full.startswith(f"optimizer.{name}.")]:
-            if "." in key:
-                continue  # a longer parameter name that begins alike
-            info = saved[f"optimizer.{name}.{key}"]
-            if info.size == parameter.shape and parameter.ndim > 0 and key != "step":
-                value = torch.empty_like(parameter, dtype=info.properties.dtype, requires_grad=False)
-            else:  # a count of steps: on the parameter's device if the optimizer is fused, else on the CPU
-                group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-                on_device = group.get("fused") or group.get("capturable")
-                value = torch.empty((), dtype=info.properties.dtype, device=parameter.device if on_device else "cpu")
-            state.setdefault((name, parameter), {})[key] = value
-    return state
-
-
-def _compare(path: Path, saved: dict[str, Any], targets: dict[str, Tensor]) -> None:
-    """CheckpointError if the checkpoint's model is not the one in memory. saved: torch's metadata by name."""
-    for name, info in saved.items():
-        if sum(math.prod(chunk.sizes) for chunk in info.chunks) != math.prod(info.size):
-            raise CheckpointError(f"{path} cannot be read: the parts of {name} do not make up its shape {tuple(info.size)}.")
-    saved = {name: info for name, info in saved.items() if not name.startswith("optimizer.")}
-    missing, extra = sorted(targets.keys() - saved.keys()), sorted(saved.keys() - targets.keys())
-    both = [(name, saved[name], tensor) for name, tensor in targets.items() if name in saved]
-    shapes = [f"{name}: {tuple(info.size)} saved, {tuple(t.shape)} here" for name, info, t in both if info.size != t.shape]
-    types = [f"{n}: {i.properties.dtype} saved, {t.dtype} here" for n, i, t in both if i.properties.dtype != t.dtype]
-    for what, names in (
-        ("lacks", missing),
-        ("has besides", extra),
-        ("differs in shape", shapes),
-        ("differs in type", types),
-    ):
-        if names:
-            listed = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise CheckpointError(
-                f"{path} belongs to another model: it {what} {listed}. Resume with the config.yaml in its run folder, "
-                "or start anew in another run_dir."
-            )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return not own.is_floating_point() or bool(own.isfinite().all())
-
-
-def _at_least_1d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Views with the same memory; safetensors storage wants at least one dimension."""
-    return {name: tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach() for name, tensor in tensors.items()}
 
 
 # ---- files

@@ -1,4 +1,4 @@
-"""Processes that train together: set-up, the few collectives the project uses, and an agreement on when to stop.
+"""Processes that train together: set-up, and the few collectives the project uses. stop.py holds their agreement on when to stop.
 
 Every call is a no-op on one process, so that code written with them runs on a laptop unchanged. A process knows its place from
 RANK, WORLD_SIZE and LOCAL_RANK (torchrun sets them; cluster/launch.py sets them inside a Slurm job). They meet at MASTER_ADDR:MASTER_PORT,
@@ -10,9 +10,7 @@ import json
 import logging
 import os
 import re
-import signal
 import socket
-import sys
 import time
 import traceback
 import uuid
@@ -22,7 +20,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +38,6 @@ log = logging.getLogger(__name__)
 
 # Longer than a store's outage budget (5 min), during which one rank may wait for data while the others wait for it.
 TIMEOUT = timedelta(minutes=10)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 COMMON_FAILURE_SECONDS = 15  # ranks that fail alike do so at the same collective, or in checks of the same few files
 ROLL_CALL_SECONDS = 5  # ranks notice a lost one within a second of each other: each has a vote under way at every step
@@ -108,7 +104,9 @@ def setup(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
         options["store"], _, _ = next(dist.rendezvous("env://", timeout=timeout))
         options["store"].set_timeout(timeout)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+            # torchrun restarts ranks against the same store: what the former ones left must not be read
             options["store"] = dist.PrefixStore(_attempt(options["store"], timeout), options["store"])
+    # apart from the process group's keys: the roll is called when the group is broken
     own = dist.PrefixStore("ssl_locat", options["store"])
     options["store"] = dist.PrefixStore("processes", options["store"])
     dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timeout, **options)
@@ -250,6 +248,11 @@ def failed_alike(what: str) -> bool:
     return world_size() == 1 or _roll is None or not _roll.missing(COMMON_FAILURE_SECONDS, f"failed: {what},")
 
 
+def cpu_group() -> Any:
+    """The group for agreements and small objects, whatever device the ranks train on; None on one process."""
+    return _cpu_group
+
+
 def barrier() -> None:
     """Waits for all ranks; names those that do not come."""
     if world_size() > 1:
@@ -313,6 +316,7 @@ class SyncBatchNorm(nn.BatchNorm1d):
     def _over_ranks(self, x: Tensor) -> Tensor:
         others = [dim for dim in range(x.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
+        # values per channel over all ranks
         count = world_size() * x.numel() // x.shape[1]
         # two sums, one after the other: E[x^2] - E[x]^2 in one would lose digits
         mean: Tensor = _SumOverRanks.apply(x.float().sum(others)) / count
@@ -341,90 +345,6 @@ def broadcast_object(value: Any = None) -> Any:
         payload = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(payload, src=0, group=_cpu_group)
     return json.loads(payload.numpy().tobytes())
-
-
-_remembered = 0  # a signal that came before there was a loop to stop
-
-
-def remember_signals() -> None:
-    """From here on a stop signal is kept for the next `StopFlag`; before that, it would end the process with nothing saved."""
-
-    def keep(number: int, _frame: FrameType | None) -> None:
-        global _remembered
-        _remembered = _remembered or number
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, keep)
-    deliver_signals()
-
-
-def deliver_signals() -> None:
-    """Those that came while the process started were held back (cluster/launch.py blocks them): let them reach their handlers."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-class StopFlag:
-    """A wish to stop (time limit, preemption, Ctrl-C) that all ranks follow at the same step.
-
-    Handlers only set a flag: whatever the signal meets (a collective, a compile) is finished first. A second Ctrl-C ends the
-    process at once. Use as a context manager around the loop; call `agreed()` once per step on every rank.
-    """
-
-    def __init__(self) -> None:
-        self.signal = _remembered  # the first that arrived here; 0: none
-        self._work: dist.Work | None = None
-        self._vote = torch.zeros(2, dtype=torch.int64)
-        self.wish = 0  # the largest of all ranks' at the last call of `agreed`
-        # gloo passes a vote on in a ring, some 50 us a rank: on many ranks it gets several steps to arrive in
-        self._every, self._calls = max(1, world_size() // 64), 0
-        self._former: dict = {}
-        self._own_wish = 0  # until it is voted for
-
-    @property
-    def requested(self) -> bool:
-        return self.signal != 0
-
-    @property
-    def reason(self) -> str:
-        """Name of the signal agreed on, such as 'SIGUSR2'; '' before that."""
-        return signal.Signals(self.signal).name if self.signal else ""
-
-    def __enter__(self) -> "StopFlag":
-        self._former = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # where a rank is lost, torchrun's agent and Slurm end the others at once: what they have to say about it takes some seconds
-        ignored = STOP_SIGNALS if error and _roll is not None else ()
-        for number, handler in self._former.items():
-            signal.signal(number, signal.SIG_IGN if number in ignored and number != signal.SIGINT else handler or signal.SIG_DFL)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
-            sys.exit(130)
-        self.signal = self.signal or number
-
-    def agreed(self, wish: int = 0) -> bool:
-        """True on all ranks at the same call once any rank was signalled; `.wish` is the largest `wish` of all ranks at a former call.
-
-        The vote of this call is read at the next one (with more than 127 ranks, some calls later), by when it has long arrived: no
-        step waits for it. If a rank is gone, the vote raises here: this is also the heartbeat.
-        """
-        if _cpu_group is None:
-            self.wish = wish
-            return self.requested
-        self._calls, self.wish, self._own_wish = self._calls + 1, 0, max(self._own_wish, wish)
-        if self._calls % self._every:
-            return False
-        if self._work is not None:
-            self._work.wait()
-            voted, self.wish = self._vote.tolist()
-            if voted:
-                self.signal, self._work = voted, None
-                return True
-        self._vote, self._own_wish = torch.tensor([self.signal, self._own_wish]), 0
-        self._work = dist.all_reduce(self._vote, dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
-        return False
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:

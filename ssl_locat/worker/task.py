@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from ssl_locat.cli import app
 from ssl_locat.cluster.jobs import write_status
 from ssl_locat.errors import EXPECTED, Outage, Preempted, disk_error_message
-from ssl_locat.runs import distributed, log
+from ssl_locat.runs import distributed, log, stop
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ def run(arguments: list[str], folder: str, cwd: str, max_requeues: int) -> None:
     os.chdir(cwd)
     log.setup()
     if arguments[0] in SAVING:
-        distributed.remember_signals()
+        stop.remember_signals()
     else:  # begins again when requeued: nothing to save, and Slurm requeues only what did not exit by itself
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
-        distributed.deliver_signals()
+        stop.deliver_signals()
     if distributed.is_main():
         shutil.rmtree(faults, ignore_errors=True)
         Path(folder, f"{job}_0_result.pkl").unlink(missing_ok=True)  # of an attempt whose node was lost

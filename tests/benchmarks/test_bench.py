@@ -8,8 +8,8 @@ import torch
 import typer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_locat import cli
 from ssl_locat.benchmarks import attention, bench, label_free, objectives, slow_step, start, step, timing
+from ssl_locat.cli import commands
 from ssl_locat.errors import UserError
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.optim.optim import clip_gradients
@@ -53,7 +53,7 @@ def test_a_case_that_fails_loses_no_other(rows, monkeypatch, capsys):
     monkeypatch.setitem(bench.BENCHES, "start", "ssl_locat.benchmarks.is_not_there")
     monkeypatch.setitem(bench.BENCHES, "memory", "ssl_locat.benchmarks.is_not_there")
     with pytest.raises(typer.Exit) as stopped:
-        cli.bench("all", as_json=True)
+        commands.bench("all", as_json=True)
     assert stopped.value.exit_code == 1
     printed = json.loads(capsys.readouterr().out)
     assert printed["rows"] == rows

@@ -12,7 +12,7 @@ from processes import run_ranks, start_ranks
 
 from ssl_locat.errors import ConfigError
 from ssl_locat.runs import distributed
-from ssl_locat.runs.distributed import StopFlag
+from ssl_locat.runs.stop import StopFlag
 
 
 def test_one_process_needs_no_group():
@@ -109,7 +109,7 @@ def test_signal_stops_one_process_at_the_step_border():
 
 def test_second_interrupt_ends_the_process_at_once():
     code = (
-        "import os, signal\nfrom ssl_locat.runs.distributed import StopFlag\n"
+        "import os, signal\nfrom ssl_locat.runs.stop import StopFlag\n"
         "with StopFlag() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    assert stop.requested\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    print('still here')\n"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ssl_locat.errors import Preempted
-from ssl_locat.runs.distributed import StopFlag
+from ssl_locat.runs.stop import StopFlag
 
 # one for the process: handing it through every protocol would put it into their signatures, which are the YAML
 _flag: StopFlag | None = None
