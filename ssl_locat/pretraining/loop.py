@@ -56,7 +56,7 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
     ):
         monitor = Monitor(run, bar)
         if run.probes.owed(run.step):
-            with monitor.paused(run.probes.period):
+            with monitor.paused("probe", run.probes.period):
                 run.probe()
         while not run.finished:
             # all that is random or scheduled is a function of (seed, step, rank): the same again after a resume
@@ -101,12 +101,12 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
             monitor.log(metrics, rate, positions, teacher_tokens)
             stopped, done = stop.agreed(run.checkpointer.wish()), run.step == length.total_steps
             if stopped or done or stop.wish or run.saves_at(run.step):
-                with monitor.paused(config.checkpoint.every_steps):
+                with monitor.paused("save", config.checkpoint.every_steps):
                     run.save(block=stopped or done or stop.wish == SAVE_OR_END)
             if stopped:
                 break
             if run.probes.due(run.step) and not done:  # the last one waits for export and summary
-                with monitor.paused(run.probes.period):
+                with monitor.paused("probe", run.probes.period):
                     run.probe()
                 if run.finished:  # by its rule: what ends here is whole and on disk
                     monitor.look_for_nan()

@@ -38,12 +38,12 @@ class Monitor:
         self.own_losses: list[tuple[int, Tensor, list]] = []  # (step, this rank's loss, positions), since the last look at them
 
     @contextmanager
-    def paused(self, every: int) -> Iterator[None]:
+    def paused(self, kind: str, every: int) -> Iterator[None]:
         """A save or a probe, which comes every so many steps: no part of images/s, and told to the bar for its ETA."""
         began = time.monotonic()
         with self.speed.paused():
             yield
-        self.bar.pause(time.monotonic() - began, every)
+        self.bar.pause(time.monotonic() - began, kind, every)
 
     def log(self, metrics: dict[str, Tensor], rate: Rates, positions: list, teacher_tokens: Tokens) -> None:
         """At the end of a step. metrics: scalars of this rank; teacher_tokens: of the last micro-batch's global crops.

@@ -132,14 +132,14 @@ class _Bar:
         self.fields: dict[str, float | str] = {}
         self.began = time.monotonic()
         self.counted_from: int | None = None  # what was done when the rate's clock began
-        self.pauses: dict[int, float] = {}  # period -> seconds of the last pause of that period
+        self.pauses: dict[str, tuple[int, float]] = {}  # kind -> its period, and the seconds of the last one
 
-    def pause(self, seconds: float, every: int | None = None) -> None:
-        """Time that was no work: kept out of the rate. `every`: it comes again each time so many more are done, and at the end."""
+    def pause(self, seconds: float, kind: str = "", every: int | None = None) -> None:
+        """Time that was no work: kept out of the rate. `every`: this kind of pause comes again at each multiple of it, and at the end."""
         # the clock of the rate stands still meanwhile
         self.began += seconds
         if every:
-            self.pauses[every] = seconds
+            self.pauses[kind] = every, seconds
 
     def update(self, n: int = 1, **fields: float | str) -> None:
         """`n` more done; `fields` (loss=2.31) stay shown until replaced. Floats, no device tensors: showing must not wait."""
@@ -164,10 +164,14 @@ class _Bar:
             unit = self.unit or "it"
             parts.append(f"{rate:.3g} {unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{unit.removesuffix('s')}")
             if self.total and self.done < self.total:
-                left = self.total - self.done
-                pauses = sum(seconds * -(-left // every) for every, seconds in self.pauses.items())
-                parts.append(f"ETA {duration(left / rate + pauses)}")
+                parts.append(f"ETA {duration((self.total - self.done) / rate + self._pauses_to_come(self.total))}")
         return "  ".join(parts)
+
+    def _pauses_to_come(self, total: int) -> float:
+        """Seconds: of each kind, one at every multiple of its period that is left, and one at the end where that is none."""
+        return sum(
+            seconds * (total // every - self.done // every + bool(total % every)) for every, seconds in self.pauses.values()
+        )
 
 
 class _RichBar(_Bar):

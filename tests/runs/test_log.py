@@ -3,6 +3,8 @@ import json
 import logging
 import os
 import pty
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +140,7 @@ def test_the_eta_leaves_out_a_slow_start_and_counts_probes_to_come(monkeypatch):
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     bar = log._Bar("pretraining", 100, "steps", 0)
     now[0] += 20
-    bar.pause(20, every=50)
+    bar.pause(20, "probe", every=50)
     now[0] += 30
     bar.update()
     for _ in range(30):  # the first minute is over
@@ -146,6 +148,33 @@ def test_the_eta_leaves_out_a_slow_start_and_counts_probes_to_come(monkeypatch):
         bar.update()
     left = 69 * 1 + 2 * 20
     assert bar.words().endswith(f"ETA {log.duration(left)}"), bar.words()
+
+
+@pytest.mark.parametrize("step", [0.05, 0.4, 2.0])
+@pytest.mark.parametrize("resumed_at", [0, 130])
+def test_the_eta_after_a_minute_is_right_within_a_quarter_on_a_steady_machine(monkeypatch, step, resumed_at):
+    """Steps that vary by a third, the first one slow; probes and saves at the same period, which the length is no multiple of; a save in
+    the midst of the first minute, whose like must be counted to the end."""
+    now, draws = [0.0], random.Random(7)
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    total, every = resumed_at + round(600 / step) + 7, max(1, round(50 / step))
+    bar, told = log._Bar("pretraining", total, "steps", resumed_at), None
+
+    def pause(kind, seconds):
+        now[0] += seconds
+        bar.pause(seconds, kind, every)
+
+    pause("probe", 9)
+    for number in range(resumed_at + 1, total + 1):
+        now[0] += step * draws.uniform(0.67, 1.33) + 15 * (number == resumed_at + 1)
+        bar.update()
+        if number % every == 0 or number == total:
+            pause("save", 1)
+            pause("probe", 9)
+        if told is None and now[0] > 60 + 9 + 15:
+            told = bar.words().rpartition("ETA ")[2], now[0]
+    minutes, seconds = re.fullmatch(r"(\d+) min (\d+) s", told[0]).groups()
+    assert 60 * int(minutes) + int(seconds) == pytest.approx(now[0] - told[1], rel=0.25)
 
 
 @pytest.mark.parametrize("setting", ["quiet", "rank"])
