@@ -112,8 +112,18 @@ def pytest_unconfigure(config) -> None:
 
 
 def _not_shared(processes: list[int]) -> list[int]:
-    """Without multiprocessing's helpers, which end by themselves when nobody uses them any more."""
-    return [pid for pid in processes if not any(name.encode() in _read(pid, "cmdline") for name in SHARED)]
+    """Without multiprocessing's helpers, which end by themselves when nobody uses them any more. They are children of this process; what the
+    fork server forked is not, though it carries the server's command line."""
+    return [
+        pid
+        for pid in processes
+        if _parent(pid) != os.getpid() or not any(name.encode() in _read(pid, "cmdline") for name in SHARED)
+    ]
+
+
+def _parent(pid: int) -> int:
+    stat = _read(pid, "stat").decode(errors="replace").rpartition(")")[2].split()  # after the name, which may hold anything
+    return int(stat[1]) if stat else 0
 
 
 _before, _failed = pytest.StashKey(), pytest.StashKey()

@@ -1,6 +1,5 @@
 """Every command and every Python line of the README runs, in a folder of its own, on tiny sizes."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -79,9 +79,7 @@ def folder(tmp_path_factory):
 def run(folder: Path, command: str, more: list[str]) -> None:
     words = shlex.split(command)
     assert words[0] == "ssl-locat", command
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    full = [sys.executable, "-m", "ssl_locat.cli", *words[1:], *more]
-    done = subprocess.run(full, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_command(*words[1:], *more, folder=folder)
     assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
 
 

@@ -1,13 +1,11 @@
 """Profiles, dry runs, sweeps; and real runs by torchrun and by submitit's LocalExecutor. Slurm itself: test_slurm.py."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
+from processes import Command, run_command
 
 from ssl_locat import cli
 from ssl_locat.cluster import jobs, launch
@@ -170,10 +168,9 @@ def test_job_says_itself_what_slurm_does_not_know(here, monkeypatch):
         jobs.stop(["21"])
 
 
-def start(here, on: str, run: str, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "ssl_locat.cli", "pretrain", "config.yaml", f"run_dir=runs/{run}", *more, "--on", on]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
+def start(here, on: str, run: str, *more: str) -> Command:
+    """The command is warm; the processes that it launches are started as a user's are."""
+    return run_command("pretrain", "config.yaml", f"run_dir=runs/{run}", *more, "--on", on, folder=here)
 
 
 def test_torchrun_and_local_processes_train_alike(here):

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from processes import Command, start_job
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scenes import write_split
@@ -26,23 +27,21 @@ MODEL = "timm:locatvit_tiny?img_size=32&patch_size=8&embed_dim=48&num_heads=3&de
 def command(tmp_path):
     """`command("evaluate", ...)` starts the real program in tmp_path; its progress lies in tmp_path/state."""
     started = []
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
-    def start(*words: str, **options) -> subprocess.Popen:
-        environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path, "env": environment}
-        started.append(subprocess.Popen([sys.executable, "-m", "ssl_locat.cli", *words], **pipes, **options))
+    def start(*words: str) -> Command:
+        started.append(Command(*words, folder=tmp_path, environment=environment))
         return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(condition, process: Command, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -59,19 +58,17 @@ def test_evaluate_saves_at_the_signal_and_the_same_command_resumes_within_an_epo
     first = command(*training(data))
     wait_for(lambda: list(progress.glob("linear-*.safetensors")), first)  # an epoch is done
     first.send_signal(signal.SIGUSR2)
-    out, err = first.communicate(timeout=120)
-    assert first.returncode == 4 and not out, err
-    assert "Stopped by SIGUSR2 in linear, step" in err and "resumes" in err
+    assert first.wait() == 4 and not first.stdout, first.stderr
+    assert "Stopped by SIGUSR2 in linear, step" in first.stderr and "resumes" in first.stderr
     (kept,) = progress.glob("linear-*.safetensors")
     with safe_open(kept, "pt") as file:
         stopped_at = int(file.metadata()["step"])
     assert 4 <= stopped_at < 160
     second = command(*training(data))
-    out, err = second.communicate(timeout=240)
-    assert second.returncode == 0, err
+    assert second.wait() == 0, second.stderr
     assert not list(progress.iterdir())  # finished: nothing to resume from
-    expected, err = whole.communicate(timeout=240)
-    assert json.loads(out)["metrics"] == json.loads(expected)["metrics"], err
+    assert whole.wait() == 0, whole.stderr
+    assert json.loads(second.stdout)["metrics"] == json.loads(whole.stdout)["metrics"]
 
 
 def test_a_scaler_and_a_plan_are_kept_with_the_progress(tmp_path):
@@ -110,16 +107,14 @@ def test_two_jobs_share_a_tables_cells_and_a_stopped_cell_resumes(tmp_path, comm
     cells = tmp_path / "results" / "cells"
     wait_for(lambda: list(cells.glob("linear-*.progress.safetensors")), first)
     first.send_signal(signal.SIGTERM)
-    _, err = first.communicate(timeout=120)
-    assert first.returncode == 4, err
+    assert first.wait() == 4, first.stderr
     (progress,) = cells.glob("linear-*.progress.safetensors")
     with safe_open(progress, "pt") as file:
         step = int(file.metadata()["step"])
     assert 0 < step < 90 and not list(cells.glob("linear-*.json"))
     both = [command("table", str(path)) for _ in range(2)]
     for process in both:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        assert process.wait() == 0, process.stderr
     results = [json.loads(file.read_text()) for file in cells.glob("*.json")]
     assert len(results) == 3 and not list(cells.glob("*.progress.safetensors")) and not list(cells.glob("*.lock"))
     assert (tmp_path / "results" / "table.csv").read_text().count("linear") == 1
@@ -148,20 +143,15 @@ def test_a_cell_that_fails_on_one_of_two_processes_ends_the_job_and_one_that_fai
     )
     text = re.sub("  linear: .*", "  torn: {protocol: knn, data: torn, metric: top1_k3, options: {k: [3], workers: 0}}", text)
     path.write_text(text)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ssl_locat"]
-    process = subprocess.run(
-        [*launcher, "table", str(path)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
-    )
-    assert process.returncode != 0 and "not an image" in process.stderr
+    job = start_job(2, "table", str(path), environment={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    codes = [process.wait() for process in job]
+    said = "".join(process.stderr for process in job)
+    assert any(codes) and "not an image" in said
     measured = list((tmp_path / "results" / "cells").glob("*.json"))
     if where == "both":
-        assert len(measured) == 1 and "1 of 2 cells of the table could not be measured" in process.stderr, process.stderr
+        assert len(measured) == 1 and "1 of 2 cells of the table could not be measured" in said, said
     else:
-        assert not measured and "ours, torn: " in process.stderr, process.stderr
+        assert not measured and "ours, torn: " in said, said
 
 
 def test_a_cell_that_another_job_holds_is_left_to_it(tmp_path):
@@ -193,9 +183,8 @@ def spoiled(tmp_path_factory):
 def test_a_metric_that_is_no_number_is_null_in_json_and_ends_with_code_2(tmp_path, command, spoiled):
     data = write_split(tmp_path / "data", num_train=24, num_test=12)
     process = command("evaluate", "locality", str(spoiled), f"data.test={data['test']}", "out=null", "workers=0", "--json")
-    out, err = process.communicate(timeout=240)
-    metrics = json.loads(out, parse_constant=pytest.fail)["metrics"]
-    assert process.returncode == 2 and None in metrics.values() and "not finite" in err, err
+    assert process.wait() == 2 and "not finite" in process.stderr, process.stderr
+    assert None in json.loads(process.stdout, parse_constant=pytest.fail)["metrics"].values()
 
 
 def test_a_table_ends_with_the_highest_code_of_its_cells(tmp_path):
