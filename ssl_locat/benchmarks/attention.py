@@ -57,11 +57,13 @@ def packed_rows(repeats: int) -> list[dict]:
 def measure(side: int, batch: int, precision: str, dtype: torch.dtype, repeats: int) -> list[dict]:
     tokens, patches = side * side + PREFIX, side * side
     q, k, v = (torch.randn(batch, HEADS, tokens, HEAD_DIM, device=device(), dtype=dtype, requires_grad=True) for _ in range(3))
+    # positive, as GAug's coefficients are; fp32 under any precision, as in the model
     ax, ay, alpha = (torch.rand(batch, HEADS, patches, device=device(), requires_grad=True) for _ in range(3))
     cotangent = torch.randn_like(q)
 
     def gaussian(backend: str) -> object:
         out = gaussian_attention(q, k, v, Gaussian(ax, ay, alpha, (side - 1.0) ** 2), (side, side), PREFIX, backend=backend)
+        # returned, not accumulated into .grad: adding up would be timed, too
         return torch.autograd.grad(out, [q, k, v, ax, ay, alpha], cotangent)
 
     def plain() -> object:

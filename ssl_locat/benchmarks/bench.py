@@ -50,6 +50,7 @@ def run(what: str, as_json: bool = False, compare: Path | None = None, quick: bo
                 try:
                     found = measure()
                 except Exception as error:
+                    # a case stands alone: the trace goes to --verbose, the next case runs
                     log.debug("bench %s, %s", name, case, exc_info=True)
                     log.error("bench %s, %s: not measured: %s: %s", name, case, type(error).__name__, error)
                     failed.append({"bench": name, "case": case, "error": f"{type(error).__name__}: {error}"})
@@ -146,5 +147,6 @@ def versions() -> dict[str, str]:
 
 
 def describe(found: dict) -> str:
+    # without a GPU other work on the machine must not count (timing.py)
     gpu = f", {found['gpu']}" if "gpu" in found else "; times are CPU-seconds"
     return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, load {found['load']:.1f}{gpu}. Lower ratios of time are better."

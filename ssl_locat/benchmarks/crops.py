@@ -67,6 +67,7 @@ def _device_rows(jpegs: list[bytes], repeats: int) -> list[dict]:
     for mode in MODES:
         crops = MultiCrop(mode=mode)
         payload = crops.collate([crops.cut(decode_image(jpeg), seed) for seed, jpeg in enumerate(jpegs)])
+        # as the loop has them: from pageable memory the copy would wait for the host
         payload = {name: tensor.pin_memory() for name, tensor in payload.items()}
         variants[mode] = partial(crops.finish, payload, "cuda")
     return time_rows("crops", f"on the device, {len(jpegs)} images", side_by_side(variants, repeats), "cpu")

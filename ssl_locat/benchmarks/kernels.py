@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of the Triton kernels, compiled ahead of time for a GPU that need not be there.
 
-python -m ssl_locat.benchmarks.kernels 90 bfloat16 64 [packed]     (compute capability, dtype, head dimension) -> JSON
+python -m ssl_locat.benchmarks.kernels 90 bfloat16 64 [packed]     (compute capability, dtype, head dimension; several threes in a row) -> JSON
 """
 
 import json
@@ -36,12 +36,14 @@ def compile_kernel(kernel: Any, capability: int, dtype: str, head_dim: int, pack
             signature[name], constants[(index,)] = "constexpr", options[name]
         elif name == "TABLE" and packed:
             signature[name] = "*i32"
+        # None at launch, too: Triton then leaves the branch out
         elif name in ("KEPT", "TABLE"):
             signature[name], constants[(index,)] = "constexpr", None
         elif name in IN_DTYPE | IN_FLOAT32:
             signature[name] = POINTERS[dtype] if name in IN_DTYPE else "*fp32"
         else:
             signature[name] = "fp32" if name in ("scale", "clamp") else "i32"
+        # Triton specialises on this at launch, and vector loads depend on it
         if name in IN_DTYPE | IN_FLOAT32 or name.endswith(("_b", "_h", "_t")):
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiler_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
@@ -52,10 +54,14 @@ def compile_kernel(kernel: Any, capability: int, dtype: str, head_dim: int, pack
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
+        # as the compiler chose it: 90 becomes sm_90a, which ptxas must be told alike
         (architecture,) = re.findall(r"\.target (\w+)", compiled.asm["ptx"])
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", str(ptx), "-o", f"{folder}/kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
+        "capability": capability,
+        "dtype": dtype,
+        "head_dim": head_dim,
         "kernel": kernel.__name__,
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
@@ -64,6 +70,7 @@ def compile_kernel(kernel: Any, capability: int, dtype: str, head_dim: int, pack
 
 
 if __name__ == "__main__":
-    capability, dtype, head_dim, *packed = sys.argv[1:]
-    report = [compile_kernel(kernel, int(capability), dtype, int(head_dim), packed == ["packed"]) for kernel in KERNELS]
-    json.dump(report, sys.stdout)
+    # several in one process: importing torch and triton takes longer than compiling for one GPU
+    given = [word for word in sys.argv[1:] if word != "packed"]
+    cases = [(int(given[at]), given[at + 1], int(given[at + 2]), "packed" in sys.argv) for at in range(0, len(given), 3)]
+    json.dump([compile_kernel(kernel, *case) for case in cases for kernel in KERNELS], sys.stdout)

@@ -35,6 +35,7 @@ def forward_backward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype,
         # any scalar will do: what is timed is the network
         loss = model(images).float().square().mean()
     loss.backward()
+    # None, not zeros: as the loop leaves them
     if not keep_gradients:
         model.zero_grad(set_to_none=True)
 

@@ -66,6 +66,7 @@ class Step:
         self.model = StudentTeacher(make_backbone(), self.losses, anchors).to(device())
         self.losses.to(device())
         self.crops, self.local = (torch.randn(n * batch, 3, s, s, device=device()) for n, s in ((2, 32), (4, 16)))
+        # seeds of the images, as the loop gives them: each step hides the same patches
         self.masks = self.model.make_masks(self.losses, list(range(batch)), self.crops)
         self.optimizer = build_optimizer(self.model.student, (0.9, 0.999))
 
@@ -100,6 +101,7 @@ def patch_rows(repeats: int, batch: int) -> list[dict]:
     # [2, B, 64, D] patches of two global crops, and as many loose tokens as are hidden among them
     student: Any = objective.make_head(SIZE["embed_dim"]).to(device())
     teacher = copy.deepcopy(student).requires_grad_(False)
+    # [2 * B, 64], True = hidden
     hidden = objective.make_masks(list(range(batch)), 2, (8, 8))
     masks = Masks.of(hidden, device())
     patches = torch.randn(2, batch, 64, SIZE["embed_dim"], device=device())

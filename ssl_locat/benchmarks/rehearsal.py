@@ -69,6 +69,7 @@ def rehearse(
             began = time.perf_counter()
             row = stage()
             state["rows"][name] = {"seconds": round(time.perf_counter() - began, 2), **row}
+            # after each stage: one may take an hour, and the same command resumes behind it
             write_atomically(kept, json.dumps(state, indent=1))
         console().print(f"{name:32} {_in_words(state['rows'][name])}", markup=False, highlight=False, soft_wrap=True)
     for line in scaled(state["rows"], gpu_images_per_second):
@@ -81,6 +82,7 @@ class Rehearsal:
 
     def __init__(self, folder: Path, recipe: str, scale: float):
         self.folder, self.recipe, self.scale = folder, recipe, scale
+        # at the smallest scale, still some batches and some images of each class
         self.train, self.test = max(4096, round(TRAIN * scale)), max(500, round(TEST * scale))
         self.classes = max(10, round(1000 * scale))
         self._servers = ExitStack()
@@ -90,6 +92,7 @@ class Rehearsal:
         yield "source tars", self.source
         yield "pack", self.pack
         yield "index", self.index
+        # the web server starts with the first stage over HTTP, and ends with the last
         with self._servers:
             for place in ("local", "http"):
                 for ranks in RANKS:
@@ -140,6 +143,7 @@ class Rehearsal:
         with self.counted(place) as served:
             row = self._command("pretrain", self.recipe, *self.overrides(place))
             folder = Path(self.config(place).run_dir)
+            # exit code 0 is not enough: the run must have left what the next stages open
             for name in ("summary.json", "export/model.safetensors"):
                 if not (folder / name).exists():
                     raise RuntimeError(f"{folder} has no {name}")
@@ -199,6 +203,7 @@ class Rehearsal:
         batch = load(self.recipe, []).optim.global_batch_size
         # the checkpoint is written two steps before the end: one to resume with, one to end on
         steps = math.ceil(_POSITION * self.train / batch) + 2
+        # no milestone: it would stay for ever in a folder of runs
         length = ["optim.epochs=null", f"optim.total_steps={steps}", f"checkpoint.milestone_every_steps={10 * steps}"]
         run = [f"run_dir={self.folder / f'run-{place}'}", f"data.num_classes={self.classes}"]
         return [_SMALL[0], *small, *length, *run, *self.data(place)]

@@ -35,6 +35,7 @@ def resolution_rows() -> list[dict]:
         if on_gpu
         else ("ViT-Ti", ("vit_tiny_patch16_224", "locatvit_tiny"))
     )
+    # the lowest precision that this device is fast in
     precision, dtype = list(precisions().items())[-1]
     result = []
     for size in SIZES:
@@ -81,6 +82,7 @@ def rank_rows() -> list[dict]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1
     )
+    # more ranks than cores would measure the scheduler
     counts = [count for count in (1, 2, 4, 8) if count <= most]
     with tempfile.TemporaryDirectory() as folder:
         make_textures(Path(folder, "set"), num_train=512, num_test=1, image_size=48, progress=False)

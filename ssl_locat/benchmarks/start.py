@@ -31,6 +31,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
 
 
 def measure_command(case: str, words: list[str], code: int, repeats: int) -> list[dict]:
+    # as a module: the console script of an installed package does the same, from another file
     seconds = median_seconds([sys.executable, "-m", "ssl_locat", *words], repeats, code)
     return [_row(case, "ssl-locat", seconds, base_seconds(repeats))]
 

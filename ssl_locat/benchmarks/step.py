@@ -155,6 +155,7 @@ def dino_rows(repeats: int, compiled: bool) -> list[dict]:
             network.compile(mode=mode)
         steppers[f"ours, {name}"] = our_stepper(model, objective)
     steps = {name: partial(step, globals_, locals_) for name, step in steppers.items()}
+    # the first step is also the check: a step that is quick because it computes something else is no gain
     losses = {name: float(step()) for name, step in steps.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4 * losses["as published"]:
         raise RuntimeError(f"the DINO steps disagree, so their times mean nothing: {losses}")
@@ -180,6 +181,7 @@ def slow_stepper(model: StudentTeacher, objective: DINO) -> Callable[[torch.Tens
             targets = model.teacher(globals_, None, 2)["dino"]
         scores = model.student(globals_, locals_, 2)["dino"]
         loss = slow_step.pairwise_loss(scores, targets, objective.center, 0.1, 0.04)
+        # as published code does each step, for its log: on a GPU the host waits here
         loss.item()
         optimizer.zero_grad()
         loss.backward()
@@ -222,12 +224,14 @@ def part_rows(repeats: int) -> list[dict]:
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     fused = build_optimizer(model.student, (0.9, 0.999))
+    # lr 0: the same work, and weights that stay as they are over the repeats
     single = torch.optim.AdamW(parameters, lr=0.0, foreach=False, fused=False)
     student = torch.randn(10, batch, prototypes, device=device(), requires_grad=True)
     teacher = torch.randn(2, batch, prototypes, device=device())
 
     def our_loss():
         objective(student, teacher, PROGRESS)[0].backward()
+        # the loop clears it once a step; here it would grow over the repeats
         objective.seen.clear()
 
     parts = {

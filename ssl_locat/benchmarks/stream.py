@@ -129,6 +129,7 @@ def _count(raw, seed: int) -> int:
 def _our_pass(urls: list[str], samples: int, requests) -> _Pass:
     dataset = open_dataset(urls)
     plan = choose_plan([dataset], [1.0], 0, _SIZES["global_batch_size"])
+    # a whole pass to warm up: by then every lane has read its first window
     with TrainStream([dataset], plan, _count, sum, start_samples=0, **_SIZES) as stream:
         return _measure(iter(stream), samples // BATCH, samples // BATCH, BATCH, requests)
 
@@ -143,6 +144,7 @@ def _webdataset(urls: list[str]) -> Iterator[tuple[int, str]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # buffers of 100 shards and 1000 samples, as people set them
         pipeline = webdataset.WebDataset(urls, shardshuffle=100, seed=0).shuffle(1000)
         for sample in pipeline:
             yield sum(len(data) for data in sample.values() if isinstance(data, bytes)), sample["__url__"]
@@ -151,6 +153,7 @@ def _webdataset(urls: list[str]) -> Iterator[tuple[int, str]]:
 def _shuffle_rows(folder: Path, samples: int) -> list[dict]:
     """Distinct shards among the samples of a batch: with labels sorted into shards, that is what a batch knows of the data."""
     urls = sorted(map(str, folder.glob("*.tar")))
+    # which shard each sample came from, in the order it came
     theirs = [url for _, url in islice(_webdataset(urls), samples)]
     plan = choose_plan([open_dataset(urls)], [1.0], 0, _SIZES["global_batch_size"])
     ours = [plan.locate(position)[1] * len(urls) // samples for position in range(BATCH * 8)]
@@ -318,6 +321,7 @@ async def _answer(path: Path, head: str, writer) -> int:
     wanted = next((line for line in head.split("\r\n") if line.lower().startswith("range:")), None)
     start, end = 0, size
     if wanted:
+        # "bytes=0-99": both ends count; "bytes=100-": to the end
         first, _, last = wanted.partition("=")[2].partition("-")
         start, end = int(first), min(size, int(last) + 1 if last else size)
         writer.write(f"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes {start}-{end - 1}/{size}\r\n".encode())
@@ -330,6 +334,7 @@ async def _answer(path: Path, head: str, writer) -> int:
         while start < end and not head.startswith("HEAD"):
             piece = file.read(min(end - start, 1 << 20))
             writer.write(piece)
+            # the client sets the pace; else a whole object would wait in memory
             await writer.drain()
             start += len(piece)
     return 0 if head.startswith("HEAD") else end - first_byte

@@ -72,6 +72,7 @@ def _replayed(call: Callable[[], object], at_least: float) -> tuple[torch.cuda.C
         for _ in range(3):  # kernels are compiled and workspaces made before the capture, which may do neither
             call()
     torch.cuda.current_stream().wait_stream(stream)
+    # replayed, a graph costs one launch for all its kernels: what is timed is their work alone
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

@@ -80,11 +80,13 @@ def export(
     backbone = load_backbone(model, which=which, step=step, average=average)
     run = open_run(model) if is_run(model) else None
     chosen = chosen_checkpoints(Path(model), step, average) if run else []
+    # beside the target: within a disk a rename is one step
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         write_timm(backbone, partial, with_code)
+        # compared at the sizes that the model serves, not at the one it was trained at alone
         sizes = shapes_of(backbone)
         differences = {"timm": compare(backbone, outputs_of_timm(partial), sizes, TOLERANCE["timm"])}
         if format != "timm":
@@ -188,5 +190,6 @@ def scores_at(run: Run, steps: list[int]) -> dict[str, dict]:
     """Probe -> its last record up to the exported step, which the card names; of an average nothing was measured during training."""
     if len(steps) != 1:
         return {}
+    # an earlier probe is said to be of its own step; a later one would flatter or shame another network
     found = {probe: [record for record in records if record["step"] <= steps[0]] for probe, records in run.probes.items()}
     return {probe: records[-1] for probe, records in found.items() if records}

@@ -26,6 +26,7 @@ def write_timm(backbone: nn.Module, folder: Path, with_code: bool = False) -> No
     save_for_hf(backbone, str(folder), safe_serialization=True, data_config={"input_size": backbone.pretrained_cfg["input_size"]})
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
+    # transformers gives num_classes itself, and would give it twice
     args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
     config["architecture"], args = own_name(backbone, config["architecture"], args)
     config["model_args"] = args

@@ -68,6 +68,7 @@ class Chart:
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """(label, first, lowest, highest, last) of each curve."""
+        # as many digits as the legend shows under the pointer
         number = "{:.4g}".format
         return [
             (line.label, number(line.y[0]), number(min(line.y)), number(max(line.y)), number(line.y[-1])) for line in self.lines
@@ -104,6 +105,7 @@ def _points(line: Line, most: int, log: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "label": shown(line.label),
         "name": shown(line.name),
+        # eight that the eye keeps apart; further curves begin again
         "color": line.color % 8,
         "dashed": line.dashed,
         "dots": line.dots,

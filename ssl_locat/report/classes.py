@@ -14,6 +14,7 @@ def by_class(run: Run) -> list[dict[str, Any]]:
     for path in sorted((run.path / "probes").glob("*_classes.json")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            # the worst first: that is what one looks for
             rows = sorted(
                 ((str(c["class"]), int(c["images"]), float(c["top1"])) for c in found["classes"]), key=lambda row: row[2]
             )

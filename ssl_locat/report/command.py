@@ -22,6 +22,7 @@ def report(runs: list[str], out: str | None = None, watch: bool = False, port: i
     """
     if not runs:
         raise UserError("report needs at least one run folder.")
+    # a shell's pattern and a name may mean the same run: compared with itself, it would get two colours
     paths = [Path(run) for run in dict.fromkeys(runs)]
     if len(paths) == 1 and is_comparison(paths[0]):
         return _report_comparison(paths[0], Path(out) if out else paths[0] / "report.html", watch)

@@ -41,6 +41,7 @@ class Axis(NamedTuple):
 
 def curves(runs: list[Run]) -> list[tuple[str, list[Chart]]]:
     """(heading, charts) in the order of the page; headings without charts are left out."""
+    # with another batch size, the same step means another number of images
     batches = {run.metrics[0]["samples_seen"] / max(run.metrics[0]["step"], 1) for run in runs if run.metrics}
     axis = Axis("step", "step") if len(batches) <= 1 else Axis("samples_seen", "images seen")
     sections = [("Scores", _scores(runs, axis)), *((heading, _training(runs, axis, found)) for heading, found in TRAINING)]
@@ -96,6 +97,7 @@ def _lines(run: Run, caption: Caption, axis: Axis, number: int | None) -> list[L
         if points:
             label = name if number is None else f"{run.name}: {name}" if len(names) > 1 else run.name
             x, y = zip(*points, strict=True)
+            # a run keeps its colour over the page; the second of its curves in a chart is dashed
             later = number is not None and offset % 2 == 1
             lines.append(Line(label, x, y, color=offset if number is None else number, dashed=later, name=name))
     return lines
@@ -180,6 +182,7 @@ def _share_masked(objective: dict) -> float:
 
 def _ln(count: int, share: float = 1.0) -> tuple[float, str]:
     """The level and its words. share: of crops that have hidden patches, or an objective's weight."""
+    # cross-entropy with a uniform guess: -sum p ln(1/K) = ln K, whatever the targets p
     value = share * math.log(count)
     return value, f"{f'{share:g} ' if share != 1 else ''}ln K = {value:.2f} (K = {count:,})"
 
@@ -206,6 +209,7 @@ def _option(objective: dict, name: str) -> object:
     if name in objective:
         return objective[name]
     with suppress(UserError, ValueError, SyntaxError):
+        # read from the source, not by importing it: the class may need torch, or a package that is not here
         default = (keyword_defaults(objective_target(objective["name"], "the config")) or {}).get(name)
         return ast.literal_eval(default) if default else None
     return None

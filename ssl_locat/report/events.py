@@ -19,8 +19,10 @@ class Happening(NamedTuple):
 def happenings(run: Run) -> list[Happening]:
     """The last events in their order; saves that follow each other are one, and what the summary says is not said again."""
     found: list[Happening] = []
+    # a warning that stands in the summary, with its advice, is only pointed to from here
     told = {fact for fact, _ in findings(run)}
     saves: list[dict[str, Any]] = []
+    # the added one closes a row of saves that nothing follows
     for event in [*run.events, {"kind": "end"}]:
         if event["kind"] == "save":
             saves.append(event)
@@ -71,6 +73,7 @@ def sentence(event: dict[str, Any]) -> str:
     if kind in ("diverged", "outage", "fault"):
         begin = {"diverged": "Diverged", "outage": "The data store did not answer", "fault": "Failed"}[kind]
         return f"{begin}{at}: {event.get('message', '')} {_advice(event)}".strip()
+    # a later version may write kinds that this one has no sentence for: shown, not dropped
     rest = ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("time", "kind", "step"))
     return f"{kind}{at}{f': {rest}' if rest else ''}."
 

@@ -22,6 +22,7 @@ def serve(paths: list[Path], target: Path, port: int) -> None:
     server = make_server(paths, port)
     address = f"http://127.0.0.1:{server.server_port}/"
     log.warning("Serving the report at %s until Ctrl-C.", address)
+    # over ssh, without a desktop, webbrowser would start a text browser in this terminal
     if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         webbrowser.open(address)
     try:
@@ -30,6 +31,7 @@ def serve(paths: list[Path], target: Path, port: int) -> None:
         pass
     finally:
         server.server_close()
+        # what stays on disk is the run as it was when the watching ended
         write(paths, target)
 
 
@@ -41,6 +43,7 @@ class _Server(ThreadingHTTPServer):
         self.free = threading.BoundedSemaphore(CONNECTIONS)
 
     def process_request(self, request, client_address) -> None:
+        # each connection is a thread: without a bound, one visitor could take all memory
         if not self.free.acquire(blocking=False):
             return self.shutdown_request(request)
         super().process_request(request, client_address)
@@ -62,10 +65,12 @@ def make_server(paths: list[Path], port: int = 0) -> ThreadingHTTPServer:
     lock, drawn = threading.Lock(), {"version": "", "page": ""}
 
     def version() -> str:
+        # times of change tell it; a poll every few seconds must not read the files
         names = ("metrics.jsonl", "events.jsonl", "quarantine.jsonl", "summary.json", "checkpoints")
         return "-".join(str((path / name).stat().st_mtime_ns) for path in paths for name in names if (path / name).exists())
 
     def page() -> str:
+        # one drawing at a time, which takes seconds; who asks meanwhile gets the same page
         with lock:
             if drawn["version"] != (now := version()):
                 drawn.update(version=now, page=render([open_run(path) for path in paths if is_run(path)], live=now))
@@ -86,6 +91,7 @@ def make_server(paths: list[Path], port: int = 0) -> ThreadingHTTPServer:
             self.send_response(200)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
+            # else a tab that is opened again shows the run as it was hours ago
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
             self.wfile.write(body)

@@ -40,6 +40,7 @@ def write_overview(folder: Path, runs: list[Path], target: Path) -> None:
                 page = path / "report.html"
                 if _outdated(page, path):
                     write([path], page)
+                # a row needs the last line alone, and a folder of long runs holds millions
                 rows.append(_row(open_run(path, every_line=False), folder, page))
             except (*EXPECTED, OSError) as error:  # one broken run must not cost the others
                 log.warning("%s is left out: %s", path, error)
@@ -49,6 +50,7 @@ def write_overview(folder: Path, runs: list[Path], target: Path) -> None:
 
 
 def _outdated(page: Path, run: Path) -> bool:
+    # checkpoints and probes leave an event, too: these three tell every change
     files = [run / name for name in ("metrics.jsonl", "events.jsonl", "summary.json")]
     return not page.exists() or page.stat().st_mtime < max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
@@ -66,6 +68,7 @@ def _row(run: Run, folder: Path, page: Path) -> dict[str, Any]:
         (run.status, run.status),
         (recipe(run), recipe(run)),
         (backbone(run), backbone(run)),
+        # the end tells data sets apart; disk or bucket are mostly the same in every row
         ("/".join(data.rstrip("/").split("/")[-2:]) if isinstance(data, str) else "several", str(data)),
         (f"{last['step']:,}" + (f" of {run.total_steps:,}" if run.total_steps else ""), last["step"]),
         (f"{last['samples_seen']:,}", last["samples_seen"]),
@@ -75,6 +78,7 @@ def _row(run: Run, folder: Path, page: Path) -> dict[str, Any]:
         _number(knn[-1] if knn else None, ".1f"),
         _number(knn[0] if knn else None, ".1f"),
     ]
+    # quoted: names of run folders may hold spaces, # and %
     return {"cells": cells, "status": run.status, "link": quote(f"{name}/{page.name}")}
 
 

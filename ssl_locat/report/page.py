@@ -32,6 +32,7 @@ def write(paths: list[Path], target: Path) -> None:
 
 def save(page: str, target: Path) -> None:
     """Put a page in its place."""
+    # in the same folder, since only within a disk is a rename one step; by process, since two may write the same page
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(page, encoding="utf-8")

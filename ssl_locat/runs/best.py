@@ -100,6 +100,7 @@ def measure_of(choice: str, probes: Mapping[str, Any], named: str | None = None,
         named = choice
     if named:
         return _named(named, probes, key)
+    # with labels before without: what people want of a backbone is what labels measure
     for table in (LABELLED[choice], LABEL_FREE[choice]):
         for name, options in probes.items():
             if (protocol := _protocol(name, options)) in table:
@@ -165,6 +166,7 @@ def best_of(records: Iterable[Mapping[str, Any]], measure: Measure, steps: Colle
     found = [(step, value) for step, value in values if value is not None and step > 0 and (steps is None or step in steps)]
     if not found:
         return None
+    # of two alike the earlier one: noise must not make a run keep its later checkpoints only
     step, value = max(found, key=lambda pair: (measure.goodness(pair[1]), -pair[0]))
     return Best(str(measure), step, value)
 
@@ -229,6 +231,7 @@ def best_step(run: Path, choice: str) -> int:
 def better_than_last(records: list[dict[str, Any]], measure: Measure) -> tuple[Best, Best] | None:
     """(best, last) of a probe's records; None where there are not two to compare."""
     best = best_of(records, measure)
+    # of the last record alone: its value, in the same form
     last = best_of(records[-1:], measure)
     return (best, last) if best and last and len(records) > 1 else None
 
@@ -240,6 +243,7 @@ def noise_of(measure: Measure, record: Mapping[str, Any]) -> float:
     stem, value, images = _stem(measure.metric), measure.value(record), record.get("test_images")
     if stem in SHARES and value is not None and images:
         share = min(1.0, max(0.0, value / 100))
+        # normal approximation of the binomial; per cent, as the share is
         return 100 * 1.96 * math.sqrt(share * (1 - share) / images)
     return NOISE.get(stem, 0.0)
 

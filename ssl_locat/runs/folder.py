@@ -139,6 +139,7 @@ class RunFolder:
     def require_in_place(self) -> None:
         """UserError if the folder was moved or deleted, or another one was put in its place, while this run trains in it."""
         try:
+            # by inode, not by name: a folder of the same name may have taken the place
             found = (self.path / "lock").stat().st_ino
         except FileNotFoundError:
             found = None
@@ -182,6 +183,7 @@ def acquire_lock(folder: Path) -> TextIO:
                 log.debug("%s: this file system has no locks (%s)", folder, error)
                 return lock
         lock.seek(0)
+        # only for words and for whether it is on this machine: who holds the lock is the kernel's to say
         holder = lock.read().strip()
         lock.close()
         if patience is None:
@@ -222,6 +224,7 @@ def differences(saved: Any, given: Any, key: str = "") -> Iterator[Difference]:
     if key in MAY_CHANGE:
         return
     if isinstance(saved, dict) and isinstance(given, dict):
+        # in the order of the file, and what is only in one of them, too
         for name in dict.fromkeys([*saved, *given]):
             yield from differences(saved.get(name), given.get(name), f"{key}.{name}".lstrip("."))
     elif redacted(saved, "") != redacted(given, ""):  # signed URLs rotate, and checkpoints keep none

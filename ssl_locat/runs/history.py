@@ -60,6 +60,7 @@ class Run:
         """finished, preempted, diverged, starved, failed, running, or stopped (ended without a word: killed, out of memory, power)."""
         if self.summary:
             return "finished"
+        # the last telling event counts: what came before the last start was of an earlier attempt
         for event in reversed(self.events):
             if event["kind"] in ENDINGS:
                 return ENDINGS[event["kind"]]
@@ -74,6 +75,7 @@ class Run:
             return float(self.summary["seconds"])
         times = [record["time"] for record in self.metrics if "time" in record]
         gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        # a step of minutes is work, too: so long a gap is measured by the usual one
         usual = sorted(gaps)[len(gaps) // 2] if gaps else 0.0
         return float(sum(gap for gap in gaps if gap < max(QUIET_SECONDS, 20 * usual)))
 
@@ -96,6 +98,7 @@ def find_runs(folder: str | Path, deepest: int = 3) -> list[Path]:
     for child in sorted(Path(folder).iterdir()):
         if child.is_symlink() or not child.is_dir() or child.name.startswith("."):
             continue
+        # a config.yaml alone may be an export, or a recipe in a folder of its own
         if is_run(child) and any((child / name).exists() for name in ("events.jsonl", "metrics.jsonl", "summary.json")):
             found.append(child)
         elif deepest > 1:
@@ -133,6 +136,7 @@ def _first_and_last(path: Path, enough: int = 65536) -> list[dict[str, Any]]:
     try:
         with open(path, "rb") as file:
             first = file.readline(enough)
+            # 64 KiB hold a line of metrics many times over, and cost the same at any length of the file
             file.seek(max(0, path.stat().st_size - enough))
             tail = file.read()
     except FileNotFoundError:
@@ -215,6 +219,7 @@ def findings(run: Run) -> list[tuple[str, str]]:
         found.append(
             ("", "k-NN did not rise over the untrained network: train longer, or start from a recipe for data of this size.")
         )
+    # of the end: the first steps wait for workers and caches in every run
     waits = [record["data_wait"] for record in run.metrics[-200:] if isinstance(record.get("data_wait"), int | float)]
     if waits and sum(waits) / len(waits) > 0.2:
         fact = f"The model waited for data {100 * sum(waits) / len(waits):.0f} % of the time."
@@ -230,6 +235,7 @@ def findings(run: Run) -> list[tuple[str, str]]:
                 f"They are listed in {run.path / 'quarantine.jsonl'}{all_of_them}.",
             )
         )
+    # those of the end explain how it ended; a run of weeks may have hundreds
     for event in run.events[-50:]:
         if event["kind"] in ("warning", "diverged", "outage", "fault"):
             found.append((str(event.get("message", "")), str(event.get("advice", ""))))
@@ -248,6 +254,7 @@ def _better_backbones(run: Run) -> list[tuple[str, str]]:
             continue
         records = run.probes.get(measure.probe, [])
         pair = better_than_last(records, measure)
+        # while it trains, the last step is no end to judge by
         if pair and run.status != "running":
             found.append(_compared(run, choice, serves, noise_of(measure, records[-1]), *pair))
     return found

@@ -77,6 +77,7 @@ class Mlflow:
     def log(self, step: int, values: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
+        # mlflow counts in milliseconds
         now = int(time.time() * 1000)
         numbers = [Metric(name, float(value), now, step) for name, value in values.items() if isinstance(value, int | float)]
         self.client.log_batch(self.run_id, metrics=numbers)
