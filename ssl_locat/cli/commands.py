@@ -2,7 +2,6 @@
 that what can be known without it (doctor/early.py)."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,8 @@ import typer
 from typer.core import TyperCommand
 
 from ssl_locat import __version__
+from ssl_locat.cli.options import DryRun, Json, On, Overrides, among, examples
+from ssl_locat.cli.shards import shards
 from ssl_locat.config.yaml_files import names
 from ssl_locat.errors import UserError
 from ssl_locat.runs import log
@@ -25,20 +26,7 @@ app = typer.Typer(
     epilog="\b\nExamples:\n  ssl-locat init path/to/images\n  ssl-locat pretrain images.yaml\n  ssl-locat COMMAND --help\n\n"
     "--quiet (warnings only) and --verbose work with every command.",
 )
-shards = typer.Typer(
-    help="WebDataset shards: pack folders, build indexes, look for damage.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(shards, name="shards")
-
-
-def _examples(*commands: str) -> str:
-    """An epilog; `\\b` keeps its lines as they are."""
-    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
-
-
-def _among(folder: str) -> Callable[[str], list[str]]:
-    """Completes shipped names; where none fits, the shell completes files."""
-    return lambda incomplete: [name for name in names(folder) if name.startswith(incomplete)]
 
 
 class _Evaluate(TyperCommand):
@@ -58,21 +46,6 @@ class _Evaluate(TyperCommand):
             formatter.write("\n" + describe_keys(protocol) + "\n")
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, over what the YAML says", metavar="[key=value ...]")]
-# profiles are listed from their folder: --help knows one that was added
-On = Annotated[
-    str | None,
-    typer.Option(
-        "--on",
-        help=f"where it runs: a launch profile ({', '.join(names('launch'))}) or a YAML; NAME,key=value changes a key",
-        metavar="PROFILE",
-        autocompletion=_among("launch"),
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, show what would run, run nothing")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
-
-
 def _version(value: bool) -> None:
     if value:
         print(f"ssl-locat {__version__}")
@@ -86,7 +59,7 @@ def _main(
     pass
 
 
-@app.command(epilog=_examples("ssl-locat init path/to/images", "ssl-locat init 's3://bucket/train-*.tar' --out mine.yaml"))
+@app.command(epilog=examples("ssl-locat init path/to/images", "ssl-locat init 's3://bucket/train-*.tar' --out mine.yaml"))
 def init(
     source: Annotated[str, typer.Argument(metavar="FOLDER_OR_URL", help="a folder of images, or shards")],
     out: Annotated[str | None, typer.Option(help="the YAML to write; default: NAME.yaml here")] = None,
@@ -104,7 +77,7 @@ def init(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "ssl-locat pretrain path/to/images                  what init and pretrain do, in one command",
         "ssl-locat pretrain images.yaml                     resumes from the newest checkpoint, if there is one",
         "ssl-locat pretrain images.yaml optim.epochs=200 run_dir=runs/longer",
@@ -118,7 +91,7 @@ def pretrain(
         typer.Argument(
             metavar="CONFIG|IMAGES",
             help=f"a YAML, a shipped recipe ({', '.join(names('configs/pretrain'))}), or a folder of images or shards",
-            autocompletion=_among("configs/pretrain"),
+            autocompletion=among("configs/pretrain"),
         ),
     ],
     overrides: Overrides = None,
@@ -176,7 +149,7 @@ def pretrain(
 
 @app.command(
     cls=_Evaluate,
-    epilog=_examples(
+    epilog=examples(
         "ssl-locat evaluate knn --help                      the protocol's keys",
         "ssl-locat evaluate knn runs/mine data.train=photos/train data.test=photos/val",
         "ssl-locat evaluate linear timm:vit_small_patch16_224.dino?pretrained data.train=... data.test=... --json",
@@ -186,7 +159,7 @@ def evaluate(
     protocol: Annotated[
         str,
         typer.Argument(
-            metavar="PROTOCOL", help=f"{', '.join(names('eval'))}, or a YAML of your own", autocompletion=_among("eval")
+            metavar="PROTOCOL", help=f"{', '.join(names('eval'))}, or a YAML of your own", autocompletion=among("eval")
         ),
     ],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="run or export folder, checkpoint, timm:NAME, hf-hub:NAME")],
@@ -218,7 +191,7 @@ def evaluate(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "ssl-locat compare timm:vit_small_patch16_224.dino?pretrained runs/adapted data.train=photos/train data.test=photos/val",
         "ssl-locat compare runs/mine data.train=... data.test=... data.unlabelled='shards/*.tar' draws=10",
         "ssl-locat compare START ADAPTED data.train=... data.test=... data.num_classes=11 protocols=[hummingbird]",
@@ -250,7 +223,7 @@ def compare(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "ssl-locat table quick",
         "ssl-locat table main --dry-run --tflops 300              every job and what it costs",
         "ssl-locat table main data.imagenet.train=... data.imagenet.test=... --on slurm",
@@ -262,7 +235,7 @@ def table(
         typer.Argument(
             metavar="TABLE",
             help=f"{', '.join(names('eval/tables'))}, or a YAML of your own",
-            autocompletion=_among("eval/tables"),
+            autocompletion=among("eval/tables"),
         ),
     ],
     models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL ...]")] = None,
@@ -294,7 +267,7 @@ def table(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "ssl-locat export runs/mine backbone/",
         "ssl-locat export runs/mine backbone/ --step best-dense",
         "ssl-locat export runs/mine backbone/ --format onnx --which student --step 2000",
@@ -347,7 +320,7 @@ def export(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "ssl-locat features runs/mine path/to/images features/",
         "ssl-locat features runs/mine path/to/images features/ patches=false format=parquet max_bad=0.01",
     )
@@ -368,83 +341,8 @@ def features(
     features(model, data, out, overrides or [])
 
 
-@shards.command(
-    "pack",
-    epilog=_examples("ssl-locat shards pack path/to/images shards/", "ssl-locat shards pack photos shards/ resize=256 workers=8"),
-)
-def shards_pack(
-    source: Annotated[str, typer.Argument(metavar="FOLDER", help="images, class folders, or tars of tars")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the shards")],
-    options: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[key=value ...]",
-            help="resize=256 (shorter side of stored images, px), max_shard_mb=256, workers=8, labels=auto|none|FILE.csv, masks=FOLDER, "
-            "max_pixels=100_000_000, seed=0",
-        ),
-    ] = None,
-) -> None:
-    """Pack images into WebDataset shards. Interrupted, the same command resumes."""
-    from ssl_locat.data.shards.pack import pack_command
-
-    pack_command(source, out, options or [])
-
-
-@shards.command("index", epilog=_examples("ssl-locat shards index 'shards/*.tar'"))
-def shards_index(data: Annotated[list[str], typer.Argument(metavar="DATA...")]) -> None:
-    """Write the index beside the shards, so that opening them takes no scan."""
-    from ssl_locat.data.shards.index import write_index
-
-    write_index(data if len(data) > 1 else data[0])
-
-
-@shards.command("check", epilog=_examples("ssl-locat shards check 'shards/*.tar'", "ssl-locat shards check path/to/images"))
-def shards_check(data: Annotated[list[str], typer.Argument(metavar="DATA...")], as_json: Json = False) -> None:
-    """Read everything once and report damage by shard and key; exit 3 if there is any."""
-    from ssl_locat.data.shards.check import check_command
-
-    # of typer, as it carries an exit code and is no error
-    raise typer.Exit(check_command(data if len(data) > 1 else data[0], as_json))
-
-
-@shards.command(
-    "dedup",
-    epilog=_examples(
-        "ssl-locat shards dedup 'shards/*.tar'",
-        "ssl-locat shards dedup 'shards/*.tar' --against 'test/*.tar' --leave-out",
-    ),
-)
-def shards_dedup(
-    data: Annotated[list[str], typer.Argument(metavar="DATA...")],
-    against: Annotated[
-        str | None, typer.Option(help="another set, such as a test set, whose images should not be in DATA")
-    ] = None,
-    leave_out: Annotated[
-        bool, typer.Option("--leave-out", help="write shards.left_out beside the shards, which training obeys")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """List images that are there twice: recompressed, resized, mirrored, grey or cropped by a tenth."""
-    from ssl_locat.doctor.early import check_data
-
-    check_data(data)
-    if against:
-        check_data(against)
-    from ssl_locat.data.stream.dedup import dedup_command
-
-    dedup_command(data if len(data) > 1 else data[0], against, leave_out, as_json)
-
-
-@shards.command("show", epilog=_examples("ssl-locat shards show 'shards/*.tar'"))
-def shards_show(data: Annotated[list[str], typer.Argument(metavar="DATA...")], as_json: Json = False) -> None:
-    """Print counts, sizes and the first samples."""
-    from ssl_locat.data.shards.check import show_command
-
-    show_command(data if len(data) > 1 else data[0], as_json)
-
-
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "ssl-locat report runs/mine",
         "ssl-locat report runs/a runs/b --out compare.html",
         "ssl-locat report runs/mine --watch",
@@ -466,7 +364,7 @@ def report(
     report(runs, out=out, watch=watch, port=port)
 
 
-@app.command(epilog=_examples("ssl-locat doctor", "ssl-locat doctor images.yaml", "ssl-locat doctor runs/mine"))
+@app.command(epilog=examples("ssl-locat doctor", "ssl-locat doctor images.yaml", "ssl-locat doctor runs/mine"))
 def doctor(
     target: Annotated[str | None, typer.Argument(metavar="[CONFIG|RUN]", help="default: this machine alone")] = None,
     overrides: Overrides = None,
@@ -479,7 +377,7 @@ def doctor(
     raise typer.Exit(doctor(target, overrides or [], on))
 
 
-@app.command(epilog=_examples("ssl-locat bench attention --quick", "ssl-locat bench all --json > here.json"))
+@app.command(epilog=examples("ssl-locat bench attention --quick", "ssl-locat bench all --json > here.json"))
 def bench(
     what: Annotated[
         Literal["attention", "step", "crops", "stream", "start", "memory", "rehearsal", "reliability", "all"], typer.Argument()
@@ -523,7 +421,7 @@ def bench(
         raise typer.Exit(1)
 
 
-@app.command(epilog=_examples("ssl-locat jobs", "ssl-locat jobs logs runs/mine", "ssl-locat jobs stop 1234"))
+@app.command(epilog=examples("ssl-locat jobs", "ssl-locat jobs logs runs/mine", "ssl-locat jobs stop 1234"))
 def jobs(
     action: Annotated[Literal["list", "logs", "stop", "requeue"], typer.Argument()] = "list",
     names: Annotated[list[str] | None, typer.Argument(metavar="[JOB|RUN ...]")] = None,
