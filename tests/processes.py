@@ -130,7 +130,8 @@ class Command:
         for stream in ("1", "2"):
             (self.said / stream).touch()
         self.words = words
-        given = (dict(os.environ if environment is None else environment), folder or os.getcwd(), self.said)
+        environment = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}  # what it launches, too
+        given = (environment, folder or os.getcwd(), self.said)
         self._process = warm().Process(target=_command, args=(words, *given))
         self._process.start()
         self.pid = self._process.pid

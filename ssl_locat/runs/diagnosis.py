@@ -112,6 +112,7 @@ def advice(kind: str, has: Collection[str] = ()) -> str:
 
 
 KINDS = tuple(ADVICE)
+LASTING = 0.2  # share of a run for which RankMe must be low: seed 1 of the quickstart is for a tenth
 
 
 class Diagnosis:
@@ -144,6 +145,7 @@ class Diagnosis:
         # the highest feature_std and RankMe so far: of the whole run, and since the warm-up
         self.best: dict[str, float] = defaultdict(float)
         self.best_since: dict[str, float] = defaultdict(float)
+        self.low_since: int | None = None  # step from which on RankMe was low
         self.losses: deque[float] = deque()  # of the last tenth of the run
         # the last answers for each kind; a run that resumes has them from its checkpoint
         self.recent: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=patience))
@@ -152,12 +154,13 @@ class Diagnosis:
     def state(self) -> dict:
         """What a resumed run must know of the steps before, as JSON can hold it."""
         recent = {kind: list(seen) for kind, seen in self.recent.items()}
-        best = {"best": dict(self.best), "best_since": dict(self.best_since)}
+        best = {"best": dict(self.best), "best_since": dict(self.best_since), "low_since": self.low_since}
         return {**best, "losses": list(self.losses), "recent": recent, "warned": sorted(self.warned)}
 
     def load_state(self, state: dict) -> None:
         self.best.update(state["best"])
         self.best_since.update(state.get("best_since", state["best"]))  # version 0.1 kept no other
+        self.low_since = state.get("low_since")
         self.losses.extend(state["losses"])
         for kind, seen in state["recent"].items():
             self.recent[kind].extend(seen)
@@ -179,7 +182,7 @@ class Diagnosis:
                 self.losses.popleft()
         if warm:
             return []
-        seen = self._problems(metrics)
+        seen = self._problems(metrics, step, total_steps)
         warnings = []
         for kind, sentence in seen.items():
             self.recent[kind].append(sentence is not None)
@@ -195,7 +198,7 @@ class Diagnosis:
                 raise Diverged(f"{warning} (Stopped because the config names {warning.kind!r} as fatal.)")
         return warnings
 
-    def _problems(self, metrics: dict) -> dict[str, str | None]:
+    def _problems(self, metrics: dict, step: int, total_steps: int) -> dict[str, str | None]:
         """Kind -> what looks wrong, or None where it looks well, for the metrics that are there. The thresholds lie far from where
         healthy runs of any size were seen."""
         problems: dict[str, str | None] = {}
@@ -231,21 +234,22 @@ class Diagnosis:
                 all(abs(value - ln_k) < 0.003 * ln_k for value in lately),
                 f"the loss {loss:.3f} still is that of guessing (ln K = {ln_k:.3f}): the student has learned nothing from its targets.",
             )
-        # RankMe of an untrained network is high by chance: in the quickstart it falls to 0.4 of that in the warm-up, and doubles from there on.
-        # A fall counts that goes on after it; sick runs came to 0.5 of their best since the warm-up and below.
-        still_falling = rank is None or rank < 0.7 * self.best_since["rankme"]
         if std is not None:
             flag(
                 "features_collapsing",
-                # a common direction of all features lowers the spread, too: harmless while RankMe holds (0.16 of 0.84 in the quickstart, and
-                # k-NN gained 25 points meanwhile)
-                std < 0.05 or (std < 0.25 * self.best["feature_std"] and still_falling),
+                # by itself, not beside the best so far: a common direction of all features lowers the spread, too, and is harmless (0.16 of
+                # 0.84 in the quickstart, and k-NN gained 25 points meanwhile)
+                std < 0.05,
                 f"feature std is {std:.3f} (best so far {self.best['feature_std']:.3f}): different images get nearly the same features.",
             )
         if rank is not None:
+            # RankMe of an untrained network is high by chance. In the quickstart it dips to 0.3 of that during the first quarter, and doubles from
+            # there on: what counts is a fall that goes on after the warm-up, and lasts.
+            low = rank < min(0.4 * self.best["rankme"], 0.7 * self.best_since["rankme"])
+            self.low_since = (step if self.low_since is None else self.low_since) if low else None
             flag(
                 "rank_falling",
-                rank < 0.4 * self.best["rankme"] and still_falling,
+                self.low_since is not None and step - self.low_since >= LASTING * total_steps,
                 f"RankMe fell to {rank:.1f} (best so far {self.best['rankme']:.1f}): features use ever fewer directions, which costs "
                 "accuracy downstream.",
             )

@@ -69,7 +69,8 @@ def test_each_sign_warns_once_with_meaning_and_advice_and_again_after_recovery(k
     assert [healthy(step) for step in range(100, 400, 10)] == [[]] * 30
     given = [warning for step in range(400, 640, 10) for warning in sick(step)]
     assert [warning.kind for warning in given] == [kind]
-    third = 610 if kind == "loss_at_ln_k" else 420  # that one must have stayed for twenty steps
+    # twenty steps, a fifth of the run, three checks
+    third = {"loss_at_ln_k": 610, "rank_falling": 620}.get(kind, 420)
     assert f"Step {third}: " in str(given[0]) and "What people change: " in str(given[0])
     assert not any(healthy(step) for step in range(640, 690, 10))
     assert [warning.kind for step in range(690, 930, 10) for warning in sick(step)] == [kind]
@@ -80,7 +81,7 @@ def test_records_without_a_signal_do_not_break_a_row():
     for step in range(100, 200):
         watch.check(HEALTHY, step, 1000)
     seen = []
-    for step in range(200, 300):  # spread and rank are measured every tenth step only, as the loop does
+    for step in range(200, 450):  # spread and rank are measured every tenth step only, as the loop does
         seen += watch.check({"loss": 4.0} | ({"rankme": 5.0} if step % 10 == 0 else {}), step, 1000)
     assert [warning.kind for warning in seen] == ["rank_falling"]
 
@@ -105,7 +106,7 @@ CURVES = json.loads(Path(__file__).with_name("real_curves.json").read_text())
 
 @pytest.mark.parametrize("run", CURVES)
 def test_real_runs_are_told_from_each_other(run):
-    """Metrics of real runs: the quickstart's seeds, which warn of nothing; the two of docs/watching.md; and others of their size whose teacher
+    """Metrics of real runs: the quickstart, which warns of nothing; the two of docs/watching.md; and others of their size whose teacher
     died (momentum 0.5), became uniform (centred, lr too low) or lost directions (no KoLeo)."""
     curve = CURVES[run]
     watch, seen = Diagnosis(curve["prototypes"]), []
@@ -120,17 +121,14 @@ def test_real_runs_are_told_from_each_other(run):
 
 
 def test_a_fall_of_the_spread_alone_is_no_collapse():
-    """A common direction of all features; the quickstart's falls to a fifth while RankMe rises."""
+    """A common direction of all features does it; the quickstart's spread falls to a fifth while RankMe rises."""
     watch = Diagnosis(512)
     for step in range(100, 300, 10):
         watch.check(HEALTHY, step, 1000)
-    apart = HEALTHY | {"feature_std": 0.1, "rankme": 45.0}
-    assert not any(watch.check(apart, step, 1000) for step in range(300, 400, 10))
-    alike = HEALTHY | {"feature_std": 0.1, "rankme": 25.0}
-    assert [w.kind for step in range(400, 500, 10) for w in watch.check(alike, step, 1000)] == ["features_collapsing"]
+    assert not any(watch.check(HEALTHY | {"feature_std": 0.1}, step, 1000) for step in range(300, 600, 10))
 
 
-def test_what_the_first_steps_undo_is_no_fall():
+def test_what_the_first_steps_undo_is_no_fall_nor_is_a_dip():
     """RankMe of an untrained network is high by chance."""
     watch = Diagnosis(512)
     for step in range(100):
@@ -140,17 +138,19 @@ def test_what_the_first_steps_undo_is_no_fall():
     again = Diagnosis(512)
     again.load_state(json.loads(json.dumps(watch.state())))
     fallen = HEALTHY | {"rankme": 20.0}
-    assert [w.kind for step in range(300, 400, 10) for w in again.check(fallen, step, 1000)] == ["rank_falling"]
+    assert not any(again.check(fallen, step, 1000) for step in range(300, 450, 10))  # a dip
+    assert not any(again.check(HEALTHY, step, 1000) for step in range(450, 500, 10))
+    assert [w.kind for step in range(500, 800, 10) for w in again.check(fallen, step, 1000)] == ["rank_falling"]
 
 
 def test_only_what_the_config_names_is_fatal():
     with pytest.raises(ConfigError, match="Did you mean 'collapse'"):
         Diagnosis(512, fatal=["collapses"])
     watch = Diagnosis(512, fatal=["collapse"], patience=1)
-    assert watch.check(HEALTHY | SICK["rank_falling"] | {"rankme": 400.0}, 500, 1000) == []
-    assert [w.kind for w in watch.check(HEALTHY, 500, 1000)] == ["rank_falling"]
+    assert watch.check(HEALTHY, 490, 1000) == []
+    assert [w.kind for step in (500, 700) for w in watch.check(HEALTHY | {"rankme": 8.0}, step, 1000)] == ["rank_falling"]
     with pytest.raises(Diverged, match="names 'collapse' as fatal"):
-        watch.check(HEALTHY | SICK["collapse"], 501, 1000)
+        watch.check(HEALTHY | SICK["collapse"], 701, 1000)
 
 
 def test_replay_comes_back_and_the_error_names_everything(tmp_path):
