@@ -59,7 +59,7 @@ def draw(figure: Figure, grid: Grid, folder: Path) -> list[str]:
         axis.annotate("", xy=arrow.end, xytext=arrow.start, arrowprops=line)
         xs, ys = zip(arrow.start, arrow.end, strict=True)
         axis.scatter(
-            xs, ys, marker="o" if ours else "s", facecolors=[colour if ours else "none", colour], edgecolors=colour, alpha=faint
+            xs, ys, marker="o" if ours else "s", facecolors=[colour if ours else "white", colour], edgecolors=colour, alpha=faint
         )
         axis.annotate(arrow.source, arrow.end, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour, alpha=faint)
     axis.set(xlabel=figure.x, ylabel=figure.y, title=f"Arrows lead to{figure.twin}; dashed: published, solid: ours")
