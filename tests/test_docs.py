@@ -16,6 +16,7 @@ from ssl_locat.cluster.launch import load_profile
 from ssl_locat.config import reference as config_reference
 from ssl_locat.config.schema import Config, load
 from ssl_locat.config.yaml_files import names
+from ssl_locat.data.images.bands import reading
 from ssl_locat.data.images.decode import decode_image, find_label
 from ssl_locat.data.shards.filters import filtered
 from ssl_locat.data.shards.index import open_mix
@@ -122,8 +123,9 @@ def test_the_guide_to_channels_makes_an_image(workplace):
     (code,) = [code for language, _, code in blocks("guides/channels.md") if language == "python"]
     (workplace / "save.py").write_text(code)
     runpy.run_path(str(workplace / "save.py"))
-    image = decode_image((workplace / "image_0001.npy").read_bytes(), channels=6)
-    assert image.shape == (64, 64, 6) and image.max() == 255
+    bands = reading({"type": "uint16", "low": 0, "high": 3000}, (0.5,) * 6)
+    image = decode_image((workplace / "image_0001.npy").read_bytes(), channels=bands)
+    assert image.shape == (64, 64, 6) and 254 < image.max() <= 255
 
 
 def test_the_config_reference_is_current():

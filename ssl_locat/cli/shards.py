@@ -78,6 +78,32 @@ def shards_dedup(
     dedup_command(data if len(data) > 1 else data[0], against, leave_out, as_json)
 
 
+@shards.command(
+    "stats",
+    epilog=examples(
+        "ssl-locat shards stats path/to/images",
+        "ssl-locat shards stats 'shards/*.tar' no_data=0 images=10000 base=mine.yaml --out mine_16bit.yaml",
+    ),
+)
+def shards_stats(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="shards (brace, glob, URL) or a folder")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value ...]",
+            help="as in data.channels: pick=[3,2,1], no_data=0, bands_first=true, window=file; image_key=tif, max_pixels=100_000_000, "
+            "images=10000 (so many, spread over the set), base=CONFIG (of the YAML that is written)",
+        ),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="write a YAML with what was measured", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure mean, deviation, percentiles and no data of each channel in one pass."""
+    from ssl_locat.data.shards.stats import stats_command
+
+    stats_command(data, options or [], out, as_json)
+
+
 @shards.command("show", epilog=examples("ssl-locat shards show 'shards/*.tar'"))
 def shards_show(data: Annotated[list[str], typer.Argument(metavar="DATA...")], as_json: Json = False) -> None:
     """Print counts, sizes and the first samples."""

@@ -5,13 +5,16 @@ torch, so that a wrong key costs a second. The resolved config, written into the
 """
 
 import os
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ssl_locat.config.data_section import Data as Data
 from ssl_locat.config.mistakes import explain
+from ssl_locat.config.section import AtLeast0, Positive, Share
+from ssl_locat.config.section import Options as Options
+from ssl_locat.config.section import Section as Section
 from ssl_locat.config.signatures import check_options
 from ssl_locat.config.yaml_files import LoadedYaml, dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, did_you_mean
@@ -29,103 +32,6 @@ OBJECTIVES = {
 EITHER = (("optim", "epochs"), ("optim", "total_steps"))
 
 T = TypeVar("T", bound=BaseModel)
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-AtLeast0 = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A part of the config: no unknown keys, no changes after loading."""
-
-    # `.inf` and `.nan` are numbers of YAML, and no key means one
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bool_for_number(cls, values: Any) -> Any:
-        # pydantic reads `lr: true` as 1.0
-        for name, value in values.items() if isinstance(values, dict) else ():
-            known = cls.model_fields.get(name)
-            if isinstance(value, bool) and known and known.annotation in (int, float, int | None, float | None):
-                raise ValueError(f"{name} is {value}; expected a number")
-        return values
-
-
-class Options(Section):
-    """A part with variants: a name, and options that the named thing's own signature checks."""
-
-    # checked by `load` and not here: which keys exist depends on the name
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class WeightedShards(Section):
-    shards: str | list[str] = Field(description="brace or glob pattern, list of shards, or a folder")
-    weight: float = Field(default=1.0, gt=0, description="share of the samples, relative to the other entries")
-    filters: list[str] = Field(
-        default=[],
-        description="webdataset filters of your own, 'package.module:name', that make one sample of each (docs/webdataset.md)",
-    )
-
-    @field_validator("filters")
-    @classmethod
-    def _dotted_names(cls, value: list[str]) -> list[str]:
-        if wrong := next((name for name in value if not re.fullmatch(r"\w+(\.\w+)*:\w+", name)), None):
-            raise ValueError(f"holds {wrong!r}; expected 'package.module:name' of a filter")
-        return value
-
-
-DataSpec = str | list[str] | list[WeightedShards]
-
-
-class Cache(Section):
-    folder: str = Field(description="folder on a local disk, shared by the ranks of a node")
-    max_gb: float = Field(default=50, gt=0, description="size limit, GB; least recently used pages go first")
-
-
-class Textures(Section):
-    """A small image set that is made on first use (data/textures.py)."""
-
-    folder: str = Field(description="where the shards are written")
-    num_train: int = Field(default=4000, gt=0)
-    num_test: int = Field(default=1000, gt=0)
-    image_size: int = Field(default=48, ge=16, description="pixels")
-    seed: int = 0
-
-
-class Data(Section):
-    train: DataSpec = Field(
-        description="unlabelled images: shards (brace or glob, any fsspec URL), a folder, or a list of {shards, weight}"
-    )
-    test: DataSpec | None = Field(default=None, description="labelled images that online probes are measured on")
-    num_classes: int | None = Field(default=None, gt=0, description="classes of train and test, where probes need labels")
-    make: Textures | None = Field(default=None, description="make this image set before the run, if it is not there")
-    image_key: str | None = Field(
-        default=None, description="member of a sample that holds the image; default: the first of jpg, jpeg, png, webp, ..."
-    )
-    label_key: str | None = Field(default=None, description="member that holds the label; default: cls, or the class folder")
-    workers: int = Field(default=2, ge=0, description="processes per rank that decode; one more reads for them")
-    read_memory_gb: float = Field(
-        default=1.0,
-        gt=0,
-        description="raw samples that a rank holds in memory at most, GiB; a new run's shuffling is as wide as it allows",
-    )
-    max_bad: float = Field(default=0.001, ge=0, le=1, description="share of damaged samples above which the run stops")
-    max_pixels: int = Field(
-        default=100_000_000,
-        gt=0,
-        description="an image with more pixels, or that takes more than 6 bytes for each of so many to decode, is refused",
-    )
-    epoch_samples: int | None = Field(
-        default=None, gt=0, description="samples that count as one epoch; default: all; a mix must give it"
-    )
-    retry_minutes: float = Field(
-        default=5, gt=0, description="how long an unreachable store is tried before the run stops, resumable"
-    )
-    cache: Cache | None = None
 
 
 class Backbone(Options):
@@ -177,6 +83,28 @@ class Crops(Section):
     solarize_prob: tuple[Share, Share, Share] = Field(
         default=(0.0, 0.2, 0.0), description="global crop 1, global crop 2, local crops"
     )
+    vertical_flip_prob: float = Field(default=0.0, ge=0, le=1, description="for images that have no up, such as aerial ones")
+    turn_prob: float = Field(default=0.0, ge=0, le=1, description="a turn by 90, 180 or 270 degrees, for images that have no up")
+    band_jitter: tuple[AtLeast0, AtLeast0] = Field(
+        default=(0.2, 0.05),
+        description="each channel by itself: factor 1 +- the first, then +- the second added (channels in 0..1)",
+    )
+    band_jitter_prob: float = Field(default=0.0, ge=0, le=1)
+    band_drop_prob: float = Field(
+        default=0.0, ge=0, lt=1, description="of each channel, to be replaced by its mean; never of all"
+    )
+    stretch: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        default=0.02, description="percentile stretch: largest share of a crop's values cut at either end, each channel by itself"
+    )
+    stretch_prob: float = Field(default=0.0, ge=0, le=1)
+    noise_sigma: tuple[AtLeast0, AtLeast0] = Field(
+        default=(0.0, 0.05), description="of Gaussian noise, least and greatest (channels in 0..1)"
+    )
+    noise_prob: float = Field(default=0.0, ge=0, le=1)
+    hed_jitter: float = Field(
+        default=0.05, ge=0, description="haematoxylin, eosin and DAB each: factor 1 +- this, then +- this added; RGB of histology"
+    )
+    hed_prob: float = Field(default=0.0, ge=0, le=1)
     # ImageNet's, which released weights expect; `ssl-locat init` measures others
     mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="of the channels in 0..1, one for each")
     std: tuple[Positive, ...] = Field(default=(0.229, 0.224, 0.225), description="likewise")
@@ -205,6 +133,10 @@ class Crops(Section):
             raise ValueError(
                 f"grey, saturation and hue are made of RGB, the images have {len(self.mean)} channels: set gray_prob: 0.0 and the last two "
                 f"of jitter to 0, as in [{self.jitter[0]}, {self.jitter[1]}, 0.0, 0.0]"
+            )
+        if len(self.mean) != 3 and self.hed_prob:
+            raise ValueError(
+                f"hed_prob is {self.hed_prob}: stains are taken apart in RGB, the images have {len(self.mean)} channels"
             )
         return self
 
@@ -366,7 +298,17 @@ class Config(Section):
                 f"backbone.in_chans is {channels}, but crops.mean has {len(self.crops.mean)} numbers: give crops.mean and crops.std one for "
                 "each channel (`ssl-locat init` measures them)"
             )
+        for key, count in (self.data.channels.lengths() if self.data.channels else {}).items():
+            if count != channels:
+                raise ValueError(f"data.channels.{key} lists {count} channels, but backbone.in_chans is {channels}")
+        if (show := self.data.channels and self.data.channels.show) and not all(0 <= place < channels for place in show):
+            raise ValueError(f"data.channels.show is {list(show)}; the channels are numbered 0 to {channels - 1}")
         return self
+
+    @property
+    def channels(self) -> dict[str, Any] | None:
+        """`data.channels` as plain values, for the layers below; None where images are 8 bits."""
+        return self.data.channels.model_dump(mode="json") if self.data.channels else None
 
     @property
     def objectives(self) -> list[Objective]:

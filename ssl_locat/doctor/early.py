@@ -140,7 +140,7 @@ def check_enough(source: str) -> None:
     """UserError for a local folder that holds fewer images than can be compared with each other. Stops counting as soon as there are enough."""
     if not os.path.isdir(source):
         return
-    from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS
+    from ssl_locat.data.images.decode import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 
     count = 0
     for _, _, files in os.walk(source, followlinks=False):
@@ -148,7 +148,7 @@ def check_enough(source: str) -> None:
         if "tar" in endings:  # shards: how many samples are in them, only their index tells
             return
         # a name is enough here; what does not decode counts as damage later
-        count += sum(ending in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION) for ending in endings)
+        count += sum(ending in (*IMAGE_EXTENSIONS, *ARRAY_EXTENSIONS) for ending in endings)
         if count >= FEWEST:
             return
     for path, folders, _ in os.walk(source):

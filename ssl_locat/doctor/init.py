@@ -3,6 +3,7 @@
 A starting point, chosen by rules that fit in one's head; every choice is written beside its reason, and every line may be changed.
 """
 
+import json
 import os
 import re
 import statistics
@@ -14,7 +15,8 @@ import torch
 
 from ssl_locat.config.schema import Config, load
 from ssl_locat.data.images.decode import LABEL_KEYS, decode_image, find_image
-from ssl_locat.data.shards.index import open_dataset
+from ssl_locat.data.shards.index import Dataset, open_dataset
+from ssl_locat.data.shards.stats import Found, Reading, as_text, count_sample, is_deep, sections
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.doctor.early import check_enough, name_of, yaml_to_write
 from ssl_locat.errors import CorruptSample, UserError
@@ -47,6 +49,8 @@ class DataStats(NamedTuple):
     std: tuple[float, ...]
     num_classes: int | None  # class folders, or labels seen
     mean_bytes: float
+    channels: dict | None = None  # a config's data.channels, where 8 bits would lose something
+    notes: tuple[str, ...] = ()  # what was measured of each channel, in words
 
 
 class Sizes(NamedTuple):
@@ -143,6 +147,8 @@ def usable_test(train: str, test: str | None) -> tuple[str | None, str]:
 def inspect_data(source: str) -> DataStats:
     """Open the data and read a sample of it."""
     dataset = open_dataset(source)
+    if is_deep(dataset, None):
+        return inspect_bands(source, dataset)
     pixels: list[np.ndarray] = []  # of each image [n, C]
     sides, ratios, formats, labels, damaged, gray = [], [], [], [], [], 0
     # evenly over the set: its start may be one class, one camera, one year
@@ -192,6 +198,48 @@ def inspect_data(source: str) -> DataStats:
         std,
         classes if labels else None,
         dataset.mean_bytes,
+    )
+
+
+def inspect_bands(source: str, dataset: Dataset) -> DataStats:
+    """The same, of images that 8 bits would cut: all values of the sample count."""
+    reading, found = Reading(deep=True), Found()
+    sides, ratios, formats, labels = [], [], [], 0
+    places = np.linspace(0, len(dataset) - 1, min(NUM_SAMPLED, len(dataset))).round().astype(int).tolist()
+    for number, place in enumerate(places):
+        (sample,) = dataset.read(place, place + 1)
+        values = count_sample(sample, reading, found)
+        if values is not None and not number and len(values) < 32 < min(values.shape[1:]):
+            # a few rows of many columns and channels: bands come first in these arrays
+            reading, found = Reading(deep=True, bands_first=True), Found()
+            values = count_sample(sample, reading, found)
+        if values is None or isinstance(sample, Damage):
+            continue
+        height, width = values.shape[:2]
+        sides.append(min(height, width))
+        ratios.append(max(height, width) / min(height, width))
+        formats.append(kind_of(find_image(sample.members)))
+        labels += "cls" in sample.members
+    if not sides:
+        raise UserError(
+            f"{source}: none of {len(places)} samples could be read, such as {found.damaged[0]}. Is this the right folder?"
+        )
+    written = sections(found, reading)
+    lines = as_text(found.counting.result(), found).splitlines()[1 : 1 + found.counting.channels]
+    return DataStats(
+        len(dataset),
+        sides,
+        ratios,
+        formats,
+        0.0,
+        len(found.damaged) / len(places),
+        found.damaged[0] if found.damaged else "",
+        tuple(written["crops"]["mean"]),
+        tuple(written["crops"]["std"]),
+        (len(getattr(dataset, "classes", None) or []) or None) if labels else None,
+        dataset.mean_bytes,
+        written["data"]["channels"],
+        tuple(lines),
     )
 
 
@@ -284,6 +332,8 @@ def compose(target: Path, train: str, test: str | None, seen: DataStats) -> str:
         f"  train: {_quoted(train)}",
         *([f"  test: {_quoted(test)}   # labelled: k-NN is measured on it during training"] if test else []),
         *([f"  num_classes: {seen.num_classes}"] if seen.num_classes and labelled else []),
+        *([f"  channels: {json.dumps(seen.channels)}   # low and high: percentiles 1 and 99"] if seen.channels else []),
+        *(f"    # {line.strip()}" for line in seen.notes),
         f"  workers: {max(1, min(8, cores - 1))}   # this machine has {cores} cores",
         f"  max_bad: {max(0.01, round(2 * seen.damaged, 3))}   # share of unreadable images above which the run stops; {100 * seen.damaged:.0f} % of those looked at",
         f"backbone: {{{backbone}, img_size: {sizes.global_size}, patch_size: {sizes.patch_size}{in_chans}}}   # {why}",
@@ -299,7 +349,12 @@ def compose(target: Path, train: str, test: str | None, seen: DataStats) -> str:
             else []
         ),
         *([f"  gray_prob: 0.0   # {gray}", "  jitter: [0.4, 0.4, 0.0, 0.0]"] if gray else []),
-        *([f"  mean: {list(seen.mean)}   # of these images", f"  std: {list(seen.std)}"] if gray or _unusual(seen) else []),
+        *(["  band_jitter_prob: 0.8   # gain and offset of each channel, in place of colour"] if channels not in (1, 3) else []),
+        *(
+            [f"  mean: {list(seen.mean)}   # of these images", f"  std: {list(seen.std)}"]
+            if gray or seen.channels or _unusual(seen)
+            else []
+        ),
         "optim:",
         f"  epochs: {epochs}",
         f"  global_batch_size: {batch}",

@@ -169,6 +169,7 @@ def model_card(
         input_size=backbone.pretrained_cfg["input_size"],
         mean=backbone.pretrained_cfg["mean"],
         std=backbone.pretrained_cfg["std"],
+        channels=backbone.pretrained_cfg.get("channels"),
         locat=is_locat,
         code=with_code,
         which=which,

@@ -23,6 +23,9 @@ ATTACH = ("gaug", "prr", "pos_resize")
 
 def write_timm(backbone: nn.Module, folder: Path, with_code: bool = False) -> None:
     """Write the two files into `folder`; with_code: a modeling file besides, for transformers where ssl_locat is not installed."""
+    # timm's own classes refuse keys that they do not know among these
+    channels = backbone.pretrained_cfg.get("channels")
+    backbone.pretrained_cfg = {key: value for key, value in backbone.pretrained_cfg.items() if key != "channels"}
     save_for_hf(backbone, str(folder), safe_serialization=True, data_config={"input_size": backbone.pretrained_cfg["input_size"]})
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -30,6 +33,9 @@ def write_timm(backbone: nn.Module, folder: Path, with_code: bool = False) -> No
     args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
     config["architecture"], args = own_name(backbone, config["architecture"], args)
     config["model_args"] = args
+    if channels:
+        config["channels"] = channels  # which bands it reads, on which scale: load_backbone takes them from here
+        backbone.pretrained_cfg = {**backbone.pretrained_cfg, "channels": channels}
     if with_code:
         config["auto_map"] = AUTO_MAP
         write_modeling(config["architecture"], folder / FILE)

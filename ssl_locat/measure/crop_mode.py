@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ssl_locat.config.schema import Config
+from ssl_locat.data.images.bands import reading
 from ssl_locat.data.images.crops import MultiCrop
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.filters import filtered
@@ -54,7 +55,8 @@ def measured_rates(datasets: list[Dataset], config: Config, device: torch.device
     """`Rates` for this machine and data, from the cache where they were measured before. None if no image could be read."""
     what = (os.uname().nodename, cpu_name(), torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch.__version__)
     data = [dataset.manifest_hash for dataset in datasets]
-    key = json.dumps([what, data, config.crops.model_dump(mode="json", exclude={"mode"}), torch.get_num_threads()])
+    about = [what, data, config.crops.model_dump(mode="json", exclude={"mode"}), torch.get_num_threads()]
+    key = json.dumps([*about, config.channels] if config.channels else about)
     kept = default_cache_dir().parent / "crops" / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.json"
     with suppress(OSError, ValueError, TypeError):
         return Rates(**json.loads(kept.read_text()))
@@ -72,7 +74,7 @@ def measure_rates(datasets: list[Dataset], config: Config, device: torch.device)
     encoded = _some_images(datasets, config)
     if not encoded:
         return None
-    limits = {"channels": len(config.crops.mean), "max_pixels": config.data.max_pixels}
+    limits: dict[str, Any] = {"channels": reading(config.channels, config.crops.mean), "max_pixels": config.data.max_pixels}
     images = [decode_image(data, **limits) for data in encoded]
     some = images if device.type == "cuda" else images[:_ON_CPU]
     threads = torch.get_num_threads()
@@ -134,7 +136,7 @@ def _some_images(datasets: list[Dataset], config: Config) -> list[bytes]:
                 continue
             with suppress(CorruptSample):
                 data = find_image(filtered(sample, place).members, config.data.image_key)
-                decode_image(data, channels=len(config.crops.mean), max_pixels=config.data.max_pixels)
+                decode_image(data, channels=reading(config.channels, config.crops.mean), max_pixels=config.data.max_pixels)
                 found.append(data)
     return found
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ssl_locat.config.schema import Config
+from ssl_locat.data.images.bands import reading
 from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.filters import filtered
@@ -49,7 +50,9 @@ def sample_data(datasets: list[Dataset], config: Config, device: torch.device, c
             try:
                 data = find_image(filtered(sample, looked_at).members, config.data.image_key)
                 began = time.perf_counter()
-                image = decode_image(data, channels=len(config.crops.mean), max_pixels=config.data.max_pixels)
+                image = decode_image(
+                    data, channels=reading(config.channels, config.crops.mean), max_pixels=config.data.max_pixels
+                )
                 decoded = time.perf_counter()
                 cut.append(crops.cut(image, seed=looked_at))
                 spent["decode"] += decoded - began
@@ -82,7 +85,10 @@ def kind_of(data: bytes) -> str:
         b"II*\0": "TIFF",
         b"MM\0*": "TIFF",
         b"\x93NUMPY": "npy",
+        b"PK\x03\x04": "npz",
     }
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WebP"
+    if data[128:132] == b"DICM":
+        return "DICOM"
     return next((name for start, name in magic.items() if data.startswith(start)), "other")

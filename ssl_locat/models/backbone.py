@@ -100,7 +100,8 @@ def load_backbone(
         backbone = load_foreign(model)
     elif Path(folder_of(model), "config.json").is_file():
         path, options = split_options(model)
-        backbone = create_pretrained(f"local-dir:{folder_of(path)}", **options)
+        config = read_json(folder_of(path) / "config.json")
+        backbone = with_channels(create_pretrained(f"local-dir:{folder_of(path)}", **options), config)
     else:
         backbone = load_run(Path(model), which or "teacher", step, average)
     return backbone.eval()
@@ -179,7 +180,7 @@ def weights_of_model(model: nn.Module, source: str) -> Known:
 def compare_normalisation(backbone: nn.Module, mean: tuple, std: tuple, source: str) -> None:
     """Say it where the weights were trained on images of another mean and std than `backbone` will see."""
     own = getattr(backbone, "pretrained_cfg", None) or {}
-    if own and (tuple(own["mean"]), tuple(own["std"])) != (tuple(mean), tuple(std)):
+    if own and len(own["mean"]) == len(mean) and (tuple(own["mean"]), tuple(own["std"])) != (tuple(mean), tuple(std)):
         log.warning(
             "%s was trained on images with mean %s and std %s; here they have mean %s and std %s (crops.mean, crops.std).",
             source,
@@ -230,6 +231,13 @@ def with_input_size(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_channels(model: nn.Module, config: dict) -> nn.Module:
+    """Note which bands of a file it reads, and on which scale (a config's data.channels), where an export of ours says so."""
+    if config.get("channels"):
+        model.pretrained_cfg = {**model.pretrained_cfg, "channels": config["channels"]}
+    return model
+
+
 def load_from_hub(model: str) -> nn.Module:
     """`hf-hub:NAME[?key=value]`: a repository of timm's or ours, or one of transformers' whose layout is known."""
     name, options = split_options(model)
@@ -237,7 +245,7 @@ def load_from_hub(model: str) -> nn.Module:
     try:
         config = read_json(Path(hf_hub_download(repository, "config.json", revision=revision or None)))
         if "architecture" in config:
-            return create_pretrained(name, **options)
+            return with_channels(create_pretrained(name, **options), config)
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.bin"])
     except (RuntimeError, OSError, ValueError) as error:  # huggingface_hub's and httpx's descend from these
         raise CheckpointError(f"{model}: cannot be loaded from the hub: {error}") from error
@@ -285,7 +293,8 @@ def load_run(folder: Path, which: str, step: int | str | None, average: int | No
     options = {key: value for key, value in settings.items() if key not in NOT_FOR_THE_CONSTRUCTOR}
     backbone = create_backbone(settings["name"], **{"img_size": config["crops"]["global_size"], **options})
     crops = config["crops"]
-    backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": tuple(crops["mean"]), "std": tuple(crops["std"])}
+    read = {"mean": tuple(crops["mean"]), "std": tuple(crops["std"]), "channels": (config.get("data") or {}).get("channels")}
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, **read}
     backbone.load_state_dict(mean_weights(checkpoints, f"{which}.backbone."))
     restore_grid(backbone, checkpoints[-1])
     return backbone

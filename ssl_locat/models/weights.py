@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resize_rel_pos_bias_table
+from timm.models import adapt_input_conv
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
@@ -113,6 +114,7 @@ def fit(backbone: nn.Module, known: Known, source: str) -> list[str]:
     state = dict(known.state)
     own = backbone.state_dict()
     drop_copies_of_the_shared_mlp(backbone, state, "")
+    fit_channels(backbone, state, source)
     convert = timms_filter(backbone) if isinstance(backbone, tuple(family.base for family in FAMILIES)) else None
     if isinstance(backbone, SwinTransformer):
         table = fit_windows(backbone, state, known, source)
@@ -147,6 +149,17 @@ def fit(backbone: nn.Module, known: Known, source: str) -> list[str]:
     if missing:
         log.info("%s: %d tensors of LocAt are not in these weights and stay as initialised", source, len(missing))
     return missing
+
+
+def fit_channels(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Give the patch kernels as many input channels as the backbone takes, by timm's rule (`adapt_input_conv`): for one channel they are
+    summed; else repeated in their order, cut at the end and scaled by old / new, so that a patch of one grey value gives the same token."""
+    name = "patch_embed.proj.weight"
+    own, given = getattr(getattr(backbone.patch_embed, "proj", None), "weight", None), state.get(name)
+    if own is None or given is None or own.ndim != 4 or given.ndim != 4 or own.shape[1] == given.shape[1]:
+        return
+    state[name] = adapt_input_conv(own.shape[1], given, base_chans=given.shape[1])
+    log.info("%s: patch kernels of %d channels are made to take %d, by timm's rule", source, given.shape[1], own.shape[1])
 
 
 def fit_positions(backbone: nn.Module, state: dict[str, Tensor], known: Known, source: str) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ IMAGES, LOCALS = 4, 6  # rows; local crops of each, at most
 class FirstCrops:
     """Waits for the first batch of a run that has no picture yet; on other ranks, and later, it does nothing."""
 
-    def __init__(self, run: Path, mean: Sequence[float], std: Sequence[float]):
-        self.path, self.mean, self.std = run / "pictures" / "crops.png", mean, std
+    def __init__(self, run: Path, mean: Sequence[float], std: Sequence[float], show: Sequence[int] | None = None):
+        self.path, self.mean, self.std, self.show_bands = run / "pictures" / "crops.png", mean, std, show
         self.wanted = is_main() and not self.path.exists()
 
     def show(self, global_crops: Tensor, local_crops: Tensor | None, hidden: Tensor | None) -> None:
@@ -40,7 +40,7 @@ class FirstCrops:
 
     def _tiles(self, crops: Tensor, images: int, view: int, hidden: Tensor | None = None) -> list[np.ndarray]:
         rows = slice(view * images, view * images + min(IMAGES, images))
-        tiles = as_tiles(crops[rows].detach(), self.mean, self.std)
+        tiles = as_tiles(crops[rows].detach(), self.mean, self.std, self.show_bands)
         if hidden is not None:
             tiles = [_greyed(tile, mask) for tile, mask in zip(tiles, hidden[rows].cpu(), strict=True)]
         return tiles

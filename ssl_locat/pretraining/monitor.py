@@ -31,7 +31,9 @@ class Monitor:
     def __init__(self, run: Run, bar: Any):
         self.run, self.bar, self.speed = run, bar, Speed()
         self.waiting_for_data = self.speed.waiting
-        self.first_crops = FirstCrops(run.folder, run.config.crops.mean, run.config.crops.std)
+        self.first_crops = FirstCrops(
+            run.folder, run.config.crops.mean, run.config.crops.std, (run.config.channels or {}).get("show")
+        )
         self.usage = Usage(run.device)
         looks = torch.tensor(float(self.usage.looks_at_gpu), device=run.device)
         self.usage.looks_at_gpu = bool(distributed.all_reduce_mean_(looks) == 1)  # all ranks log the same numbers

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_locat import objectives
 from ssl_locat.config.schema import OBJECTIVES, Config, Data
+from ssl_locat.data.images.bands import reading
 from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.index import Dataset, open_mix
@@ -236,6 +237,7 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
         **(getattr(backbone, "pretrained_cfg", None) or {}),
         "mean": config.crops.mean,
         "std": config.crops.std,
+        "channels": config.channels,
     }
     if checkpoint:
         restore_grid(backbone, checkpoint)
@@ -339,7 +341,10 @@ class Prepare:
     def __init__(self, crops: MultiCrop, data: Data):
         # a class and no closure: workers that are not forked get it pickled
         self.crops, self.image_key = crops, data.image_key
-        self.options = {"channels": len(crops.mean), "max_pixels": data.max_pixels}
+        self.options: dict[str, Any] = {
+            "channels": reading(data.channels and data.channels.model_dump(mode="json"), crops.mean),
+            "max_pixels": data.max_pixels,
+        }
 
     def __call__(self, sample: RawSample, seed: int) -> Sample:
         return self.crops.cut(decode_image(find_image(sample.members, self.image_key), **self.options), seed)

@@ -101,7 +101,7 @@ class Probes:
         key = _top1(first)
         # top1_k20 and top1_k20_t0.07: the first k that the probe measures
         k = int(key.removeprefix("top1_k").partition("_t")[0])
-        raw = raw_pixel_knn(data=section, k=k, channels=len(self.config.crops.mean), most_images=MOST)
+        raw = raw_pixel_knn(data=section, k=k, channels=len(self.config.crops.mean), bands=self.config.channels, most_images=MOST)
         if is_main():
             write_atomically(path, to_json({**raw, "top1": raw[f"top1_k{k}"]}))
         barrier()

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.images.tiles import GAP, TILE, as_tiles, montage
 from ssl_locat.errors import EXPECTED, CorruptSample
-from ssl_locat.evaluation.shared.image_views import as_picture
+from ssl_locat.evaluation.shared.image_views import as_picture, channels_of
 from ssl_locat.evaluation.shared.samples import Members
 from ssl_locat.models.backbone import load_backbone
 from ssl_locat.models.gaug import GAug
@@ -110,7 +110,12 @@ def _sections(run: Run, steps: list[int]) -> list[dict]:
         assert images is not None, "there is at least one checkpoint"
         everything = torch.cat([_capture(backbone, part).features for part in images.split(16)])
         bar.update()
-    thumbnails = as_tiles(images, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
+    thumbnails = as_tiles(
+        images,
+        backbone.pretrained_cfg["mean"],
+        backbone.pretrained_cfg["std"],
+        (backbone.pretrained_cfg.get("channels") or {}).get("show"),
+    )
     sections = [
         _scatter_section(everything, labels, thumbnails),
         _neighbour_section(everything, thumbnails),
@@ -134,8 +139,8 @@ def _fixed_images(run: Run, backbone: nn.Module) -> tuple[Tensor, list[str | Non
     images, labels = [], []
     for place in places.tolist():
         try:
-            channels, sample = len(backbone.pretrained_cfg["mean"]), members[place]
-            pixels = decode_image(find_image(sample.members, data.get("image_key")), channels=channels)
+            sample = members[place]
+            pixels = decode_image(find_image(sample.members, data.get("image_key")), channels=channels_of(backbone))
         except CorruptSample:
             continue
         labels.append(_class_name(sample.members, data.get("label_key"), members.dataset.classes))

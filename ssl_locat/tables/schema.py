@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from ssl_locat.config.schema import Cache, Config, DataSpec, Section, load, parse
+from ssl_locat.config.data_section import Cache, DataSpec
+from ssl_locat.config.schema import Config, Section, load, parse
 from ssl_locat.config.schema import Data as RunData
 from ssl_locat.config.signatures import keyword_names
 from ssl_locat.config.yaml_files import LoadedYaml, load_yaml

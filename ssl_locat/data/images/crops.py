@@ -15,7 +15,7 @@ three box blurs that approximate it (2 on average at most). tests/data/images/te
 
 import random
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ssl_locat.data.images import crops_device
 from ssl_locat.data.images.draws import FIELDS, FIRST_OF_COLOUR, JITTER_ORDERS, Draw, draw_box
+from ssl_locat.data.images.extras import Extras, turn_all, turned
 from ssl_locat.errors import ConfigError, did_you_mean
 
 # cv2's own threads do not survive the fork of a loader worker, and each worker has one core anyway
@@ -43,8 +44,8 @@ _SOLARIZE = np.array([v if v < 128 else 255 - v for v in range(256)], np.uint8)
 class Sample(NamedTuple):
     """One image on its way to a batch."""
 
-    pixels: list[np.ndarray]  # uint8: its crops; in mode "device" the whole image alone
-    draws: np.ndarray  # float32 [V, FIELDS]
+    pixels: list[np.ndarray]  # uint8, or float32 on the same scale: its crops; in mode "device" the whole image alone
+    draws: np.ndarray  # float32 [V, FIELDS], and columns of extras.py where an option asks for such
 
 
 class Crops(NamedTuple):
@@ -85,6 +86,9 @@ class MultiCrop:
         device: type of the device that `finish` will be given; only read by "auto".
         mean, std: of the normalisation, for channels in 0..1; as many as the images have channels. Saturation, hue and grey are made
             of RGB: with another number of channels they do nothing.
+        extra: options of extras.Extras, by name.
+
+    Images are uint8, or float32 on the scale of 0..255 (bands.py), which stay float: nothing is rounded or clipped.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class MultiCrop:
         device: str = "cpu",
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        **extra: Any,
     ):
         if mode not in MODES:
             raise ConfigError(f"crops.mode is {mode!r}; known: {', '.join(MODES)}.{did_you_mean(mode, MODES)}")
@@ -126,6 +131,8 @@ class MultiCrop:
         auto = "device-photometric" if device == "cuda" else "cpu"
         self.mode = auto if mode == "auto" else mode
         self.mean, self.std = tuple(mean), tuple(std)
+        self.extras = Extras(**extra)
+        self.drawn = self.extras.turns or self.extras.values  # whether there are columns of them
 
     def draw(self, height: int, width: int, seed: int) -> list[Draw]:
         """The choices for all crops of one [height, width] image, globals first; a pure function of its arguments."""
@@ -134,18 +141,37 @@ class MultiCrop:
         return [self._draw_view(rng.random, view, height, width) for view in views]
 
     def cut(self, image: np.ndarray, seed: int) -> Sample:
-        """uint8 [H, W, C] -> what is done with it in the worker."""
+        """[H, W, C], uint8 or float32 -> what is done with it in the worker."""
         height, width = image.shape[:2]
         draws = self.draw(height, width, seed)
         table = np.array(draws, np.float32)
+        if self.drawn:
+            table = np.concatenate([table, self.extras.draw(seed, len(draws), image.shape[2])], axis=1)
+        if self.extras.values and image.dtype == np.uint8:
+            image = image.astype(np.float32)  # gains of a few percent would be lost in whole values
         if self.mode == "device":
             return Sample([image], table)
-        crops = []
+        crops: list[np.ndarray] = []
         for group in self.groups:
-            for draw in draws[group.views]:
-                crop = resized_crop(image, draw, group.size)
-                crops.append(photometric(crop, draw._replace(sigma=draw.sigma * group.finer)) if self.mode == "cpu" else crop)
+            cut = [resized_crop(image, draw, group.size) for draw in draws[group.views]]
+            if self.extras.turns:
+                cut = [turned(crop, row) for crop, row in zip(cut, table[group.views], strict=True)]
+            if self.mode == "cpu" and image.dtype == np.uint8:
+                blurs = [draw._replace(sigma=draw.sigma * group.finer) for draw in draws[group.views]]
+                cut = [photometric(crop, draw) for crop, draw in zip(cut, blurs, strict=True)]
+            elif self.mode == "cpu":
+                cut = self._photometric_floats(cut, group.draws(torch.from_numpy(table)[None])[0])
+            crops += cut
         return Sample(crops, table)
+
+    def _photometric_floats(self, crops: list[np.ndarray], draws: Tensor) -> list[np.ndarray]:
+        """As the device does it, so that the modes do not differ: crops of one size as one batch."""
+        batch = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+        batch = crops_device.photometric(batch, draws, False, self._mean_of_extras())
+        return list(batch.permute(0, 2, 3, 1).numpy())
+
+    def _mean_of_extras(self) -> tuple[float, ...] | None:
+        return self.mean if self.drawn else None
 
     def collate(self, samples: list[Sample]) -> dict[str, Tensor]:
         """B samples -> a flat dict of tensors, view-major.
@@ -177,7 +203,8 @@ class MultiCrop:
         pixels = payload[name].to(device, non_blocking=True).permute(0, 3, 1, 2)
         crops = torch.empty(pixels.shape, device=pixels.device).copy_(pixels)
         if self.mode == "device-photometric":
-            crops = crops_device.photometric(crops, payload[f"{name}_draws"])
+            whole = pixels.dtype == torch.uint8
+            crops = crops_device.photometric(crops, payload[f"{name}_draws"], whole, self._mean_of_extras())
         return self._normalize(crops)
 
     def _finish_images(self, payload: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -190,7 +217,9 @@ class MultiCrop:
         for group in self.groups:
             draws = group.draws(payload["draws"])
             crops = crops_device.assemble(buckets, crops_device.to_device(draws, device), group.size)
-            crops = crops_device.photometric(crops, draws.transpose(0, 1).flatten(0, 1))
+            table = draws.transpose(0, 1).flatten(0, 1)
+            crops = turn_all(crops, table) if self.extras.turns else crops
+            crops = crops_device.photometric(crops, table, buckets[0][0].dtype == torch.uint8, self._mean_of_extras())
             finished[group.name] = self._normalize(crops)
         return finished
 
@@ -218,14 +247,14 @@ class MultiCrop:
 
 
 def resized_crop(image: np.ndarray, draw: Draw, size: int) -> np.ndarray:
-    """uint8 [H, W, C] -> uint8 [size, size, C]: cut first, then antialiased bicubic (never reads outside the box), then flip."""
+    """[H, W, C] -> the same type [size, size, C]: cut first, then antialiased bicubic (never reads outside the box), then flip."""
     box = image[draw.top : draw.top + draw.height, draw.left : draw.left + draw.width]
     if box.shape[:2] != (size, size):
         # batch first, then permute: the other order of the two misses ATen's channels-last uint8 kernel
         pixels = torch.from_numpy(box)[None].permute(0, 3, 1, 2)
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
         box = pixels.permute(0, 2, 3, 1)[0].numpy()
-    if box.shape[2] != 3:  # cv2 drops an axis of one
+    if box.shape[2] != 3 or box.dtype != np.uint8:  # cv2 drops an axis of one
         return np.ascontiguousarray(box[:, ::-1] if draw.flip else box)
     return cv2.flip(box, 1) if draw.flip else np.ascontiguousarray(box)
 
@@ -279,7 +308,7 @@ JITTER = (_brightness, _contrast, _saturation, _hue)
 def _stack_views(samples: list[list[np.ndarray]]) -> Tensor:
     """B lists of V crops -> [V * B, h, w, C], view-major."""
     views, batch = len(samples[0]), len(samples)
-    out = np.empty((views, batch, *samples[0][0].shape), np.uint8)
+    out = np.empty((views, batch, *samples[0][0].shape), samples[0][0].dtype)
     for index, crops in enumerate(samples):
         for view, crop in enumerate(crops):
             out[view, index] = crop
@@ -287,14 +316,14 @@ def _stack_views(samples: list[list[np.ndarray]]) -> Tensor:
 
 
 def _stack_images(images: list[np.ndarray]) -> dict[str, Tensor]:
-    """Images of like size, padded to one: {"images.K": uint8 [n, H, W, C], "rows.K": int64 [n], their numbers in the batch}."""
+    """Images of like size, padded to one: {"images.K": [n, H, W, C], "rows.K": int64 [n], their numbers in the batch}."""
     buckets: dict[tuple[int, int], list[int]] = {}
     for row, image in enumerate(images):
         buckets.setdefault(tuple(-(-side // _BUCKET) for side in image.shape[:2]), []).append(row)
     payload = {}
     for number, rows in enumerate(buckets.values()):
         height, width = (max(images[row].shape[axis] for row in rows) for axis in (0, 1))
-        padded = np.zeros((len(rows), height, width, images[0].shape[2]), np.uint8)
+        padded = np.zeros((len(rows), height, width, images[0].shape[2]), images[0].dtype)
         for place, row in enumerate(rows):
             padded[place, : images[row].shape[0], : images[row].shape[1]] = images[row]
         payload[f"images.{number}"], payload[f"rows.{number}"] = torch.from_numpy(padded), torch.tensor(rows)

@@ -1,8 +1,10 @@
 """The device's part of multi-crop: the same draws as on the CPU, applied to a whole batch at once.
 
-Crops are float [N, C, H, W] with whole values 0..255 throughout, rounded where the CPU's 8-bit operations round, so that both give the
-same crops: resize within 1 of 255 of Pillow, photometric operations within 2, hue 2 on average (the CPU's HSV has 8 bits). What
+Crops of 8-bit images are float [N, C, H, W] with whole values 0..255 throughout, rounded where the CPU's 8-bit operations round, so that both
+give the same crops: resize within 1 of 255 of Pillow, photometric operations within 2, hue 2 on average (the CPU's HSV has 8 bits). What
 depends on a choice is gathered by indices made on the CPU, where the draws are: nothing waits for the device.
+
+Images of other types are float on the same scale, neither rounded nor clipped (`whole=False`); the loader's CPU then runs this very code.
 """
 
 import math
@@ -10,30 +12,37 @@ import math
 import torch
 from torch import Tensor
 
+from ssl_locat.data.images import extras
 from ssl_locat.data.images.draws import FIELDS, FIRST_OF_COLOUR, JITTER_ORDERS
 
 _GRAY = (0.299, 0.587, 0.114)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 
 
-def photometric(crops: Tensor, draws: Tensor) -> Tensor:
-    """Jitter, grey, blur, solarise. `crops` float [N, C, H, W] in 0..255 (may be overwritten), `draws` [N, FIELDS] on the CPU."""
+def photometric(crops: Tensor, draws: Tensor, whole: bool = True, mean: tuple[float, ...] | None = None) -> Tensor:
+    """Jitter, grey, blur, solarise. `crops` float [N, C, H, W] in 0..255 (may be overwritten), `draws` [N, FIELDS] on the CPU.
+
+    whole: of 8-bit images. mean: of the channels in 0..1, where `draws` have columns of extras.py behind theirs.
+    """
     orders = torch.tensor([*JITTER_ORDERS, (-1,) * 4])[draws[:, FIELDS["jitter_order"]].long()]  # -1 picks the last row
     factors = draws[:, FIELDS["brightness"] : FIELDS["hue"] + 1]
     colours = crops.shape[1] == 3
     if not colours:
         orders = torch.where(orders < FIRST_OF_COLOUR, orders, -1)
     for turn in range(4):
-        crops = _jitter(crops, orders[:, turn], factors)
+        crops = _jitter(crops, orders[:, turn], factors, whole)
     flags = to_device(draws, crops.device)
     if colours:
-        crops = torch.where(_flag(flags, "gray"), _gray(crops), crops)
+        crops = torch.where(_flag(flags, "gray"), _gray(crops, whole), crops)
+    if mean is not None:
+        crops = extras.before_blur(crops, draws)
     blurred = draws[:, FIELDS["sigma"]].nonzero()[:, 0]
     if len(blurred):
         sigmas = draws[blurred, FIELDS["sigma"]]
         rows = to_device(blurred, crops.device)
-        crops[rows] = _blur(crops[rows], sigmas)
-    return torch.where(_flag(flags, "solarize") & (crops >= 128), 255 - crops, crops)
+        crops[rows] = _blur(crops[rows], sigmas, whole)
+    crops = torch.where(_flag(flags, "solarize") & (crops >= 128), 255 - crops, crops)
+    return crops if mean is None else extras.after_blur(crops, draws, mean)
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
@@ -47,7 +56,7 @@ def resized_crops(images: Tensor, draws: Tensor, size: int) -> Tensor:
     """Antialiased bicubic crops of padded images by two matrix products, horizontal first and rounded in between, as Pillow does.
 
     Args:
-        images: uint8 [n, H, W, C] on the device; padding is never read.
+        images: uint8 or float32 [n, H, W, C] on the device; padding is never read. Float ones are not rounded.
         draws: [n, V, FIELDS] on the device.
 
     Returns float [V, n, C, size, size].
@@ -59,10 +68,12 @@ def resized_crops(images: Tensor, draws: Tensor, size: int) -> Tensor:
     across = _resize_weights(field["left"], field["width"], width, size, field["flip"])  # [n, V, size, W]
     down = _resize_weights(field["top"], field["height"], height, size, None)
     # all views side by side in one product: broadcasting the image over views would copy it for each
-    narrow = torch.bmm(pixels, across.reshape(count, views * size, width).transpose(1, 2)).round_().clamp_(0, 255)
+    narrow = torch.bmm(pixels, across.reshape(count, views * size, width).transpose(1, 2))
+    narrow = narrow.round_().clamp_(0, 255) if images.dtype == torch.uint8 else narrow
     narrow = narrow.reshape(count, channels, height, views, size).permute(0, 3, 2, 1, 4)
     narrow = narrow.reshape(count * views, height, channels * size)
-    crops = torch.bmm(down.reshape(count * views, size, height), narrow).round_().clamp_(0, 255)
+    crops = torch.bmm(down.reshape(count * views, size, height), narrow)
+    crops = crops.round_().clamp_(0, 255) if images.dtype == torch.uint8 else crops
     return crops.reshape(count, views, size, channels, size).permute(1, 0, 3, 2, 4)
 
 
@@ -90,15 +101,16 @@ def _flag(draws: Tensor, name: str) -> Tensor:
     return (draws[:, FIELDS[name]] > 0)[:, None, None, None]
 
 
-def _gray(crops: Tensor) -> Tensor:
-    """[N, 1, H, W]: of RGB, in whole values; of other channels, their mean."""
+def _gray(crops: Tensor, whole: bool) -> Tensor:
+    """[N, 1, H, W]: of RGB, in whole values if `whole`; of other channels, their mean."""
     if crops.shape[1] != 3:
         return crops.mean(1, keepdim=True)
     red, green, blue = crops.unbind(1)
-    return (red * _GRAY[0] + green * _GRAY[1] + blue * _GRAY[2]).round_()[:, None]
+    gray = red * _GRAY[0] + green * _GRAY[1] + blue * _GRAY[2]
+    return (gray.round_() if whole else gray)[:, None]
 
 
-def _jitter(crops: Tensor, operation: Tensor, factors: Tensor) -> Tensor:
+def _jitter(crops: Tensor, operation: Tensor, factors: Tensor, whole: bool) -> Tensor:
     """Apply to each crop the one operation named for it (-1: none). `operation` [N] and `factors` [N, 4] on the CPU.
 
     Brightness, contrast and saturation are one formula: a blend with black, with the mean grey, or with the crop's own grey."""
@@ -109,26 +121,31 @@ def _jitter(crops: Tensor, operation: Tensor, factors: Tensor) -> Tensor:
         factor, kind, index = (to_device(numbers, device) for numbers in (factors[rows, kind], kind, rows))
         factor, kind = factor[:, None, None, None], kind[:, None, None, None]
         chosen = crops[index]
-        gray = _gray(chosen)
-        mean = (gray.mean((2, 3), keepdim=True) + 0.5).floor_()
+        gray = _gray(chosen, whole)
+        mean = gray.mean((2, 3), keepdim=True)
+        mean = (mean + 0.5).floor_() if whole else mean
         other = torch.where(kind == _SATURATION, gray, torch.where(kind == _CONTRAST, mean, 0.0))
         blend = other + (chosen - other) * factor
-        blend = torch.where(kind == _SATURATION, blend.round(), blend.floor())  # as the 8-bit operations of each do
-        crops = crops.index_copy(0, index, blend.clamp_(0, 255))
+        if whole:
+            blend = torch.where(kind == _SATURATION, blend.round(), blend.floor()).clamp_(
+                0, 255
+            )  # as the 8-bit operations of each do
+        crops = crops.index_copy(0, index, blend)
     rows = (operation == _HUE).nonzero()[:, 0]
     if len(rows):
-        shift = to_device((factors[rows, _HUE] * 255).trunc() / 256, device)
+        shift = factors[rows, _HUE]
+        shift = to_device((shift * 255).trunc() / 256 if whole else shift, device)
         index = to_device(rows, device)
-        crops = crops.index_copy(0, index, _turn_hue(crops[index], shift[:, None, None]))
+        crops = crops.index_copy(0, index, _turn_hue(crops[index], shift[:, None, None], whole))
     return crops
 
 
-def _turn_hue(crops: Tensor, shift: Tensor) -> Tensor:
+def _turn_hue(crops: Tensor, shift: Tensor, whole: bool) -> Tensor:
     """RGB -> HSV, hue turned by `shift` (fraction of the circle) -> RGB."""
     red, green, blue = crops.unbind(1)
     value, lowest = crops.amax(1), crops.amin(1)
     chroma = value - lowest
-    safe = chroma.clamp(min=1)  # values are whole: a chroma below 1 is 0, and then hue means nothing
+    safe = chroma.clamp(min=1 if whole else 1e-6)  # a chroma of 0, which whole values have below 1, has no hue
     sixth = torch.where(
         value == red, (green - blue) / safe, torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
     )
@@ -137,10 +154,11 @@ def _turn_hue(crops: Tensor, shift: Tensor) -> Tensor:
     for offset in (5, 3, 1):  # red, green, blue
         k = (sixth + offset).remainder(6)
         parts.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(parts, 1).round_()
+    turned = torch.stack(parts, 1)
+    return turned.round_() if whole else turned
 
 
-def _blur(crops: Tensor, sigmas: Tensor) -> Tensor:
+def _blur(crops: Tensor, sigmas: Tensor, whole: bool) -> Tensor:
     """Gaussian, standard deviation `sigmas` [N] (on the CPU) in pixels, edges repeated; one banded matrix per crop and axis."""
     height, width = crops.shape[-2:]
     reach = math.ceil(3 * float(sigmas.max()) + 1)
@@ -150,7 +168,7 @@ def _blur(crops: Tensor, sigmas: Tensor) -> Tensor:
     shape = crops.shape
     crops = torch.bmm(crops.reshape(len(crops), -1, width), across.transpose(1, 2)).reshape(shape)
     crops = torch.matmul(down[:, None], crops)
-    return crops.round_().clamp_(0, 255)
+    return crops.round_().clamp_(0, 255) if whole else crops
 
 
 def _blur_weights(sigmas: Tensor, reach: int, size: int) -> Tensor:
@@ -165,7 +183,7 @@ def _blur_weights(sigmas: Tensor, reach: int, size: int) -> Tensor:
 
 
 def assemble(buckets: list[tuple[Tensor, Tensor]], draws: Tensor, size: int) -> Tensor:
-    """Crops [V * B, C, size, size], view-major, out of buckets of padded images (uint8 [n, H, W, C], their numbers [n]); all on the device."""
+    """Crops [V * B, C, size, size], view-major, out of buckets of padded images ([n, H, W, C], their numbers [n]); all on the device."""
     batch, views = draws.shape[:2]
     device = buckets[0][0].device
     crops = torch.empty(views, batch, buckets[0][0].shape[3], size, size, device=device)

@@ -69,7 +69,7 @@ def check_memory(image: Image.Image, max_pixels: int) -> None:
     per_pixel = _CORE.get(image.mode, 4) + max(3, _DECODER.get(image.format or "", 0))
     if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
         per_pixel += 8  # coefficients of four channels
-    _check_bytes_needed(*image.size, per_pixel, max_pixels, f"{image.format} of mode {image.mode}")
+    check_bytes_needed(*image.size, per_pixel, max_pixels, f"{image.format} of mode {image.mode}")
 
 
 def check_work(image: Image.Image, data: bytes, max_pixels: int) -> None:
@@ -93,7 +93,8 @@ def check_work(image: Image.Image, data: bytes, max_pixels: int) -> None:
         )
 
 
-def _check_bytes_needed(width: int, height: int, per_pixel: float, max_pixels: int, what: str) -> None:
+def check_bytes_needed(width: int, height: int, per_pixel: float, max_pixels: int, what: str) -> None:
+    """`per_pixel`: bytes held at once for each pixel while it is decoded, the result included."""
     if width * height * per_pixel > max(2 * 3 * max_pixels, _ALWAYS):
         raise CorruptSample(
             f"refused from its header: {width} x {height} pixels as {what} take {width * height * per_pixel / 1e6:.0f} MB to decode, more "
@@ -132,7 +133,7 @@ def check_jpeg(width: int, height: int, sampling: str, scans: int, max_pixels: i
         if scans * width * height > MAX_SCANNED * max_pixels:
             raise CorruptSample(f"refused: {scans} scans over {width} x {height} pixels")
         # libjpeg keeps all coefficients, of two bytes, until the last scan
-        _check_bytes_needed(width, height, 3 + 2 * _SUBSAMPLED.get(sampling, 4), max_pixels, f"progressive JPEG {sampling}")
+        check_bytes_needed(width, height, 3 + 2 * _SUBSAMPLED.get(sampling, 4), max_pixels, f"progressive JPEG {sampling}")
 
 
 def _behind(data: bytes, segment: int) -> int:

@@ -23,7 +23,6 @@ UNREAD: tuple[str, ...] = (
     "eps",
     "pdf",
     "fits",
-    "dcm",
 )
 UNREAD += ("raw", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf")  # cameras' own
 

@@ -9,11 +9,18 @@ from torch import Tensor, tensor
 TILE, GAP = 96, 4  # pixels
 
 
-def as_tiles(images: Tensor, mean: Sequence[float], std: Sequence[float], size: int = TILE) -> list[np.ndarray]:
-    """[n, C, H, W], normalised -> uint8 [size, size, 3] each; of more than three channels the first three, of fewer the first as grey."""
+def as_colours(images: Tensor, mean: Sequence[float], std: Sequence[float], show: Sequence[int] | None = None) -> np.ndarray:
+    """[n, C, H, W], normalised -> uint8 [n, H, W, 3]: the channels `show`; without them the first three, of fewer the first as grey."""
     images = images.float().cpu() * tensor(std).view(-1, 1, 1) + tensor(mean).view(-1, 1, 1)
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    pixels = (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    images = images[:, list(show or ((0, 1, 2) if images.shape[1] >= 3 else (0, 0, 0)))]
+    return (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def as_tiles(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], show: Sequence[int] | None = None, size: int = TILE
+) -> list[np.ndarray]:
+    """`as_colours`, uint8 [size, size, 3] each."""
+    pixels = as_colours(images, mean, std, show)
     return [np.array(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)) for image in pixels]
 
 

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS
+from ssl_locat.data.images.decode import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 from ssl_locat.data.images.names import has_extension, warn_of_unread
 from ssl_locat.data.shards.filters import Filters, with_filters
 from ssl_locat.data.shards.lists import check_counts, choose_split, has_splits, is_shard_list, read_shard_list
@@ -365,7 +365,7 @@ def _list_folder(store: Store, folder: str, split: str | None) -> tuple[dict[str
     tars = [name for name in files if name.endswith(".tar") and not name.rpartition("/")[2].startswith("._")]
     top = [name for name in tars if "/" not in name]
     images = [name for name in files if has_extension(name, IMAGE_EXTENSIONS)]
-    images = images or [name for name in files if has_extension(name, (ARRAY_EXTENSION,))]
+    images = images or [name for name in files if has_extension(name, ARRAY_EXTENSIONS)]
     if tars and (has_splits(store, folder, files) or not (top or images)):
         top = choose_split(store, folder, tars, split)
     warn_of_unread(folder, files)

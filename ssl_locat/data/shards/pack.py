@@ -27,7 +27,9 @@ import numpy as np
 import simplejpeg
 
 from ssl_locat.config.yaml_files import read_value
-from ssl_locat.data.images.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, decode_mask, find_label, image_orientation
+from ssl_locat.data.images.bands import needs_bands
+from ssl_locat.data.images.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, decode_mask, find_label
+from ssl_locat.data.images.eight_bits import image_orientation
 from ssl_locat.data.shards.pack_sources import Listing, Place, Source, has_labels, list_source, plan_shards
 from ssl_locat.errors import CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.runs.log import next_steps, progress
@@ -277,9 +279,11 @@ def _read(file: str, place: Place) -> bytes:
 
 
 def _resized(content: dict[str, bytes], size: int, max_pixels: int) -> dict[str, bytes]:
-    """Images whose shorter side exceeds `size` are reduced; the rest of the sample stays."""
+    """Images whose shorter side exceeds `size` are reduced; the rest of the sample stays, and images that 8 bits would cut."""
     names = [name for name in content if name.rpartition(".")[2] in IMAGE_EXTENSIONS and name != "seg.png"]
     for name in names:
+        if needs_bands(content[name]):
+            continue
         image = decode_image(content[name], max_pixels=max_pixels)
         height, width = image.shape[:2]
         scale = size / min(height, width)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ssl_locat.data.images.decode import ARRAY_EXTENSION, IMAGE_EXTENSIONS, LABEL_KEYS
+from ssl_locat.data.images.decode import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, LABEL_KEYS
 from ssl_locat.data.images.names import has_extension, warn_of_unread
 from ssl_locat.data.shards.tar import COMPRESSED, split_name
 from ssl_locat.data.stores.store import Store
@@ -55,7 +55,7 @@ def list_source(source: str, unpacked: Path) -> Listing:
         tars = sorted(str(path) for path in Path(source).iterdir() if _is_archive(path))
         listing = _list_tars(tars, unpacked) if tars else _list_folder(source, IMAGE_EXTENSIONS)
         if not tars and not listing.samples:
-            listing = _list_folder(source, (ARRAY_EXTENSION,))
+            listing = _list_folder(source, ARRAY_EXTENSIONS)
     else:
         tars = sorted(glob.glob(source)) if not os.path.exists(source) else [source]
         if not tars:
@@ -161,7 +161,7 @@ def _group(found: list[tuple[str, int, int]], file: int, inner: str | None) -> t
     ignored, last = 0, ""  # no member's name is empty
 
     def close() -> int:
-        if not any(place.extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION) for place in places):
+        if not any(place.extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, *ARRAY_EXTENSIONS) for place in places):
             return len(places)
         group = inner if inner is not None else (last.partition("/")[0] if "/" in last else "")
         samples.append(Source(_key(f"{inner}/{last}" if inner else last), tuple(places), group, last.rpartition("/")[2]))

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ssl_locat.data.images.tiles import as_colours
 from ssl_locat.errors import ConfigError
-from ssl_locat.evaluation.shared.features import check_colours, patch_size
+from ssl_locat.evaluation.shared.features import patch_size
 from ssl_locat.evaluation.shared.image_views import normalisation
 from ssl_locat.evaluation.shared.options import BelowOne, Count, Integer, LabelledData, Text
 from ssl_locat.evaluation.shared.pictures import pictures
@@ -40,7 +41,6 @@ def evaluate(
     images: how many of data.test; patches: (row, column) as fractions of the image; layer: which block, -1 is the last;
     beside: a MODEL of the same patch size to show next to this one; out: folder of the PNG and the JSON, null for none.
     """
-    check_colours(backbone, "attention")
     for place in patches:
         if len(place) != 2 or not all(0 <= part < 1 for part in place):
             raise ConfigError(f"patches has {place!r}; expected (row, column), each a fraction of the image in [0, 1).")
@@ -116,11 +116,10 @@ def write(folder: Path, models: dict[str, nn.Module], found: dict, patches: Sequ
     for axis in axes.flat:
         axis.axis("off")
     for number, (name, (images, maps, _)) in enumerate(found.items()):
-        mean, std = (torch.tensor(value)[:, None, None] for value in normalisation(models[name]))
+        shown = as_colours(images, *normalisation(models[name]), (models[name].pretrained_cfg.get("channels") or {}).get("show"))
         for image in range(count):
             line = axes[image * len(found) + number]
-            # back to 0..1, and channels last for matplotlib
-            line[0].imshow((images[image] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+            line[0].imshow(shown[image])
             line[0].set_title(name if len(found) > 1 else "image", fontsize=9)
             size = images.shape[2:]
             for row, col in patches:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_locat.data.images.bands import Bands, how_many
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.stream.ordered import read_in_order
 from ssl_locat.data.stream.workers import choose_workers
 from ssl_locat.errors import ConfigError, CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.shared.features import check_image_size, default_resize
-from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
+from ssl_locat.evaluation.shared.image_views import centre_view, channels_of, normalisation
 from ssl_locat.evaluation.shared.options import Count, Flag, Probability, Shards, Text, Whole
 from ssl_locat.evaluation.shared.samples import NO_LABEL, StackReadable, open_spec, share
 from ssl_locat.models.grid import Grid
@@ -39,7 +40,9 @@ FORMATS = ("safetensors", "npy", "parquet")
 class _Image:
     """(tensor, key, label or -1) of a sample."""
 
-    def __init__(self, view: Callable[[np.ndarray, int], Tensor], image_key: str | None, label_key: str | None, channels: int):
+    def __init__(
+        self, view: Callable[[np.ndarray, int], Tensor], image_key: str | None, label_key: str | None, channels: Bands | int
+    ):
         self.view, self.image_key, self.label_key, self.channels = view, image_key, label_key, channels
 
     def __call__(self, raw: RawSample, index: int) -> tuple[Tensor, str, int]:
@@ -51,7 +54,7 @@ class _Image:
         return image, raw.key, label
 
     def blank(self) -> tuple[Tensor, str, int]:
-        return self.view(np.zeros((64, 64, self.channels), np.uint8), 0), "", NO_LABEL
+        return self.view(np.zeros((64, 64, how_many(self.channels)), np.uint8), 0), "", NO_LABEL
 
 
 def check_out(out: str) -> Path:
@@ -103,7 +106,7 @@ def dump(
     device = next(backbone.eval().parameters()).device
     # repeats, which make shares equally long, are dropped here: nothing is gathered, so that processes need not keep step
     indices, valid = share(len(dataset), rank(), world_size())
-    indices, prepare = indices[valid], _Image(view, image_key, label_key, len(mean))
+    indices, prepare = indices[valid], _Image(view, image_key, label_key, channels_of(backbone))
     table: dict[str, list] = {"class": [], "patches": [], "key": [], "label": []}
     left_out: list[str] = []
     number, width, grid = 0, 0, Grid(0, 0)

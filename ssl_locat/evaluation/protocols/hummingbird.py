@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ssl_locat.errors import ConfigError, DataError
 from ssl_locat.evaluation.protocols.knn import nearest
 from ssl_locat.evaluation.shared.dense import HUMMINGBIRD, DenseImages, dense_images, last_patches
-from ssl_locat.evaluation.shared.features import check_colours, check_depth, check_image_size, near
-from ssl_locat.evaluation.shared.image_views import normalisation
+from ssl_locat.evaluation.shared.features import check_depth, check_image_size, near
+from ssl_locat.evaluation.shared.image_views import channels_of, normalisation
 from ssl_locat.evaluation.shared.metrics import confusion_matrix, hungarian_scores, segmentation_scores
 from ssl_locat.evaluation.shared.options import Count, Flag, FromEnd, Positive, SceneData, Whole
 from ssl_locat.evaluation.shared.seg_datasets import VOID, zero_is_other
@@ -153,17 +153,16 @@ def evaluate(
         augment: the memory is made from one random view of each image, as in the reference, instead of the plain image.
     """
     image_size = check_image_size(backbone, image_size)
-    check_colours(backbone, "hummingbird")
     check_depth(backbone, "block", block)
     if neighbours < 1 or beta <= 0:
         raise ConfigError(f"neighbours is {neighbours} and beta {beta}; expected at least 1 and above 0.")
     backbone.eval()
     device = next(backbone.parameters()).device
     read = partial(last_patches, norm=norm, block=block)
-    mean, std = HUMMINGBIRD if paper_compat else normalisation(backbone)
+    mean, std = HUMMINGBIRD if paper_compat and len(normalisation(backbone)[0]) == 3 else normalisation(backbone)
     keep_other = paper_compat and zero_is_other(data)
     settings: dict[str, Any] = {"image_size": image_size, "mean": mean, "std": std, "batch_size": batch_size, "workers": workers}
-    settings["other_is_a_class"] = keep_other
+    settings |= {"other_is_a_class": keep_other, "channels": channels_of(backbone)}
     train = dense_images(data, "train", augment_seed=seed if augment else None, **settings)
     test = dense_images(data, "test", **settings)
     num_classes = train.num_classes

@@ -206,13 +206,19 @@ def by_class(labels: Tensor, guesses: Tensor, names: Sequence[str] = ()) -> dict
 
 
 def raw_pixel_knn(
-    *, data: dict, k: int | Sequence[int] = 20, channels: int = 3, workers: int | None = None, most_images: int | None = None
+    *,
+    data: dict,
+    k: int | Sequence[int] = 20,
+    channels: int = 3,
+    bands: dict | None = None,
+    workers: int | None = None,
+    most_images: int | None = None,
 ) -> dict[str, float]:
     """The same vote on pixels: images resized to 32 x 32, standardised per channel, flattened. What learned features must beat.
 
-    most_images: of each set, chosen by their keys. 10,000 and 10,000 take 0.25 GB as they are read and 0.4 GB at most.
+    bands: a config's data.channels. most_images: of each set, chosen by their keys. 10,000 and 10,000 take 0.25 GB as they are read and 0.4 GB at most.
     """
-    pixels = _Pixels(channels)
+    pixels = _Pixels(channels, bands)
     data = data | {f"{name}_images": _least(data.get(f"{name}_images"), most_images) for name in ("train", "test")}
     settings: dict[str, Any] = {"image_size": 32, "resize_size": 32, "batch_size": 512, "workers": workers}
     bank, queries = (
@@ -245,9 +251,9 @@ def _least(*limits: int | None) -> int | None:
 class _Pixels(nn.Module):
     """Stands where a backbone would: pixels in 0..1, on the CPU."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, bands: dict | None):
         super().__init__()
-        self.pretrained_cfg = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+        self.pretrained_cfg = {"mean": (0.0,) * channels, "std": (1.0,) * channels, "channels": bands}
         self.device_of = nn.Parameter(torch.zeros(()), requires_grad=False)
 
 

@@ -34,7 +34,7 @@ from ssl_locat.evaluation.shared.features import (
     split,
 )
 from ssl_locat.evaluation.shared.heads import average_gradients, load_progress, purpose_of, save_progress
-from ssl_locat.evaluation.shared.image_views import centre_view, normalisation, training_view
+from ssl_locat.evaluation.shared.image_views import centre_view, channels_of, normalisation, training_view
 from ssl_locat.evaluation.shared.metrics import top_hits
 from ssl_locat.evaluation.shared.options import (
     Count,
@@ -210,7 +210,9 @@ class Task:
         train, self.num_classes = labelled_for_training(train, self.test, data, train_fraction, seed, workers)
         centre = partial(centre_view, size=size, resize=resize_size or default_resize(size), mean=mean, std=std)
         cropped = partial(training_view, size=size, mean=mean, std=std)
-        self.plain, self.views = (LabelledImage(view, data, len(mean), self.num_classes) for view in (centre, cropped))
+        self.plain, self.views = (
+            LabelledImage(view, data, channels_of(backbone), self.num_classes) for view in (centre, cropped)
+        )
         cut = round(held_out * len(train))
         if cut >= len(train):
             raise ConfigError(f"{len(train)} training images are too few to hold out {held_out:.0%} of them.")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError, DataError, did_you_mean
 from ssl_locat.evaluation.shared.dense import IMAGENET, PreparedScene, keep_aspect, last_patches, read_scenes
-from ssl_locat.evaluation.shared.features import check_colours, check_depth, check_image_size, stride
+from ssl_locat.evaluation.shared.features import check_depth, check_image_size, stride
 from ssl_locat.evaluation.shared.heads import average_gradients, load_progress, purpose_of, save_progress
-from ssl_locat.evaluation.shared.image_views import normalisation, to_tensor
+from ssl_locat.evaluation.shared.image_views import channels_of, normalisation, to_tensor
 from ssl_locat.evaluation.shared.metrics import class_ious, confusion_matrix, segmentation_scores
 from ssl_locat.evaluation.shared.options import Count, Flag, FromEnd, NotNegative, Positive, SceneData, Text, Whole
 from ssl_locat.evaluation.shared.samples import check_damage, share
@@ -118,15 +118,16 @@ def evaluate(
     """
     purpose = purpose_of("segmentation", locals())
     check_image_size(backbone, image_size)
-    check_colours(backbone, "segmentation")
     check_depth(backbone, "block", block)
     if batch_size % world_size():
         raise ConfigError(
             f"batch_size is {batch_size}, over all processes; it must be a multiple of their number, {world_size()}."
         )
     train, test = open_scenes(data, "train"), open_scenes(data, "test")
+    train.channels = test.channels = channels_of(backbone)
     device = next(backbone.parameters()).device
-    mean, std = IMAGENET if paper_compat else normalisation(backbone)
+    mean, std = normalisation(backbone)
+    mean, std = IMAGENET if paper_compat and len(mean) == 3 else (mean, std)
     backbone.eval()
 
     @torch.no_grad()
@@ -135,7 +136,7 @@ def evaluate(
         return to_map(tokens.patches.float(), tokens.grid)
 
     # [1, D, rows, cols]
-    width = read(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
+    width = read(torch.zeros(1, len(mean), image_size, image_size, device=device)).shape[1]
     # the head alone depends on the seed here; the caller's generator is left as it was
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -179,7 +180,7 @@ def evaluate(
 def _training_view(
     image: np.ndarray, mask: np.ndarray, seed: int, *, size: int, scale: Scale, mean: Channels, std: Channels
 ) -> tuple[Tensor, Tensor]:
-    colour = np.round(255 * np.array(mean)).astype(np.uint8)  # zero after normalisation
+    colour = np.round(255 * np.array(mean)).astype(image.dtype)  # zero after normalisation
     image, mask = pad(*augment(image, mask, seed, crop=size, scale=scale), size, colour)
     return to_tensor(image, mean, std), torch.from_numpy(mask)
 

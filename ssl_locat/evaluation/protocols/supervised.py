@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.shared.classifier import test_accuracy
-from ssl_locat.evaluation.shared.features import check_colours, check_image_size, labelled_for_training, split
+from ssl_locat.evaluation.shared.features import check_image_size, labelled_for_training, split
 from ssl_locat.evaluation.shared.heads import load_progress, purpose_of, save_progress
-from ssl_locat.evaluation.shared.image_views import centre_view
+from ssl_locat.evaluation.shared.image_views import centre_view, channels_of, training_view
 from ssl_locat.evaluation.shared.image_views import normalisation as normalisation_of
 from ssl_locat.evaluation.shared.options import (
     BelowOne,
@@ -233,7 +233,6 @@ def evaluate(
     if not layer_decay:
         purpose["parameter_groups"] = 2  # states are kept by their place in the groups; in 1, tokens and positions decayed
     size = check_image_size(backbone, image_size)
-    check_colours(backbone, "supervised")
     if precision not in DTYPES:
         raise ConfigError(f"precision is {precision!r}; known: {', '.join(DTYPES)}.")
     if batch_size % (2 * world_size()):
@@ -241,11 +240,21 @@ def evaluate(
             f"batch_size is {batch_size}, over all processes; mixing pairs images, so it must be a multiple of {2 * world_size()}."
         )
     device = next(backbone.parameters()).device
-    show_as(backbone, normalisation)
+    channels = channels_of(backbone)
+    if channels == 3:  # a convention of RGB; other channels have their own
+        show_as(backbone, normalisation)
     mean, std = normalisation_of(backbone)
     if export:
         check_timm_target(Path(export))
-    train_view = partial(_training_view, training_transform(size, mean, std, scale=crop_scale, auto_augment=auto_augment))
+    if channels == 3:
+        train_view = partial(_training_view, training_transform(size, mean, std, scale=crop_scale, auto_augment=auto_augment))
+    elif auto_augment:
+        raise ConfigError(
+            f"auto_augment is {auto_augment!r}, which is made for 8-bit RGB; this backbone takes {len(mean)} channels by data.channels or "
+            "in_chans: give auto_augment=null, which leaves crops, flips, mixing and erasing."
+        )
+    else:
+        train_view = partial(training_view, size=size, mean=mean, std=std, scale=(crop_scale[0], crop_scale[1]))
     test_view = partial(centre_view, size=size, resize=math.floor(size / crop_fraction), mean=mean, std=std)
     for name in ("train", "test"):
         split(data, name)
@@ -276,7 +285,7 @@ def evaluate(
     def save() -> None:
         save_progress(resume_file, step, backbone, optimizer, purpose, plan.to_dict(), scaler)
 
-    prepare = LabelledImage(train_view, data, num_classes=num_classes)
+    prepare = LabelledImage(train_view, data, channels, num_classes)
     options: dict[str, Any] = {"first": step, "batch_size": batch_size, "device": device, "workers": workers, "data": data}
     network.train()
     with (
@@ -327,7 +336,7 @@ def evaluate(
         write_timm_whole(backbone, Path(export))
     barrier()
     tested = Pass(
-        test, LabelledImage(test_view, data, num_classes=num_classes), batch_size=batch_size // world_size(), workers=workers,
+        test, LabelledImage(test_view, data, channels, num_classes), batch_size=batch_size // world_size(), workers=workers,
         max_bad=data.get("max_bad") or 0.0,
     )  # fmt: skip
     return test_accuracy(backbone, tested, device)

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
+from ssl_locat.data.images.bands import Bands, how_many
 from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.stream.ordered import read_in_order
 from ssl_locat.data.stream.workers import choose_workers
-from ssl_locat.evaluation.shared.image_views import random_box, to_tensor
+from ssl_locat.evaluation.shared.image_views import as_picture, random_box, to_tensor
 from ssl_locat.evaluation.shared.metrics import VOID
 from ssl_locat.evaluation.shared.samples import StackReadable, check_damage, refuse_damage, share
 from ssl_locat.evaluation.shared.seg_datasets import Scenes, open_scenes
@@ -45,7 +46,7 @@ def last_patches(backbone: nn.Module, images: Tensor, *, norm: bool = False, blo
 
 def squash(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Image (bilinear, antialiased) and mask (nearest) at size x size, whatever their aspect."""
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)), resize_mask(mask, size, size)
+    return as_picture(image, lambda one: one.resize((size, size), Image.Resampling.BILINEAR)), resize_mask(mask, size, size)
 
 
 def keep_aspect(image: np.ndarray, long_side: float, short_side: float) -> np.ndarray:
@@ -54,7 +55,7 @@ def keep_aspect(image: np.ndarray, long_side: float, short_side: float) -> np.nd
     factor = min(long_side / max(height, width), short_side / min(height, width))
     # mmcv's rounding, so that scores at the published sizes compare
     size = max(1, int(width * factor + 0.5)), max(1, int(height * factor + 0.5))
-    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).reshape(size[1], size[0], -1)  # cv2 drops an axis of one
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -68,28 +69,32 @@ def random_view(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndar
     rng = np.random.default_rng(seed)
     height, width = image.shape[:2]
     left, top, right, bottom = random_box(height, width, (0.5, 2.0), rng)
-    picture = Image.fromarray(image[top:bottom, left:right])
+    image, mask = image[top:bottom, left:right], mask[top:bottom, left:right]
+    if image.shape[2] != 3 or image.dtype != np.uint8:  # no colours to move: gain and offset of all bands
+        gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-25.5, 25.5)
+        return image.astype(np.float32) * (gain if rng.random() < 0.5 else 1) + (offset if rng.random() < 0.5 else 0), mask
+    picture = Image.fromarray(image)
     # torchvision on Pillow images, as the reference: its order and its rounding
     for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
         if rng.random() < 0.5:
             picture = adjust(picture, rng.uniform(0.9, 1.1))
     if rng.random() < 0.5:
         picture = adjust_hue(picture, rng.uniform(-0.1, 0.1))
-    return np.asarray(picture), mask[top:bottom, left:right]
+    return np.asarray(picture), mask
 
 
 class PreparedScene:
     """What a worker makes of a pair: the tensors of `prepare(image, mask, seed)`."""
 
     def __init__(self, scenes: Scenes, prepare: Callable[[np.ndarray, np.ndarray, int], tuple[Tensor, Tensor]]):
-        self.decode, self.prepare = scenes.decode, prepare
+        self.decode, self.prepare, self.channels = scenes.decode, prepare, how_many(scenes.channels)
 
     def __call__(self, raw: RawSample, seed: int) -> tuple[Tensor, Tensor]:
         return self.prepare(*self.decode(raw), seed)
 
     def blank(self) -> tuple[Tensor, Tensor]:
         """Stands in for a damaged pair: void everywhere, which no score counts."""
-        return self.prepare(np.zeros((64, 64, 3), np.uint8), np.full((64, 64), VOID, np.int64), 0)
+        return self.prepare(np.zeros((64, 64, self.channels), np.uint8), np.full((64, 64), VOID, np.int64), 0)
 
 
 def read_scenes(
@@ -142,14 +147,16 @@ def dense_images(
     workers: int | None,
     augment_seed: int | None = None,
     other_is_a_class: bool = False,
+    channels: Bands | int = 3,
 ) -> DenseImages:
     """`data.train` or `data.test`, images and masks squashed to image_size x image_size; with `augment_seed`, one random view of each.
 
-    other_is_a_class: see open_scenes.
+    channels: as the backbone takes them (`channels_of`). other_is_a_class: see open_scenes.
     """
 
     prepare = partial(_squashed, size=image_size, mean=mean, std=std, augment_seed=augment_seed)
     scenes = open_scenes(data, name, other_is_a_class=other_is_a_class)
+    scenes.channels = channels
     return DenseImages(scenes, prepare, data, batch_size=batch_size, workers=workers)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssl_locat.data.shards.selections import Chosen, Joined
 from ssl_locat.errors import ConfigError, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.shared.heads import open_progress
-from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
+from ssl_locat.evaluation.shared.image_views import centre_view, channels_of, normalisation
 from ssl_locat.evaluation.shared.options import LabelledData
 from ssl_locat.evaluation.shared.samples import NO_LABEL, LabelledImage, Pass, check_damage, open_split, read_labels, set_name
 from ssl_locat.evaluation.shared.stopping import asked_to_stop, stopped
@@ -154,7 +154,7 @@ def labelled_images(
     positions = None
     if train_fraction < 1:
         positions = label_subset(read_labels(dataset, data, workers), train_fraction, seed)
-    prepare = LabelledImage(view, data, len(mean))
+    prepare = LabelledImage(view, data, channels_of(backbone))
     return Pass(dataset, prepare, positions, batch_size=batch_size, workers=workers, max_bad=data.get("max_bad") or 0.0)
 
 

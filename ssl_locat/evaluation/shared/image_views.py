@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ssl_locat.data.images.bands import Bands, reading
+
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
 
@@ -17,8 +19,13 @@ def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(backbone.pretrained_cfg["mean"]), tuple(backbone.pretrained_cfg["std"])
 
 
+def channels_of(backbone: nn.Module) -> Bands | int:
+    """What `decode_image` makes of a file for it: 8-bit channels, or the bands that it was trained on, on their scale."""
+    return reading(backbone.pretrained_cfg.get("channels"), backbone.pretrained_cfg["mean"])
+
+
 def to_tensor(image: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [H, W, C] -> float32 [C, H, W], normalised."""
+    """[H, W, C], uint8 or float32 on the scale of 0..255 -> float32 [C, H, W], normalised."""
     # a copy: Pillow's memory is read-only, which torch warns of, and a flip has negative strides, which it refuses
     pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
     return (
@@ -33,8 +40,8 @@ def _per_channel(values: tuple[float, ...]) -> Tensor:
 
 
 def as_picture(image: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """uint8 [H, W, C], changed by Pillow: the colours together, or channel by channel where there are not three."""
-    if image.shape[2] == 3:
+    """[H, W, C], uint8 or float32, changed by Pillow: 8-bit colours together, all else channel by channel."""
+    if image.shape[2] == 3 and image.dtype == np.uint8:
         return np.asarray(change(Image.fromarray(image)))
     return np.stack(
         [np.asarray(change(Image.fromarray(np.ascontiguousarray(band)))) for band in np.moveaxis(image, 2, 0)], axis=2

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from ssl_locat.config.schema import WeightedShards
+from ssl_locat.config.data_section import WeightedShards
 from ssl_locat.config.signatures import check_options, source_of
 from ssl_locat.config.yaml_files import LoadedYaml
 from ssl_locat.errors import ConfigError, did_you_mean

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_locat.data.images.bands import Bands, how_many
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.stream.ordered import read_in_order
 from ssl_locat.data.stream.workers import choose_workers
 from ssl_locat.evaluation.shared.features import check_image_size, default_resize, split
-from ssl_locat.evaluation.shared.image_views import centre_view, normalisation
+from ssl_locat.evaluation.shared.image_views import centre_view, channels_of, normalisation
 from ssl_locat.evaluation.shared.samples import StackReadable, open_split, refuse_damage, share
 from ssl_locat.evaluation.shared.stopping import stop_if_asked
 from ssl_locat.runs.distributed import rank, world_size
@@ -27,14 +28,14 @@ class Pictures(NamedTuple):
 class _View:
     """The image alone, in a view."""
 
-    def __init__(self, view: Callable[[np.ndarray, int], Tensor], data: Mapping[str, Any], channels: int):
+    def __init__(self, view: Callable[[np.ndarray, int], Tensor], data: Mapping[str, Any], channels: Bands | int):
         self.view, self.image_key, self.channels = view, data.get("image_key"), channels
 
     def __call__(self, raw: RawSample, index: int) -> tuple[Tensor]:
         return (self.view(decode_image(find_image(raw.members, self.image_key), channels=self.channels), index),)
 
     def blank(self) -> tuple[Tensor]:
-        return (self.view(np.zeros((64, 64, self.channels), np.uint8), 0),)
+        return (self.view(np.zeros((64, 64, how_many(self.channels)), np.uint8), 0),)
 
 
 def pictures(
@@ -63,7 +64,7 @@ def pictures(
     indices, valid = share(count, rank(), world_size())
     if spread:
         indices = indices * len(dataset) // count
-    prepare = _View(view, data, len(mean))
+    prepare = _View(view, data, channels_of(backbone))
     options: dict[str, Any] = {"batch_size": batch_size, "workers": choose_workers(workers)}
     starts = range(0, len(indices), batch_size)
     for start, ((images,), damaged) in zip(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_locat.data.images.bands import Bands, how_many
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.shards.filters import filtered
 from ssl_locat.data.shards.index import Dataset, FolderDataset, is_compressed, open_dataset, open_mix
@@ -156,7 +157,7 @@ def same_classes(train: Joined | Chosen, test: Joined | Chosen) -> None:
 
 
 class LabelledImage:
-    """What a worker makes of a sample: (view of the image, label). view(image uint8 [H, W, C], seed) -> tensor [C, h, w].
+    """What a worker makes of a sample: (view of the image, label). view(image [H, W, C], seed) -> tensor [C, h, w].
 
     Raises DataError for a label beyond `num_classes`, which no quarantine should hide.
     """
@@ -165,7 +166,7 @@ class LabelledImage:
         self,
         view: Callable[[np.ndarray, int], Tensor],
         data: Mapping[str, Any],
-        channels: int = 3,
+        channels: Bands | int = 3,
         num_classes: int | None = None,
     ):
         self.view, self.channels, self.num_classes = view, channels, num_classes
@@ -183,7 +184,7 @@ class LabelledImage:
     def blank(self) -> tuple[Tensor, int]:
         """Stands in for a damaged sample: black, and no label."""
         # any size will do, the view makes it the same as the others
-        return self.view(np.zeros((64, 64, self.channels), np.uint8), 0), NO_LABEL
+        return self.view(np.zeros((64, 64, how_many(self.channels)), np.uint8), 0), NO_LABEL
 
 
 def stack(samples: list[tuple]) -> tuple:

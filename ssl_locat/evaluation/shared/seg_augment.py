@@ -13,7 +13,7 @@ CROP_TRIES = 10
 def augment(
     image: np.ndarray, mask: np.ndarray, seed: int, *, crop: int, scale: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A training view: uint8 [crop, crop, 3] and int64 [crop, crop]; what the image does not cover is the image's mean colour, void.
+    """A training view: [crop, crop, C], of the image's type, and int64 [crop, crop]; what the image does not cover is the image's mean colour, void.
 
     scale: (long, short) side limits in pixels, times U(0.5, 2), that the image is resized into before the crop.
     """
@@ -33,7 +33,7 @@ def pad(image: np.ndarray, mask: np.ndarray, size: int, colour: np.ndarray) -> t
     height, width = max(0, size - image.shape[0]), max(0, size - image.shape[1])
     if not height and not width:
         return image, mask
-    padded = np.empty((image.shape[0] + height, image.shape[1] + width, 3), np.uint8)
+    padded = np.empty((image.shape[0] + height, image.shape[1] + width, image.shape[2]), image.dtype)
     padded[:] = colour
     padded[: image.shape[0], : image.shape[1]] = image
     return padded, np.pad(mask, ((0, height), (0, width)), constant_values=VOID)
@@ -52,10 +52,14 @@ def _crop(image: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generat
 
 
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness +-32, contrast and saturation 0.5..1.5, hue +-18 of 180, each with probability 0.5; contrast before or after the colours."""
+    """Brightness +-32, contrast and saturation 0.5..1.5, hue +-18 of 180, each with probability 0.5; contrast before or after the colours.
+
+    Of other than 8-bit colours brightness and contrast alone, neither rounded nor clipped."""
+    colours = image.shape[2] == 3 and image.dtype == np.uint8
 
     def shift(pixels: np.ndarray, gain: float = 1, offset: float = 0) -> np.ndarray:
-        return np.clip(pixels.astype(np.float32) * gain + offset, 0, 255).astype(np.uint8)
+        changed = pixels.astype(np.float32) * gain + offset
+        return np.clip(changed, 0, 255).astype(np.uint8) if pixels.dtype == np.uint8 else changed
 
     coin = lambda: rng.random() < 0.5  # noqa: E731
     if coin():
@@ -64,11 +68,11 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     contrast_first = coin()
     if contrast_first and coin():
         image = shift(image, gain=rng.uniform(0.5, 1.5))
-    if coin():
+    if colours and coin():
         hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
         hsv[..., 1] = shift(hsv[..., 1], gain=rng.uniform(0.5, 1.5))
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    if coin():
+    if colours and coin():
         hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
         # cv2 keeps hue in 0..179 for uint8, two degrees a step; it wraps
         hsv[..., 0] = (hsv[..., 0].astype(int) + rng.integers(-18, 18)) % 180

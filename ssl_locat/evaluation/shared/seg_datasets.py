@@ -16,7 +16,9 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from ssl_locat.data.images.decode import decode_image, decode_mask, find_image, find_mask, image_orientation
+from ssl_locat.data.images.bands import Bands
+from ssl_locat.data.images.decode import decode_image, decode_mask, find_image, find_mask
+from ssl_locat.data.images.eight_bits import image_orientation
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.selections import some
 from ssl_locat.data.shards.tar import Damage, RawSample
@@ -152,7 +154,7 @@ class FilePairs:
 
 
 class Scenes:
-    """A set of labelled scenes: `scenes[i]` is (image uint8 [H, W, 3], mask int64 [H, W] of class ids 0..C-1 or 255).
+    """A set of labelled scenes: `scenes[i]` is (image [H, W, C], mask int64 [H, W] of class ids 0..C-1 or 255).
 
     dataset: of the undecoded pairs (data/shards/index.py); `decode` makes a scene of one of its samples.
     """
@@ -162,6 +164,7 @@ class Scenes:
     ):
         self.dataset, self.num_classes, self.table = dataset, num_classes, table
         self.image_key, self.mask_key = image_key, mask_key
+        self.channels: Bands | int = 3  # of the images, as a backbone takes them: set by who reads
         if not len(dataset):
             raise DataError("the set holds no image. Expected images with masks; is the split's name right?")
 
@@ -181,7 +184,7 @@ class Scenes:
         """(image, mask). Raises CorruptSample for a pair that is damaged, DataError for one that the settings do not fit."""
         name = f"{raw.shard}: {raw.key}"
         encoded = find_image(raw.members, self.image_key)
-        image = decode_image(encoded)
+        image = decode_image(encoded, channels=self.channels)
         stored = decode_mask(find_mask(raw.members, self.mask_key), orientation=image_orientation(encoded))
         if image.shape[:2] != stored.shape:
             raise DataError(

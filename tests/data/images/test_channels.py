@@ -4,8 +4,10 @@ import io
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
+from timm.models import adapt_input_conv
 
 from ssl_locat.config.schema import load
 from ssl_locat.data.images.crops import MultiCrop
@@ -15,8 +17,9 @@ from ssl_locat.doctor.init import init
 from ssl_locat.errors import ConfigError, CorruptSample, UserError
 from ssl_locat.evaluation.evaluate import evaluate
 from ssl_locat.export.export import export
+from ssl_locat.export.timm_folder import write_timm
 from ssl_locat.measure import step as step_measure
-from ssl_locat.models.backbone import create_backbone, load_backbone
+from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.report.command import report
 
@@ -26,6 +29,12 @@ COLOURLESS = {"gray_prob": 0.0, "jitter": (0.4, 0.4, 0.0, 0.0)}
 def npy(array: np.ndarray, **options) -> bytes:
     out = io.BytesIO()
     np.save(out, array, **options)
+    return out.getvalue()
+
+
+def tiff(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    tifffile.imwrite(out, array, photometric="minisblack", planarconfig="contig")
     return out.getvalue()
 
 
@@ -53,7 +62,7 @@ def test_arrays_come_out_as_they_are(channels):
     "data, says",
     [
         (npy(np.zeros((4, 4, 2), np.float32)), "float32 .*expected uint8"),
-        (npy(np.zeros((4, 4, 2), np.uint16)), "uint16 .*scale other types"),
+        (npy(np.zeros((4, 4, 2), np.uint16)), "uint16 .*other types need data.channels"),
         (npy(np.array([{}, {}], object), allow_pickle=True), "object"),
         (npy(noise(2))[:-7], "bytes follow"),
         (npy(noise(2))[:20], "not a .npy file"),
@@ -158,9 +167,77 @@ def test_from_arrays_to_an_exported_backbone(tmp_path, monkeypatch, channels):
     assert "What GAug learned" in report([config.run_dir]).read_text()
 
 
-@pytest.mark.parametrize("protocol", ["segmentation", "hummingbird", "supervised", "attention"])
-def test_protocols_of_colour_say_so(protocol):
-    backbone = create_backbone("locatvit_tiny", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, in_chans=2)
-    backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": (0.5, 0.5), "std": (0.5, 0.5)}
-    with pytest.raises(UserError, match=f"{protocol} works on RGB images; this backbone takes 2 channels"):
-        evaluate(backbone, protocol, data={"train": "x", "test": "x"})
+def small(channels: int, section: dict | None = None):
+    backbone = create_backbone("locatvit_tiny", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, in_chans=channels)
+    read = {"mean": (0.5,) * channels, "std": (0.5,) * channels, "channels": section}
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, **read}
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> str:
+    """Images of two 16-bit bands with masks: where the second is bright, the mask is 1."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for number in range(8):
+        mask = np.zeros((20, 24), np.uint8)
+        mask[:, 2 * number :] = 1
+        image = np.stack([np.full(mask.shape, 500), 300 + 3000 * mask.astype(int)], axis=2).astype(np.uint16)
+        (folder / "images" / f"{number}.tif").write_bytes(tiff(image))
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("protocol", ["segmentation", "hummingbird", "attention"])
+def test_dense_protocols_take_any_bands(scenes, tmp_path, protocol):
+    options = {
+        "segmentation": {"iterations": 3, "batch_size": 4, "image_size": 16, "scale": (32, 16), "hidden": 8},
+        "hummingbird": {"image_size": 16, "neighbours": 3, "augment": True},
+        "attention": {"images": 2, "out": str(tmp_path / "maps")},
+    }[protocol]
+    data = {"test": f"{scenes}/images"} if protocol == "attention" else {"train": scenes, "test": scenes, "num_classes": 2}
+    workers = {} if protocol == "attention" else {"workers": 0}
+    scores = evaluate(small(2, {"type": "uint16", "low": 0, "high": 4000}), protocol, data=data, **workers, **options)
+    assert all(np.isfinite(value) for value in scores.values())
+
+
+def test_supervised_takes_any_bands_without_an_augmentation_of_colours(tmp_path):
+    for number in range(12):
+        folder = tmp_path / "set" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = np.random.default_rng(number).integers(100, 900, (20, 20, 2), dtype=np.uint16) + np.uint16(3000 * (number % 2))
+        (folder / f"{number}.npy").write_bytes(npy(image))
+    options = {
+        "data": {"train": str(tmp_path / "set"), "test": str(tmp_path / "set")},
+        "epochs": 1,
+        "batch_size": 4,
+        "workers": 0,
+    }
+    section = {"type": "uint16", "low": 0, "high": 4000}
+    with pytest.raises(ConfigError, match=r"made for 8-bit RGB; this backbone takes 2 channels .*: give auto_augment=null"):
+        evaluate(small(2, section), "supervised", **options)
+    scores = evaluate(small(2, section), "supervised", **options, auto_augment=None, precision="fp32")
+    assert 0 <= scores["top1"] <= 100
+
+
+def test_validate_works_on_colours_alone():
+    backbone = small(2)
+    backbone.reset_classifier(3)
+    with pytest.raises(UserError, match="validate works on RGB images; this backbone takes 2 channels"):
+        evaluate(backbone, "validate", data={"test": "x"})
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 5), (3, 1), (5, 3), (1, 4), (4, 1)])
+def test_weights_cross_numbers_of_channels_by_timms_rule(tmp_path, old, new):
+    source, target = small(old), small(new)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    write_timm(source, weights)
+    missing = init_weights(target, str(weights))
+    kernel, given = target.patch_embed.proj.weight, source.patch_embed.proj.weight
+    assert not missing and torch.equal(kernel, adapt_input_conv(new, given, base_chans=old))
+    if new % old == 0 or new == 1:  # a patch of one value gives the same token; where the list is cut, only nearly
+        tokens = [model.patch_embed(torch.full((1, count, 16, 16), 0.7)) for model, count in ((source, old), (target, new))]
+        torch.testing.assert_close(*tokens, atol=1e-5, rtol=1e-4)
+    assert torch.equal(target.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)

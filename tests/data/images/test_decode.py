@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ssl_locat.data.images.decode import decode_image, decode_mask, find_image, find_label, find_mask, image_orientation
+from ssl_locat.data.images.decode import decode_image, decode_mask, find_image, find_label, find_mask
+from ssl_locat.data.images.eight_bits import image_orientation
 from ssl_locat.errors import CorruptSample
 
 

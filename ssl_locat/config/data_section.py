@@ -1,0 +1,123 @@
+"""The `data` section: where the images lie, what they hold, how they are read."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ssl_locat.config.section import Positive, Section
+
+
+class WeightedShards(Section):
+    shards: str | list[str] = Field(description="brace or glob pattern, list of shards, or a folder")
+    weight: float = Field(default=1.0, gt=0, description="share of the samples, relative to the other entries")
+    filters: list[str] = Field(
+        default=[],
+        description="webdataset filters of your own, 'package.module:name', that make one sample of each (docs/webdataset.md)",
+    )
+
+    @field_validator("filters")
+    @classmethod
+    def _dotted_names(cls, value: list[str]) -> list[str]:
+        if wrong := next((name for name in value if not re.fullmatch(r"\w+(\.\w+)*:\w+", name)), None):
+            raise ValueError(f"holds {wrong!r}; expected 'package.module:name' of a filter")
+        return value
+
+
+DataSpec = str | list[str] | list[WeightedShards]
+
+
+class Cache(Section):
+    folder: str = Field(description="folder on a local disk, shared by the ranks of a node")
+    max_gb: float = Field(default=50, gt=0, description="size limit, GB; least recently used pages go first")
+
+
+class Textures(Section):
+    """A small image set that is made on first use (data/textures.py)."""
+
+    folder: str = Field(description="where the shards are written")
+    num_train: int = Field(default=4000, gt=0)
+    num_test: int = Field(default=1000, gt=0)
+    image_size: int = Field(default=48, ge=16, description="pixels")
+    seed: int = 0
+
+
+class Channels(Section):
+    """Images of any number type and bands: which of them, and on which scale. `ssl-locat init` measures and writes it."""
+
+    type: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64", "dicom"] | None = Field(
+        default=None, description="number type that every file must hold; a file of another is corrupt"
+    )
+    low: float | list[float] = Field(default=0.0, description="stored value that becomes 0, for all channels or one for each")
+    high: float | list[float] = Field(default=1.0, description="stored value that becomes 1, likewise; nothing is clipped")
+    pick: list[Annotated[int, Field(ge=0)] | str] | None = Field(
+        default=None,
+        description="the file's bands, in this order: by place from 0, or by name where the file has names; default: all",
+    )
+    names: list[str] | None = Field(default=None, description="what the channels are called, in exports and reports")
+    no_data: float | None = Field(
+        default=None, description="stored value that means none, as NaN always does; default: what the file itself names"
+    )
+    max_no_data: float = Field(
+        default=1.0, gt=0, le=1, description="share of no data above which an image is corrupt; one without any data always is"
+    )
+    bands_first: bool = Field(default=False, description="arrays are [bands, height, width], not [height, width, bands]")
+    window: Literal["file"] | tuple[float, Positive] | None = Field(
+        default=None, description="of DICOM: `file`, the first that each file holds, or [centre, width]; values are then 0..1"
+    )
+    show: tuple[int, int, int] | None = Field(default=None, description="channels that pictures show as red, green and blue")
+
+    @model_validator(mode="after")
+    def _a_scale(self) -> "Channels":
+        low, high = (value if isinstance(value, list) else [value] for value in (self.low, self.high))
+        wide = max(len(low), len(high))
+        if {len(low), len(high)} - {1, wide} or not all(
+            a < b for a, b in zip(low * (wide // len(low)), high * (wide // len(high)), strict=True)
+        ):
+            raise ValueError(
+                f"low is {self.low} and high {self.high}; expected numbers with low < high, one of each or one for each channel"
+            )
+        if self.window and (low, high) != ([0.0], [1.0]):
+            raise ValueError("gives a window and low or high; a window's values are 0..1 already")
+        return self
+
+    def lengths(self) -> dict[str, int]:
+        """key -> how many channels it speaks of."""
+        given = {"pick": self.pick, "names": self.names, "low": self.low, "high": self.high}
+        return {name: len(value) for name, value in given.items() if isinstance(value, list)}
+
+
+class Data(Section):
+    train: DataSpec = Field(
+        description="unlabelled images: shards (tar or Parquet; brace or glob, any fsspec URL), a folder, or a list of {shards, weight}"
+    )
+    test: DataSpec | None = Field(default=None, description="labelled images that online probes are measured on")
+    num_classes: int | None = Field(default=None, gt=0, description="classes of train and test, where probes need labels")
+    make: Textures | None = Field(default=None, description="make this image set before the run, if it is not there")
+    image_key: str | None = Field(
+        default=None, description="member of a sample that holds the image; default: the first of jpg, jpeg, png, webp, ..."
+    )
+    label_key: str | None = Field(default=None, description="member that holds the label; default: cls, or the class folder")
+    channels: Channels | None = Field(
+        default=None,
+        description="of images that are not 8 bits of grey or RGB; default: every image becomes 8 bits, of in_chans channels",
+    )
+    workers: int = Field(default=2, ge=0, description="processes per rank that decode; one more reads for them")
+    read_memory_gb: float = Field(
+        default=1.0,
+        gt=0,
+        description="raw samples that a rank holds in memory at most, GiB; a new run's shuffling is as wide as it allows",
+    )
+    max_bad: float = Field(default=0.001, ge=0, le=1, description="share of damaged samples above which the run stops")
+    max_pixels: int = Field(
+        default=100_000_000,
+        gt=0,
+        description="an image with more pixels, or that takes more than 6 bytes for each of so many to decode, is refused",
+    )
+    epoch_samples: int | None = Field(
+        default=None, gt=0, description="samples that count as one epoch; default: all; a mix must give it"
+    )
+    retry_minutes: float = Field(
+        default=5, gt=0, description="how long an unreachable store is tried before the run stops, resumable"
+    )
+    cache: Cache | None = None
