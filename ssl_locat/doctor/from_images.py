@@ -54,7 +54,13 @@ def is_images(given: str) -> bool:
     if path.suffix in (".yaml", ".yml"):
         return False
     # a recipe is a bare word; whatever else looks like a place is images
-    return path.is_dir() or "://" in given or ".tar" in path.name or any(letter in given for letter in "{*")
+    return (
+        path.is_dir()
+        or "://" in given
+        or ".tar" in path.name
+        or path.suffix == ".parquet"
+        or any(letter in given for letter in "{*")
+    )
 
 
 def _check_recipe(given: str) -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from ssl_locat.config.schema import Cache, DataSpec, Section, parse
+from ssl_locat.config.data_section import Cache, DataSpec
+from ssl_locat.config.schema import Section, parse
 from ssl_locat.config.yaml_files import dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.evaluation.evaluate import check_inputs, fingerprint

@@ -342,7 +342,7 @@ class Prepare:
         # a class and no closure: workers that are not forked get it pickled
         self.crops, self.image_key = crops, data.image_key
         self.options: dict[str, Any] = {
-            "channels": reading(data.channels and data.channels.model_dump(mode="json"), crops.mean),
+            "channels": reading(data.channels.model_dump(mode="json") if data.channels else None, crops.mean),
             "max_pixels": data.max_pixels,
         }
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ssl_locat.data.images.decode import decode_image, find_image
-from ssl_locat.data.shards.index import FolderDataset, ShardDataset, is_compressed, open_dataset, read_compressed
+from ssl_locat.data.shards.index import AnySet, ShardDataset, is_compressed, is_parquet, open_dataset, read_compressed
 from ssl_locat.data.shards.shard_index import scan_shard
 from ssl_locat.data.shards.tar import Damage, RawSample, parse
 from ssl_locat.data.stores.objects import Gone
@@ -104,7 +104,10 @@ def _check_one(store: Store, url: str, decode: Callable[[RawSample], object] | N
     found, keys = _Found(), set()
     try:
         found.size = store.stat(url).size
-        for sample in read_compressed(url, store) if is_compressed(url) else _samples(store, url):
+        read = (
+            read_compressed(url, store) if is_compressed(url) else _rows(store, url) if is_parquet(url) else _samples(store, url)
+        )
+        for sample in read:
             if isinstance(sample, RawSample) and decode:
                 try:
                     decode(sample)
@@ -120,6 +123,13 @@ def _check_one(store: Store, url: str, decode: Callable[[RawSample], object] | N
     except (CorruptSample, Gone, DataError) as error:
         found.damage.append(Damage("", shown(url), str(error)))
     return kinds, found
+
+
+def _rows(store: Store, url: str) -> Iterator[RawSample | Damage]:
+    """All rows of a Parquet file, a row group at a time."""
+    dataset = open_dataset(url, store=store)
+    for first in range(0, len(dataset), 64):
+        yield from dataset.read(first, min(len(dataset), first + 64))
 
 
 def _samples(store: Store, url: str) -> Iterator[RawSample | Damage]:
@@ -150,7 +160,7 @@ def show_command(spec: str | list[str], as_json: bool) -> None:
         say(show(dataset))
 
 
-def show(dataset: ShardDataset | FolderDataset) -> str:
+def show(dataset: AnySet) -> str:
     """Counts, sizes and the first samples, as text."""
     lines = [
         f"{dataset.name}: {len(dataset)} samples, {len(dataset) * dataset.mean_bytes / 1e6:.1f} MB",
@@ -189,9 +199,10 @@ def _describe(data: bytes) -> str:
 
 def _as_pattern(spec: str | list[str], store: Store) -> str | list[str]:
     """A folder stands for the shards in it."""
-    if isinstance(spec, str) and ".tar" not in spec:
-        names = [name for name in store.walk(spec) if "/" not in name and ".tar" in name]
+    if isinstance(spec, str) and ".tar" not in spec and not is_parquet(spec):
+        files = list(store.walk(spec))
+        names = [name for name in files if "/" not in name and ".tar" in name] or [name for name in files if is_parquet(name)]
         if not names:
-            raise DataError(f"{shown(spec)} holds no .tar shards to check")
+            raise DataError(f"{shown(spec)} holds no .tar shards and no Parquet files to check")
         return [f"{spec.rstrip('/')}/{name}" for name in names]
     return spec

@@ -1,4 +1,4 @@
-"""Datasets: samples by number, out of tar shards or plain folders of images.
+"""Datasets: samples by number, out of tar shards, Parquet files or plain folders of images.
 
 dataset = open_dataset("data/train-{000..099}.tar")      # or "s3://bucket/train-*.tar", a list of them, or a folder
 dataset.read(0, 32)                                      # 32 x RawSample, or Damage where a sample cannot be used
@@ -30,6 +30,7 @@ from ssl_locat.data.images.decode import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 from ssl_locat.data.images.names import has_extension, warn_of_unread
 from ssl_locat.data.shards.filters import Filters, with_filters
 from ssl_locat.data.shards.lists import check_counts, choose_split, has_splits, is_shard_list, read_shard_list
+from ssl_locat.data.shards.parquet import ENDING, ParquetDataset, open_parquet
 from ssl_locat.data.shards.shard_index import Shard, load_block, load_key_crcs, open_shards, scan_shard, write_sidecars
 from ssl_locat.data.shards.tar import COMPRESSED, DAMAGED, Damage, RawSample, parse
 from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, scheme_of
@@ -220,10 +221,13 @@ class FolderDataset:
         return RawSample(members, key, redact(self.folder))
 
 
+AnySet = ShardDataset | FolderDataset | ParquetDataset
+
+
 def open_dataset(
     spec: str | list[str], *, store: Store | None = None, cache_dir: Path | None = None, split: str | None = None
-) -> ShardDataset | FolderDataset:
-    """Open shards (paths, URLs, braces, globs; or a list of these), a wids list of shards, or a folder of shards or images.
+) -> AnySet:
+    """Open shards (paths, URLs, braces, globs; or a list of these; tars or Parquet), a wids list of shards, or a folder of shards or images.
 
     split: 'train' or 'test': which one of a folder that holds several (lists.py).
     Raises DataError for what is missing, empty, compressed, or of an unknown scheme; Outage if a store does not answer.
@@ -240,44 +244,53 @@ def open_dataset(
         else redact(spec[0])
     )
     if isinstance(spec, str) and (folder := _as_folder(spec)):
-        tars, images = _list_folder(store, folder, split)
-        if not tars:
+        shards, images = _list_folder(store, folder, split)
+        if not shards:
             return FolderDataset(name, store, folder, images)
-        found: dict[str, Stat | None] = tars
+        found: dict[str, Stat | None] = shards
     else:
         found = store.expand(spec)
     return _open_found(name, found, store, cache_dir)
 
 
-def _open_found(name: str, found: dict[str, Stat | None], store: Store, cache_dir: Path | None) -> ShardDataset:
+def _open_found(name: str, found: dict[str, Stat | None], store: Store, cache_dir: Path | None) -> ShardDataset | ParquetDataset:
     if packed := next((url for url in found if is_compressed(url)), None):
         raise DataError(
             f"{shown(packed)} is compressed: samples inside cannot be reached by offset, as training does. Repack it once: "
             f"ssl-locat shards pack {shown(packed)} OUT_FOLDER (or unpack it to a plain .tar). Evaluation reads it as it is."
         )
+    parquet = [is_parquet(url) for url in found]
+    if any(parquet):
+        if not all(parquet):
+            raise DataError(f"{name}: Parquet files and others in one pattern. Name them apart, as a list of {{shards, weight}}.")
+        return open_parquet(name, store, found)
     dataset = ShardDataset(name, store, open_shards(store, found, cache_dir))
     if not len(dataset):
         raise DataError(f"{name} holds no samples: {len(found)} shard(s), all empty. Members must be named KEY.EXTENSION.")
     return dataset
 
 
+def is_parquet(url: str) -> bool:
+    return redact(url).lower().endswith(ENDING)
+
+
 def _open_listed(spec: str, promised: dict[str, int], store: Store, cache_dir: Path | None = None) -> ShardDataset:
     """Shards of a wids list, in its order."""
     dataset = _open_found(redact(spec), dict.fromkeys(promised), store, cache_dir)
+    if not isinstance(dataset, ShardDataset):
+        raise DataError(f"{dataset.name} lists Parquet files; a wids list is one of tars. Name them by a pattern.")
     check_counts(dataset.name, promised, ((shard.url, shard.count, shard.damaged) for shard in dataset.shards))
     return dataset
 
 
-def open_mix(
-    spec: Any, *, store: Store | None = None, split: str | None = None
-) -> tuple[list[ShardDataset | FolderDataset], list[float]]:
+def open_mix(spec: Any, *, store: Store | None = None, split: str | None = None) -> tuple[list[AnySet], list[float]]:
     """(datasets, weights) of a `data.train` value: one source, or a list of {shards: ..., weight: ..., filters: ...}.
 
     A wids list with weights in it is a mix, too; its parts share the weight of their entry. split: as for `open_dataset`.
     """
     store = store or Store()
     parts = spec if isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec) else [{"shards": spec}]
-    datasets: list[ShardDataset | FolderDataset] = []
+    datasets: list[AnySet] = []
     weights: list[float] = []
     for part in parts:
         if not isinstance(part, Mapping) or not {"shards"} <= set(part) <= {"shards", "weight", "filters"}:
@@ -292,7 +305,7 @@ def open_mix(
     return datasets, weights
 
 
-def _open_part(spec: str | list[str], store: Store, split: str | None) -> list[tuple[ShardDataset | FolderDataset, float]]:
+def _open_part(spec: str | list[str], store: Store, split: str | None) -> list[tuple[AnySet, float]]:
     """(dataset, share of the entry's weight): several only for a wids list that weights them."""
     parts = read_shard_list(store, spec) if isinstance(spec, str) and is_shard_list(spec) else []
     if isinstance(spec, list) or all(part.weight is None for part in parts) or len(parts) < 2:
@@ -304,6 +317,8 @@ def _open_part(spec: str | list[str], store: Store, split: str | None) -> list[t
 def write_index(spec: str | list[str]) -> list[str]:
     """Index shards and write `shards.index` into their folders, so that nobody need scan them again; returns the files written."""
     dataset = open_dataset(spec)
+    if isinstance(dataset, ParquetDataset):
+        raise DataError(f"{dataset.name} are Parquet files, which have their index at their end: nothing is to be done.")
     if isinstance(dataset, FolderDataset):
         raise DataError(
             f"{dataset.name} is a folder of images: only tar shards have an index. Pack it first: ssl-locat shards pack FOLDER OUT"
@@ -355,11 +370,12 @@ def _as_folder(spec: str) -> str | None:
     url = normalise(spec)
     if scheme_of(url) == "file":
         return url if os.path.isdir(url) else None
-    return None if ".tar" in redact(url).rpartition("/")[2] else url.rstrip("/")
+    base = redact(url).rpartition("/")[2]
+    return None if ".tar" in base or is_parquet(base) else url.rstrip("/")
 
 
 def _list_folder(store: Store, folder: str, split: str | None) -> tuple[dict[str, Stat | None], list[str]]:
-    """({URL of a shard: Stat}, relative paths of images at any depth). Shards are those at the top; where they lie deeper, or the folder's README
+    """({URL of a shard: Stat}, relative paths of images at any depth). Shards are tars at the top, or Parquet files where there is nothing else; where they lie deeper, or the folder's README
     tells their splits, those of one split."""
     files = store.walk(folder)
     tars = [name for name in files if name.endswith(".tar") and not name.rpartition("/")[2].startswith("._")]
@@ -368,9 +384,12 @@ def _list_folder(store: Store, folder: str, split: str | None) -> tuple[dict[str
     images = images or [name for name in files if has_extension(name, ARRAY_EXTENSIONS)]
     if tars and (has_splits(store, folder, files) or not (top or images)):
         top = choose_split(store, folder, tars, split)
+    if not tars and not images:  # the hub's data sets: Parquet at any depth, and images nowhere else
+        rows = [name for name in files if is_parquet(name)]
+        top = choose_split(store, folder, rows, split) if rows else []
     warn_of_unread(folder, files)
     if not top and not images:
         raise DataError(
-            f"{shown(folder)} holds neither .tar shards nor images ({len(files)} files; images end in {', '.join(IMAGE_EXTENSIONS)})"
+            f"{shown(folder)} holds neither .tar shards nor Parquet files nor images ({len(files)} files; images end in {', '.join(IMAGE_EXTENSIONS)})"
         )
     return {join(folder, name): files[name] for name in top}, images

@@ -25,6 +25,10 @@ def dedup_command(
         raise DataError(
             f"{dataset.name} is a folder of images: the list lies beside shards. Pack it first: ssl-locat shards pack FOLDER OUT"
         )
+    if leave_out and not isinstance(dataset, ShardDataset):
+        raise DataError(
+            f"{dataset.name} are Parquet files: the list lies beside tar shards. Leave its rows out when you write them."
+        )
     looks = look_at(dataset, dataset.name, workers=workers)
     within = duplicates(looks, alike=alike)
     found: dict[str, Any] = {"samples": len(dataset), "within": [_told(pair, dataset, dataset) for pair in within]}

@@ -210,6 +210,8 @@ def choose_plan(
     sizes = tuple(len(dataset) for dataset in datasets)
     mean_bytes = max(dataset.mean_bytes for dataset in datasets)
     best = min(_CHUNK_BYTES / mean_bytes, max(sizes) / 64) if all(dataset.by_range for dataset in datasets) else 8
+    # a row group of Parquet is read whole or not at all: chunks as long as that, as far as memory and shuffling allow
+    best = max(best, *(min(getattr(dataset, "rows_per_read", 0), max(sizes) / 64) for dataset in datasets), 0)
     most = max(1, min(sizes) // _LANE)  # lanes
     # every lane comes once in so many global batches, whole ones: then a rank's slices of them always hold the same lanes
     rounds = max(1, min(8, -(-_RETURN // global_batch_size)))

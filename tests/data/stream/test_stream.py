@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shards import as_list, fingerprint, write_shards
+from shards import as_list, fingerprint, write_parquets, write_shards
 
 from ssl_locat.data.shards.index import open_dataset, open_mix
 from ssl_locat.data.stores.store import Store
@@ -117,6 +117,20 @@ def test_a_folder_of_images_obeys_the_same_plan(tmp_path):
     datasets, weights = open_mix(str(tmp_path / "images"))
     plan = choose_plan(datasets, weights, 0, SIZES["global_batch_size"])
     assert read(datasets, plan, 240) == read(datasets, plan, 240, workers=2, world_size=2)
+
+
+def test_rows_of_parquet_obey_the_same_plan(tmp_path):
+    """Each once in a pass, for any ranks and workers, in a mix with tars too."""
+    datasets, weights = open_mix(write_parquets(tmp_path / "data", [90, 17, 60, 33, 40]))
+    plan = choose_plan(datasets, weights, 3, SIZES["global_batch_size"])
+    found = read(datasets, plan, 240)
+    assert len({sample[1] for sample in found.values()}) == 240
+    assert found == read(datasets, plan, 240, workers=2, world_size=2) == read(datasets, plan, 240, world_size=3)
+    tars = write_shards(tmp_path / "tars", [40, 40])
+    parts = [{"shards": f"{tmp_path}/data/*.parquet", "weight": 3.0}, {"shards": tars}]
+    datasets, weights = open_mix(parts)
+    plan = choose_plan(datasets, weights, 3, SIZES["global_batch_size"])
+    assert read(datasets, plan, 240) == read(datasets, plan, 240, workers=1, world_size=2)
 
 
 def test_a_mix_is_read_in_its_proportions(tmp_path):
@@ -221,9 +235,15 @@ def test_killed_runs_resume_exactly_with_other_world_sizes(tmp_path):
     assert kill_and_resume(tmp_path / "run", data, [2, 1, 3], 1440) == expected_of(tmp_path / "run", data, 1440)
 
 
+def test_killed_runs_over_parquet_resume_exactly_with_other_world_sizes(tmp_path):
+    data = write_parquets(tmp_path / "data", [90, 17, 60, 33, 41])
+    assert kill_and_resume(tmp_path / "run", data, [2, 1, 3], 1440) == expected_of(tmp_path / "run", data, 1440)
+
+
 @pytest.mark.slow
-def test_many_kills_over_many_passes(tmp_path):
-    data = write_shards(tmp_path / "data", [2000] * 5, size=200)
+@pytest.mark.parametrize("write", [write_shards, write_parquets])
+def test_many_kills_over_many_passes(tmp_path, write):
+    data = write(tmp_path / "data", [2000] * 5, size=200)
     worlds = [2, 3, 1, 2, 3, 1, 4, 2]
     assert kill_and_resume(tmp_path / "run", data, worlds, 48_000) == expected_of(tmp_path / "run", data, 48_000)
 
