@@ -11,7 +11,7 @@ def write_config(textures: Path, folder: Path) -> Path:
         f"""
 run_dir: {folder}/run
 data: {{train: "{textures}/textures-train-*.tar", test: "{textures}/textures-test-*.tar", num_classes: 10, workers: 0}}
-backbone: {{name: locatvit_tiny, img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, drop_path_rate: 0.2}}
+backbone: {{name: locatvit_tiny, img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2, drop_path_rate: 0.2, pack_crops: false}}
 objective: {{name: dino, num_prototypes: 32, hidden_dim: 32, bottleneck_dim: 16}}
 crops: {{global_size: 32, local_size: 16, num_local: 2, mode: cpu}}
 optim: {{epochs: 2, global_batch_size: 16, lr: 1.0e-2, warmup_epochs: 0.5}}

@@ -173,8 +173,8 @@ def test_crops_are_finished_without_waiting(mode):
         payload = {name: tensor.pin_memory() for name, tensor in payload.items()}  # by the stream
         finished = crops.finish(payload, torch.device("cuda"))
     assert tensors.blocking == []
-    assert [tuple(t.shape) for t in finished] == [(8, 3, 32, 32), (8, 3, 16, 16)]
-    assert all(t.device.type == "cuda" for t in finished)
+    assert [tuple(t.shape) for t in finished[:2]] == [(8, 3, 32, 32), (8, 3, 16, 16)] and finished[2] is None  # no anchor's crops
+    assert all(t.device.type == "cuda" for t in finished[:2])
 
 
 @pytest.mark.parametrize(

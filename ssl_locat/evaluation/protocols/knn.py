@@ -251,7 +251,7 @@ def _least(*limits: int | None) -> int | None:
 class _Pixels(nn.Module):
     """Stands where a backbone would: pixels in 0..1, on the CPU."""
 
-    def __init__(self, channels: int, bands: dict | None):
+    def __init__(self, channels: int, bands: dict | None = None):
         super().__init__()
         self.pretrained_cfg = {"mean": (0.0,) * channels, "std": (1.0,) * channels, "channels": bands}
         self.device_of = nn.Parameter(torch.zeros(()), requires_grad=False)

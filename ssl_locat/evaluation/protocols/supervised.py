@@ -200,7 +200,7 @@ def evaluate(
     random_erasing: Probability = 0.25,
     crop_scale: tuple[Share, Share] = (0.08, 1.0),
     crop_fraction: Share = 0.9,
-    normalisation: Literal["model", "release", "half", "imagenet"] = "model",
+    normalisation: Literal["model", "release", "half", "imagenet"] = "release",
     distill: Distill | None = None,
     image_size: Count | None = None,
     train_fraction: Share = 1.0,
@@ -221,7 +221,8 @@ def evaluate(
         clip_grad: global norm; 0: none. drop_path: of the last block; None: 0.1, 0.2, 0.4 for tiny, small, base and larger.
         mixup, cutmix: alphas; both 0: none. auto_augment: timm's notation. random_erasing: probability, after mixing.
         crop_scale: of the training crop's area. crop_fraction: of a test image's side that the centre crop keeps (timm: size 224 of 248).
-        normalisation: mean and std of the images, and of what is exported: the model's own, the release's for its family, 0.5, ImageNet's.
+        normalisation: mean and std of the images, and of what is exported: the release's for its family (as for training from scratch), the
+            model's own, 0.5 (half), ImageNet's.
         distill: {model: MODEL with a classifier, weight: 1.0, temperature: 1.0}, weight 1: no labels at all; None: labels alone.
         precision: fp32, bf16 or fp16 (with loss scaling) autocast.
         resume_file: progress is kept there after every epoch and every 1000 steps, and the same command resumes from it (the commands
