@@ -2,7 +2,8 @@
 
     python docs/examples/segment.py backbone/ "camvid-train-{000000..000002}.tar" camvid-val-000000.tar --classes 11
 
-Tiny by default (minutes on a CPU); for a real run add --steps 20000 --size 448 --batch 16 --device cuda.
+Tiny by default (minutes on a CPU); for a real run add --steps 20000 --size 448 --batch 16 --device cuda. DPT reads four blocks: the quickstart's
+backbone, which has three, is too shallow for it.
 """
 
 import argparse
