@@ -32,6 +32,7 @@ ABOUT = {
     "label_free": "RankMe, DSE, ...",
     "errors": "with exit codes",
     "text": "what may be shown",
+    "intervals": "how sure a figure is",
 }
 BLUE, YELLOW, RED, GREEN, GREY = "#d7ebf7", "#fde7c7", "#f9d5cf", "#dcefd8", "#ececec"
 COLOURS = {

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ssl_locat"
 
 # The floors of the house, the ground first. A room may import its own modules, and rooms on floors below it.
 FLOORS = [
-    {"text", "seeds"},
+    {"text", "seeds", "intervals"},
     {"errors"},
     {"config", "optim", "label_free"},
     {"runs"},

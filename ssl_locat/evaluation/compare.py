@@ -22,7 +22,7 @@ from ssl_locat.config.schema import Section, parse
 from ssl_locat.config.yaml_files import dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.evaluation.evaluate import check_inputs, fingerprint
-from ssl_locat.evaluation.shared.intervals import Difference, Tally, difference, interval
+from ssl_locat.intervals.paired import Difference, Tally, difference, interval
 from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import say
 from ssl_locat.text.shown import redacted, to_json

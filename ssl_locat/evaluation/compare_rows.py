@@ -16,10 +16,10 @@ from ssl_locat.evaluation.protocols import hummingbird, knn
 from ssl_locat.evaluation.shared.dense import dense_images, last_patches
 from ssl_locat.evaluation.shared.features import Features, check_classes, check_image_size, extract, labelled_images
 from ssl_locat.evaluation.shared.image_views import normalisation
-from ssl_locat.evaluation.shared.intervals import Tally
 from ssl_locat.evaluation.shared.least_squares import classify
 from ssl_locat.evaluation.shared.metrics import VOID
 from ssl_locat.evaluation.shared.samples import same_classes
+from ssl_locat.intervals.paired import Tally
 from ssl_locat.runs.distributed import all_reduce_sum_, rank
 from ssl_locat.seeds import mix64
 

@@ -11,8 +11,8 @@ import torch
 from ssl_locat.config.schema import Config
 from ssl_locat.config.yaml_files import dump_yaml
 from ssl_locat.errors import Preempted
-from ssl_locat.evaluation.shared.intervals import wilson
 from ssl_locat.export.export import export
+from ssl_locat.intervals.figures import wilson
 from ssl_locat.pretraining.parts import build_model, check, describe
 from ssl_locat.pretraining.probes import counted
 from ssl_locat.pretraining.setup import Run

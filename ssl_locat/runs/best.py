@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ssl_locat.config.schema import Config
 from ssl_locat.errors import CheckpointError, ConfigError, UserError, did_you_mean
+from ssl_locat.intervals.figures import share_noise
 from ssl_locat.runs.durable import write_atomically
 from ssl_locat.text.shown import to_json
 
@@ -239,12 +240,10 @@ def better_than_last(records: list[dict[str, Any]], measure: Measure) -> tuple[B
 def noise_of(measure: Measure, record: Mapping[str, Any]) -> float:
     """Differences up to which two values of a measure are alike; 0 where it is not known.
 
-    Of a share of n test images: half of its 95 % interval, which is the larger the fewer they are."""
+    Of a share of n test images it is half of the share's 95 % interval, the larger the fewer they are."""
     stem, value, images = _stem(measure.metric), measure.value(record), record.get("test_images")
     if stem in SHARES and value is not None and images:
-        share = min(1.0, max(0.0, value / 100))
-        # normal approximation of the binomial; per cent, as the share is
-        return 100 * 1.96 * math.sqrt(share * (1 - share) / images)
+        return share_noise(value, images)
     return NOISE.get(stem, 0.0)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ssl_locat.intervals.figures import one_more_run
 from ssl_locat.runs.durable import write_atomically
 
 
@@ -33,8 +34,8 @@ class Cell(NamedTuple):
 
     @property
     def is_tie(self) -> bool:
-        """Inside two standard deviations of ours: no difference to speak of."""
-        return self.std is not None and self.difference is not None and abs(self.difference) <= 2 * self.std
+        """The published number, one run of theirs, lies where one more run of ours would: no difference to speak of."""
+        return self.std is not None and self.difference is not None and abs(self.difference) <= one_more_run(self.std, self.runs)
 
     def ours(self, plus_minus: str = "±") -> str:
         if self.mean is None:
@@ -84,7 +85,10 @@ def to_markdown(title: str, source: str, grid: Grid, failed: list[str], notes: S
     lines += map(_line, rows)
     runs = max((cell.runs for row in grid.values() for cell in row.values()), default=0)
     if runs > 1:
-        lines += ["", f"Mean ± standard deviation over up to {runs} runs; a difference inside two deviations is a tie."]
+        lines += [
+            "",
+            f"Mean ± standard deviation over up to {runs} runs; a published number where one more run of ours would lie (95 %) is a tie.",
+        ]
     if notes:
         lines += ["", *(f"- {' '.join(note.split())}" for note in notes)]
     if failed:

@@ -8,8 +8,8 @@ from scenes import write_split
 from ssl_locat import cli
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.evaluation import compare, compare_rows
-from ssl_locat.evaluation.shared.intervals import Tally
 from ssl_locat.evaluation.shared.least_squares import classify
+from ssl_locat.intervals.paired import Tally
 from ssl_locat.models.backbone import create_backbone
 
 MODEL, OTHER = "timm:test_vit", "timm:test_vit2"

@@ -11,7 +11,7 @@ from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.evaluation.protocols import knn
 from ssl_locat.evaluation.shared import features
-from ssl_locat.evaluation.shared.intervals import wilson
+from ssl_locat.intervals.figures import wilson
 from ssl_locat.models.backbone import create_backbone
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.pretraining.probe_costs import SHARE, costs, limits, shares

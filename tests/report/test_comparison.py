@@ -3,7 +3,7 @@ import numpy as np
 from ssl_locat import cli
 from ssl_locat.evaluation import compare
 from ssl_locat.evaluation.compare_text import draw
-from ssl_locat.evaluation.shared.intervals import Tally
+from ssl_locat.intervals.paired import Tally
 from ssl_locat.text.shown import to_json
 
 HOSTILE = "runs/<script>alert(1)</script>"

@@ -5,7 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ssl_locat.evaluation.shared.intervals import Tally, difference, interval, wilson
+from ssl_locat.intervals.figures import wilson
+from ssl_locat.intervals.paired import Tally, difference, interval
 
 
 def simulated(rng, gain=0.0, images=300, draws=5):
