@@ -34,6 +34,18 @@ EITHER = (("optim", "epochs"), ("optim", "total_steps"))
 T = TypeVar("T", bound=BaseModel)
 
 
+class Lora(Section):
+    """Low-rank adapters (arXiv:2106.09685) by Hugging Face's peft; the extra `lora`. Exports and everything that loads a run get merged weights."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=16, gt=0, description="an adapter adds alpha / rank times the product of its two factors")
+    targets: list[str] = Field(
+        default=["qkv", "proj", "fc1", "fc2"],
+        min_length=1,
+        description="linear layers within the blocks: qkv also means separate projections, fc1 both inputs of a gated MLP",
+    )
+
+
 class Backbone(Options):
     """A timm model or one of ours, by name; further keys are its constructor's arguments (patch_size, depth, img_size, ...)."""
 
@@ -41,6 +53,19 @@ class Backbone(Options):
     drop_path_rate: float = Field(default=0.1, ge=0, lt=1, description="stochastic depth of the student; the teacher has none")
     init: str | None = Field(default=None, description="start from these weights: PATH, timm:NAME or hf-hub:NAME")
     frozen_epochs: float = Field(default=0, ge=0, description="epochs in which only the heads train; for `init`")
+    frozen_steps: int = Field(
+        default=0, ge=0, description="the same in optimiser steps, for small data; the longer of the two counts"
+    )
+    trainable: Literal["full", "last", "lora"] = Field(
+        default="full",
+        description="what moves of `init`: all of it, its last blocks and what lies behind them, or adapters on its linear layers; what `init` did not "
+        "bring, such as GAug attached newly, moves always",
+    )
+    last_blocks: int = Field(default=4, gt=0, description="for `last`: how many")
+    lora: Lora = Lora()
+    also_trainable: list[Literal["norms", "gaug", "layer_scale", "positions", "class_token", "patch_embed", "mask_token"]] = (
+        Field(default=[], description="free to move besides, in all blocks, under `last` and `lora`; class_token: and registers")
+    )
     pack_crops: bool | Literal["auto"] = Field(
         default="auto",
         description="global and local crops through the student in one pass; `auto`: where this machine measures it faster",
@@ -51,7 +76,24 @@ class Objective(Options):
     """A loss, by name; further keys are its constructor's arguments."""
 
     name: str
-    weight: float = Field(default=1.0, gt=0)
+    weight: Annotated[float, Field(gt=0)] | tuple[AtLeast0, AtLeast0] = Field(
+        default=1.0, description="in the sum; [first, last]: goes straight from one to the other over the run, by samples seen"
+    )
+    weight_until: float = Field(default=1.0, gt=0, le=1, description="share of the run by which a weight arrives at its last")
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _some_weight(cls, value: Any) -> Any:
+        if isinstance(value, bool) or (isinstance(value, list | tuple) and not any(value)):
+            raise ValueError(f"is {value}; expected a number above 0, or [first, last] that are not both 0")
+        return value
+
+    def weight_at(self, share: float) -> float:
+        """At this share of the run, 0 to 1."""
+        if not isinstance(self.weight, tuple):
+            return self.weight
+        first, last = self.weight
+        return first + (last - first) * min(share / self.weight_until, 1.0)
 
 
 # The defaults of crops, optimiser and teacher are those of DINO (arXiv:2104.14294, section 3.2, and the options of its main_dino.py).

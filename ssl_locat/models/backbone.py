@@ -21,6 +21,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from ssl_locat.config.models import check_exists
+from ssl_locat.config.schema import Backbone
 from ssl_locat.config.yaml_files import load_yaml
 from ssl_locat.errors import CheckpointError, UserError, did_you_mean
 from ssl_locat.models.architecture import as_told, recognise
@@ -35,12 +36,7 @@ from ssl_locat.runs.marker import problem, read_marker, step_folders, step_of
 log = logging.getLogger(__name__)
 
 ATTACH = ("gaug", "prr", "pos_resize")  # options of attach_locat
-NOT_FOR_THE_CONSTRUCTOR = (
-    "name",
-    "init",
-    "frozen_epochs",
-    "pack_crops",
-)  # keys of a config's `backbone` that are no options of the model
+NOT_FOR_THE_CONSTRUCTOR = tuple(Backbone.model_fields)  # keys of a config's `backbone` that are no options of the model
 NOT_OF_THE_WEIGHTS = ("num_classes", "in_chans", "img_size")  # options that a run chooses by itself
 
 

@@ -368,7 +368,7 @@ def total_loss(
     for option in config.objectives:
         loss, seen = losses[option.name](views[option.name], targets[option.name], at)
         # metrics show a loss as it is, without its weight
-        total = total + option.weight * loss
+        total = total + option.weight_at(at.epoch / at.total_epochs) * loss
         if len(losses) > 1:
             seen = {option.name: loss.detach(), **{f"{option.name}_{name}": value for name, value in seen.items()}}
         metrics.update(seen)
