@@ -267,6 +267,18 @@ class StopWhen(Section):
     patience: int = Field(gt=0, description="probes in a row that bring no better value, and then it ends")
 
 
+class Guard(Section):
+    """At its end the run hands back the weights that it started from (`backbone.init`), unless a checkpoint is better by more than the noise."""
+
+    otherwise: Literal["start", "refuse"] = Field(
+        default="start", description="where none is better: export the start, or nothing and end with exit code 2"
+    )
+    unverified: Literal["start", "trained"] = Field(
+        default="start", description="what is exported where no labels can tell: the start, or the trained backbone, which is not called better"
+    )
+    margin: float = Field(default=0.0, ge=0, description="points that are no difference to speak of: the interval must lie beyond")
+
+
 class Log(Section):
     every_steps: int = Field(default=10, gt=0, description="how often numbers are fetched from the device and written")
     tensorboard: bool = Field(default=True, description="write event files to RUN/tensorboard")
@@ -316,6 +328,9 @@ class Config(Section):
     stop_when: StopWhen | None = Field(
         default=None, description="end the run early, finished, when a measure has not risen for long"
     )
+    guard: Guard | None = Field(
+        default=None, description="never end worse than `backbone.init`, judged by the probe held_out; `adapt` sets it"
+    )
     export: bool = Field(default=False, description="export the teacher to RUN/export when the run ends")
     sweep: dict[str, list[Any]] = Field(default={}, description="key -> values: on a cluster, one job for each combination")
 
@@ -345,6 +360,12 @@ class Config(Section):
                 raise ValueError(f"data.channels.{key} lists {count} channels, but backbone.in_chans is {channels}")
         if (show := self.data.channels and self.data.channels.show) and not all(0 <= place < channels for place in show):
             raise ValueError(f"data.channels.show is {list(show)}; the channels are numbered 0 to {channels - 1}")
+        return self
+
+    @model_validator(mode="after")
+    def _guard_has_a_start(self) -> "Config":
+        if self.guard and not self.backbone.init:
+            raise ValueError("guard compares with the weights that the run started from: give backbone.init, or take guard out")
         return self
 
     @property

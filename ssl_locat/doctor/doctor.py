@@ -276,6 +276,8 @@ def _probe_lines(config: Config, length: "Length", datasets: "Sequence[Dataset]"
         return [], []
     data = own_data(config)
     sizes = {"train": sum(map(len, datasets)), "test": len(open_split(data, "test")) if data["test"] else 0}
+    if validation := data["judged"]["test"] if config.data.validation else None:
+        sizes["validation"] = len(open_split({**data, "test": validation}, "test"))
     found = costs(config, length.steps_per_epoch, length.total_steps, sizes)
     decoded, forwards = shares(config, found, length.total_steps)
     each = "; ".join(f"{cost.name} {cost.times} times {_count(cost.images, 'image')}" for cost in found)

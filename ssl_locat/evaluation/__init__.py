@@ -13,6 +13,7 @@ PROTOCOLS = {
     "validate": "ssl_locat.evaluation.protocols.validate:evaluate",
     "segmentation": "ssl_locat.evaluation.protocols.segmentation:evaluate",
     "hummingbird": "ssl_locat.evaluation.protocols.hummingbird:evaluate",
+    "held_out": "ssl_locat.evaluation.protocols.held_out:evaluate",
     "locality": "ssl_locat.evaluation.protocols.locality:evaluate",
     "attention": "ssl_locat.evaluation.protocols.attention:evaluate",
     "efficiency": "ssl_locat.evaluation.protocols.efficiency:evaluate",

@@ -12,6 +12,7 @@ from torch import nn
 
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.probe_options import DENSE, resolve
+from ssl_locat.evaluation.protocols.held_out import kinds_of
 from ssl_locat.evaluation.shared.samples import Members, first_label, open_store
 from ssl_locat.evaluation.shared.seg_datasets import open_scenes
 
@@ -29,6 +30,9 @@ def probe(backbone: nn.Module, name: str, options: dict[str, Any], data_defaults
 def open_splits(protocol: str, data: dict[str, Any]) -> None:
     """Open the data sets of a protocol as it will; of labelled ones read the first label. UserError if one is not there."""
     given = {key: value for key, value in data.items() if value is not None}
+    if protocol == "held_out":
+        kinds_of(given)
+        return
     for split in ("train", "test"):
         if not given.get(split):
             continue

@@ -13,6 +13,7 @@ import os
 import shutil
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from safetensors.torch import save_file
@@ -58,6 +59,7 @@ def export(
     with_head: bool = False,
     with_code: bool = False,
     push_to_hub: str | None = None,
+    adapted: dict[str, Any] | None = None,
 ) -> Path:
     """Write MODEL's backbone into the folder `out`, whole or not at all; returns it.
 
@@ -68,6 +70,7 @@ def export(
         with_head: the projection head too, as head.safetensors; runs only.
         with_code: a modeling file too, with which transformers opens the folder where ssl_locat is not installed.
         push_to_hub: upload to this repository of the Hugging Face hub afterwards.
+        adapted: what the guard of a run says (pretraining/guard.py), for the card; of a finished run it is read from its summary.
 
     Raises:
         UserError: MODEL is none, or OUT exists and is no earlier export.
@@ -94,7 +97,7 @@ def export(
             differences[format] = compare(backbone, outputs, sizes, TOLERANCE[format])
         if with_head:
             _write_head(Path(model), which or "teacher", step, average, partial / "head.safetensors")
-        card = model_card(backbone, target.name, run, which or "teacher", chosen, format, sizes, differences, with_code)
+        card = model_card(backbone, target.name, run, which or "teacher", chosen, format, sizes, differences, with_code, adapted)
         (partial / "README.md").write_text(card, encoding="utf-8")
         obey_umask(partial)
         _replace(partial, target)
@@ -154,6 +157,7 @@ def model_card(
     sizes: list[tuple[int, int, int]],
     differences: dict[str, float],
     with_code: bool = False,
+    adapted: dict[str, Any] | None = None,
 ) -> str:
     """README.md of the export: what it is, how to load it, data, recipe, scores, and how near it is to what was trained."""
     # Markdown: nothing to escape but line breaks, which would begin a paragraph of their own
@@ -161,6 +165,8 @@ def model_card(
     template = environment.from_string(files("ssl_locat").joinpath("export/model_card.md").read_text(encoding="utf-8"))
     is_locat = bool(getattr(backbone, "has_gaug", False) or getattr(backbone, "prr", None))
     kept, steps = read_best(run.path) if run else {}, [step_of(path) for path in checkpoints]
+    adapted = adapted or (run.summary.get("guard") if run else None)
+    exported = adapted and (adapted.get("exported") if not run else f"step {steps[0]}" if len(steps) == 1 else "an average")
     return template.render(
         name=name,
         architecture=backbone.pretrained_cfg.get("architecture", type(backbone).__name__),
@@ -183,6 +189,10 @@ def model_card(
         best=[f"{choice} ({best.measure} {best.value:.4g})" for choice, best in kept.items() if steps == [best.step]],
         scores=scores_at(run, steps) if run else {},
         knn=(run.summary.get("knn") or {}) if run and len(steps) == 1 else {},
+        adapted=adapted,
+        judged=bool(adapted and adapted.get("exported") in (exported, "last")),
+        is_start=exported == "start",
+        licence=(adapted or {}).get("licence"),
         config=to_json(run.config.get("optim", {})) if run else None,
     )
 

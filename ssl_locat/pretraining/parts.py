@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.index import Dataset, open_mix
 from ssl_locat.data.shards.left_out import without_left_out
+from ssl_locat.data.shards.selections import Chosen, choose_by_key
 from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.shards.textures import make_textures
 from ssl_locat.data.stores.cache import CachedStore
@@ -99,6 +101,8 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
     if not to_come:
         opened, weights = open_mix(config.data.model_dump()["train"], store=store, split="train")
         datasets = [without_left_out(dataset) for dataset in opened]
+        if config.data.held_out:
+            datasets = [without_held_out(datasets, config.data.held_out)]
     if config.data.epoch_samples is None and len(datasets) > 1:
         raise ConfigError(
             "data.train mixes several data sets: say how many samples count as an epoch, such as data.epoch_samples=1281167."
@@ -106,6 +110,18 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
     if not to_come:  # probes of a made set read it, too
         check_probe_data(config)
     return datasets, weights, run_length(config, datasets)
+
+
+def without_held_out(datasets: list[Dataset], count: int) -> Chosen:
+    """The samples that are trained on: all but those that the guard judges by, which are chosen by their keys as it chooses them."""
+    if len(datasets) > 1:
+        raise ConfigError("data.held_out keeps images of one set from training, data.train mixes several: give data.validation instead.")
+    (dataset,) = datasets
+    if count > len(dataset) // 2:
+        raise ConfigError(
+            f"data.held_out is {count}, of the {len(dataset):,} images of data.train: more than half. Give at most {len(dataset) // 2}, or data.validation."
+        )
+    return Chosen(dataset, np.setdiff1d(np.arange(len(dataset)), choose_by_key(dataset, count)))
 
 
 def run_length(config: Config, datasets: list[Dataset]) -> Length:

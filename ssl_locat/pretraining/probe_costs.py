@@ -44,7 +44,7 @@ def limits(config: Config, steps_per_epoch: int, total_steps: int) -> dict[str, 
 
 
 def costs(config: Config, steps_per_epoch: int, total_steps: int, sizes: dict[str, int]) -> list[ProbeCost]:
-    """What the probes of a run cost. sizes: images of data.train and data.test."""
+    """What the probes of a run cost. sizes: images of data.train, data.test and data.validation."""
     automatic, found = limits(config, steps_per_epoch, total_steps), []
     for name, options in config.probes.options.items():
         options = options or {}
@@ -52,6 +52,9 @@ def costs(config: Config, steps_per_epoch: int, total_steps: int, sizes: dict[st
         train, test = (min(sizes.get(key) or 0, own.get(f"{key}_images") or 1 << 62) for key in ("train", "test"))
         protocol = options.get("protocol", name)
         images = _argument(protocol, options, "images") if protocol in ("locality", "unlabelled") else None
+        if protocol == "held_out":  # one set, each image once
+            whole = sizes.get("validation") or sizes.get("test") or config.data.held_out or 0
+            images = min(whole, (options.get("data") or {}).get("test_images") or MOST)
         if images is None:
             iterations = _argument(protocol, options, "iterations")
             trained = (

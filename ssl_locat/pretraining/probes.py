@@ -69,13 +69,13 @@ class Probes:
             # the same on all ranks: they decide together whether a probe is still missing
             self.results[name] = broadcast_object(kept)
 
-    def run(self, step: int) -> None:
-        """Measure what is missing at this step: a kill may have come between two probes."""
+    def run(self, step: int, backbone: nn.Module | None = None) -> None:
+        """Measure what is missing at this step: a kill may have come between two probes. backbone: in the teacher's place."""
         for name, options in self.config.probes.options.items():
             if self._measured(name, step):
                 continue
             began = time.monotonic()
-            scores = probe(self.backbone, name, self._with_classes(name, options or {}), self.data[name])
+            scores = probe(backbone or self.backbone, name, self._with_files(name, step, options or {}), self.data[name])
             self.results[name].append({"step": step, **scores})
             if is_main():
                 self.folder.mkdir(exist_ok=True)
@@ -86,8 +86,11 @@ class Probes:
             log.info("step %d  %s: %s", step, name, "  ".join(f"{key} {value:.2f}" for key, value in scores.items()))
         self._raw_pixels()
 
-    def _with_classes(self, name: str, options: dict) -> dict:
-        """The options of a k-NN probe with a file for what it finds class by class, which costs it nothing: the newest one is kept."""
+    def _with_files(self, name: str, step: int, options: dict) -> dict:
+        """The options with a file for what a probe knows besides: k-NN's classes, of which the newest are kept, and what each held-out image
+        added, of every step (guard.py)."""
+        if options.get("protocol", name) == "held_out":
+            return {"tallies": str(tallies_of(self.folder.parent, name, step)), **options}
         if options.get("protocol", name) != "knn" or options.get("folds"):
             return options
         return {"per_class": str(self.folder / f"{name}_classes.json"), **options}
@@ -126,6 +129,11 @@ class Probes:
         return (
             scores if raw is None else {"raw_pixels": round(raw, 2), **scores}
         )  # none where k-NN is evaluated by cross-validation (folds)
+
+
+def tallies_of(run: str | Path, name: str, step: int) -> Path:
+    """Where a probe of held-out images keeps what each of them added."""
+    return Path(run) / "probes" / name / f"step_{step:08d}.npz"
 
 
 def _top1(record: dict) -> str:

@@ -20,6 +20,7 @@ from ssl_locat.errors import Outage, disk_error_message
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.optim import build_optimizer
 from ssl_locat.pretraining.choices import Choices
+from ssl_locat.pretraining.guard import keep_start, load_start
 from ssl_locat.pretraining.origin import find_origin, launcher, may_be_missing
 from ssl_locat.pretraining.packing_choice import decide_packing, with_packing
 from ssl_locat.pretraining.parts import (
@@ -206,6 +207,8 @@ class Run:
             self.events.add("change", step=self.step, changes=[str(change) for change in origin.changes])
         for change in origin.changes:
             log.info("allowed: %s", change)
+        if config.guard:
+            keep_start(config)
         log.info("%s; %ss at step %d; run folder %s", self.introduction, start, self.step, self.folder)
         if len(self.datasets) > 1:
             shares = (f"{data.name} {share:.3f}" for data, share in zip(self.datasets, self.plan.shares, strict=True))
@@ -242,7 +245,9 @@ class Run:
         here resumes from it and measures the same."""
         if self.evaluated is not self.model.teacher.backbone:
             distributed.copy_whole(self.model.teacher.backbone, self.evaluated)
-        self.probes.run(self.step)
+        # the start is what the guard compares with, as it came; the teacher of step 0 may carry what is new (LocAt)
+        begins = self.config.guard and self.step == 0
+        self.probes.run(self.step, load_start(self.config, self.device) if begins else None)
         self.choices.require_measured(self.probes.results)
         self.choices.decide(self.probes.results)
 

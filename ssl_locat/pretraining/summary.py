@@ -1,5 +1,6 @@
 """How a run ends: stopped before its last step, or with a summary and an export; and what would run, without running it (`--dry-run`)."""
 
+import json
 import logging
 import sys
 import time
@@ -13,6 +14,7 @@ from ssl_locat.config.yaml_files import dump_yaml
 from ssl_locat.errors import Preempted
 from ssl_locat.export.export import export
 from ssl_locat.intervals.figures import wilson
+from ssl_locat.pretraining.guard import hand_back, judge, refuse
 from ssl_locat.pretraining.parts import build_model, check, describe
 from ssl_locat.pretraining.probes import counted
 from ssl_locat.pretraining.setup import Run
@@ -44,20 +46,30 @@ def finish(run: Run) -> dict[str, Any]:
         run.events.add("stop", step=run.step, message=run.choices.enough)
         log.info("ends at step %d of %d: %s", run.step, run.length.total_steps, run.choices.enough)
     run.events.add("finish", step=run.step)
-    if run.config.export and is_main():
+    verdict = None
+    if run.config.guard:  # its last probe decides what is exported
+        if run.probes.missing(run.step):
+            run.probe()
+        verdict = judge(run.config, run.probes.results, sum(map(len, run.datasets)))
+        run.events.add("guard", step=run.step, verdict=verdict["verdict"], exported=verdict["exported"])
+        if is_main():
+            hand_back(run.config, verdict)
+    elif run.config.export and is_main():
         export(str(run.folder), str(run.folder / "export"))
     distributed.barrier()
-    summary = write_summary(run)
+    summary = write_summary(run, verdict=verdict)
     if run.probes.missing(run.step):
         run.probe()
         summary = write_summary(run, summary)
     distributed.barrier()
     if run.claim:
         run.claim.close()
+    if verdict:
+        refuse(verdict)
     return summary
 
 
-def write_summary(run: Run, before: dict[str, Any] | None = None) -> dict[str, Any]:
+def write_summary(run: Run, before: dict[str, Any] | None = None, verdict: dict[str, Any] | None = None) -> dict[str, Any]:
     """summary.json. before: one that was written a moment ago, whose times count: what came after it is no training."""
     seconds = before["seconds"] if before else time.monotonic() - run.began
     summary = {
@@ -71,6 +83,7 @@ def write_summary(run: Run, before: dict[str, Any] | None = None) -> dict[str, A
         "quarantined": int(distributed.all_reduce_sum_(torch.tensor(run.stream.quarantined, device=run.device))),
         "restarts": run.restarts,
         **decisions(run),
+        **({"guard": verdict} if verdict else {}),
     }
     if is_main():
         write_atomically(run.folder / "summary.json", to_json(summary, indent=1))
@@ -90,6 +103,8 @@ def decisions(run: Run) -> dict[str, Any]:
 
 def finished_before(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """The summary of a run that is started again at its end; an export that is not there is made, and a last probe that was cut off."""
+    if run.config.guard:
+        return _judged_again(run, summary)
     if run.config.export and is_main() and not (run.folder / "export" / "config.json").is_file():
         log.info("%s finished before; only its export is missing", run.folder)
         export(str(run.folder), str(run.folder / "export"))
@@ -103,6 +118,27 @@ def finished_before(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     distributed.barrier()
     if run.claim:
         run.claim.close()
+    return summary
+
+
+def _judged_again(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+    """The guard's word on a finished run: the same again, unless it was told otherwise since (guard.unverified=trained, say)."""
+    if run.probes.missing(run.step):
+        run.probe()
+    verdict = judge(run.config, run.probes.results, sum(map(len, run.datasets)))
+    same = summary.get("guard") == json.loads(to_json(verdict))
+    there = (run.folder / "export" / "config.json").is_file()
+    if same and (there or not run.config.export or verdict["exported"] is None):
+        log.info("%s finished before; nothing is left to do", run.folder)
+    else:
+        summary = {**summary, "knn": run.probes.knn(), **decisions(run), "guard": verdict}
+        if is_main():
+            hand_back(run.config, verdict)
+            write_atomically(run.folder / "summary.json", to_json(summary, indent=1))
+    distributed.barrier()
+    if run.claim:
+        run.claim.close()
+    refuse(verdict)
     return summary
 
 
@@ -124,10 +160,13 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
         count = counted(run)
         sets = f" ({count[1]:,} of them, by their neighbours among {count[0]:,} training images; 95 % intervals)" if count else ""
         lines += [f"k-NN top-1 on the test images{sets}:"]
-        names = {"raw_pixels": "raw pixels", "init": "random initialisation", "trained": "trained backbone"}
+        before = "the start" if config.backbone.init else "random initialisation"
+        names = {"raw_pixels": "raw pixels", "init": before, "trained": "trained backbone"}
         for name, value in knn.items():
             low, high = wilson(value, count[1]) if count else (value, value)
             lines += [f"  {names[name]:<24}{value:6.2f} %" + (f"   {low:.1f} to {high:.1f}" if count else "")]
+    if verdict := summary.get("guard"):
+        lines += [verdict["sentence"], f"Licence of the start's weights: {verdict['licence']['name']}; {verdict['licence']['words']}."]
     if why := summary.get("stopped"):
         lines += [f"It ended early: {why}."]
     for choice, best in (summary.get("best") or {}).items():

@@ -29,7 +29,7 @@ SERVES = {"dense": "segmentation", "global": "classification"}
 # protocol -> its measure of each choice; the first probe of the config that is among these serves
 LABELLED = {
     "dense": {"hummingbird": "miou", "segmentation": "miou"},
-    "global": {"linear": "top1", "linear_sweep": "top1", "knn": "top1"},
+    "global": {"linear": "top1", "linear_sweep": "top1", "knn": "top1", "held_out": "score"},
 }
 LABEL_FREE = {"dense": {"unlabelled": "dse"}, "global": {}}
 
@@ -42,6 +42,9 @@ BETTER = dict.fromkeys(
         "miou_hungarian",
         "mean_accuracy",
         "pixel_accuracy",
+        "score",
+        "knn",
+        "linear",
         "dse",
         "dse_inter",
         "dse_dim",
@@ -145,9 +148,24 @@ def check_choices(config: Config) -> None:
 
 
 def kept_measures(config: Config) -> dict[str, Measure]:
-    """choice -> its measure, for each choice of `checkpoint.keep_best`."""
+    """choice -> its measure, for each choice of `checkpoint.keep_best`; what the guard will judge is kept as the global one."""
     probes = config.probes.options
-    return {choice: measure_of(choice, probes, named) for choice, named in config.checkpoint.keep_best.items()}
+    found = {choice: measure_of(choice, probes, named) for choice, named in config.checkpoint.keep_best.items()}
+    if guards := guard_measure(config):
+        if found.get("global", guards) != guards:
+            raise ConfigError(
+                f"checkpoint.keep_best: global is {found['global']}, but the guard chooses by {guards}: leave global out, or set guard=null."
+            )
+        found["global"] = guards
+    return found
+
+
+def guard_measure(config: Config) -> Measure | None:
+    """What the guard chooses a checkpoint by; None without a guard, or where no labels are there to judge by."""
+    if not config.guard:
+        return None
+    probes = config.probes.options
+    return next((Measure(name, "score") for name in probes if _protocol(name, probes[name]) == "held_out"), None)
 
 
 def stop_measure(config: Config) -> Measure | None:

@@ -49,7 +49,7 @@ MAY_CHANGE += (
     "crops.mode",
     "backbone.pack_crops",
 )
-MAY_CHANGE += ("checkpoint", "probes", "log", "stop_on", "stop_when", "export", "sweep")
+MAY_CHANGE += ("checkpoint", "probes", "log", "stop_on", "stop_when", "guard", "export", "sweep")
 
 
 class Difference(NamedTuple):

@@ -213,6 +213,8 @@ def findings(run: Run) -> list[tuple[str, str]]:
             found.append((f"{begin} at step {event['step']}: {'; '.join(event['changes']) or 'with the same settings'}.", ""))
     if stopped := run.summary.get("stopped"):
         found.append((f"Ended before its last step by stop_when: {stopped}.", ""))
+    if verdict := run.summary.get("guard"):
+        found.append((verdict["sentence"], ""))
     found += _better_backbones(run)
     knn = run.summary.get("knn") or {}
     if knn.get("trained") is not None and knn.get("init") is not None and knn["trained"] <= knn["init"]:

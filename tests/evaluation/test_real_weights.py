@@ -22,6 +22,7 @@ CASES = {
         ("miou", lambda x: 0 < x <= 100),
     ),
     "hummingbird": (["data.num_classes=5", "neighbours=5"], ("miou", lambda x: x > 20)),
+    "held_out": (["folds=4", "k=5"], ("linear", lambda x: 0 < x <= 100)),
     "locality": (["images=8", "out=null"], ("locality", lambda x: 0 < x <= 1)),
     "attention": (["images=2", "out=null"], ("patch_distance", lambda x: 0 < x < 10)),
     "efficiency": ([], ("params_backbone", lambda x: 21e6 < x < 23e6)),
@@ -45,7 +46,7 @@ def test_it_takes_the_checkpoint_in_one_step(vits14, scenes, capsys, monkeypatch
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     options, (name, expected) = CASES[protocol]
     data = [f"data.{split}={path}" for split, path in scenes.items()]
-    data = {"efficiency": [], "locality": data[1:], "attention": data[1:], "unlabelled": data[1:]}.get(protocol, data)
+    data = {"efficiency": [], "locality": data[1:], "attention": data[1:], "unlabelled": data[1:], "held_out": [data[0].replace("train", "test", 1)]}.get(protocol, data)
     workers = [] if protocol in ("efficiency", "attention") else ["workers=0"]
     assert run_command(["evaluate", protocol, str(vits14), f"image_size={SIZE}", *data, *workers, *options, "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]

@@ -82,6 +82,13 @@ class SceneData(_Read, total=False):
     mask_key: Text | None
 
 
+class HeldOutData(SceneData, total=False):
+    """`data` of `held_out`, which takes labels and masks. num_classes is that of the labels where a set has both."""
+
+    label_key: Text | None
+    mask_classes: Count | None
+
+
 class _Teacher(TypedDict):
     model: Text
 
