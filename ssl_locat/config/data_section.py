@@ -93,10 +93,13 @@ class Data(Section):
     )
     test: DataSpec | None = Field(default=None, description="labelled images that online probes are measured on")
     validation: DataSpec | None = Field(
-        default=None, description="labelled images that the probe held_out judges by, so that data.test stays unseen until the end"
+        default=None,
+        description="labelled images that the probe held_out judges by, so that data.test stays unseen until the end",
     )
     held_out: int | None = Field(
-        default=None, gt=0, description="how many images of train, chosen by their keys, are not trained on: held_out judges by their labels"
+        default=None,
+        gt=0,
+        description="how many images of train, chosen by their keys, are not trained on: held_out judges by their labels",
     )
     num_classes: int | None = Field(default=None, gt=0, description="classes of train and test, where probes need labels")
     make: Textures | None = Field(default=None, description="make this image set before the run, if it is not there")

@@ -274,9 +274,12 @@ class Guard(Section):
         default="start", description="where none is better: export the start, or nothing and end with exit code 2"
     )
     unverified: Literal["start", "trained"] = Field(
-        default="start", description="what is exported where no labels can tell: the start, or the trained backbone, which is not called better"
+        default="start",
+        description="what is exported where no labels can tell: the start, or the trained backbone, which is not called better",
     )
-    margin: float = Field(default=0.0, ge=0, description="points that are no difference to speak of: the interval must lie beyond")
+    margin: float = Field(
+        default=0.0, ge=0, description="points that are no difference to speak of: the interval must lie beyond"
+    )
 
 
 class Log(Section):

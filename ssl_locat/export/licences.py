@@ -30,7 +30,10 @@ TABLE: list[tuple[str, Licence]] = [
     (r"dinov3", DINOV3),
     (r"dinov2", _free("Apache-2.0")),
     (r"ibot|siglip|augreg|deit", _free("Apache-2.0")),
-    (r"\bmae\b|masked autoencoder", Licence("CC BY-NC 4.0", "MAE's released weights are for non-commercial use, and so is what is made from them")),
+    (
+        r"\bmae\b|masked autoencoder",
+        Licence("CC BY-NC 4.0", "MAE's released weights are for non-commercial use, and so is what is made from them"),
+    ),
     (r"\bdino\b", _free("Apache-2.0")),
     (r"\.openai|openai.*clip", _free("MIT")),
 ]

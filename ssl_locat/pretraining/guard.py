@@ -20,11 +20,11 @@ from ssl_locat.config.schema import Config
 from ssl_locat.config.yaml_files import load_yaml
 from ssl_locat.errors import CheckpointError, UserError
 from ssl_locat.evaluation.probe_options import judged
-from ssl_locat.intervals.paired import LEVEL, Difference, Tally, difference
 from ssl_locat.evaluation.shared.tallies import read_tallies
 from ssl_locat.export.export import export
 from ssl_locat.export.licences import OWN, Licence, licence_of
 from ssl_locat.export.timm_folder import write_timm
+from ssl_locat.intervals.paired import LEVEL, Difference, Tally, difference
 from ssl_locat.models.backbone import is_foreign, is_run_or_checkpoint, load_backbone, split_options
 from ssl_locat.models.foreign import read_json, read_known
 from ssl_locat.pretraining.probes import tallies_of
@@ -91,7 +91,11 @@ def judge(config: Config, results: Mapping[str, Sequence[Mapping[str, Any]]], im
 def _judge(config: Config, results: Mapping[str, Sequence[Mapping[str, Any]]], images: int) -> dict[str, Any]:
     guard, measure = config.guard, guard_measure(config)
     assert guard is not None and config.backbone.init is not None
-    found: dict[str, Any] = {"model": redacted(config.backbone.init), "licence": licence(config)._asdict(), **how_far(config, images)}
+    found: dict[str, Any] = {
+        "model": redacted(config.backbone.init),
+        "licence": licence(config)._asdict(),
+        **how_far(config, images),
+    }
     if measure is None:
         return found | _unverified(config, results)
     records = list(results[measure.probe])
@@ -170,7 +174,8 @@ def _unverified(config: Config, results: Mapping[str, Sequence[Mapping[str, Any]
         what = f"The exported backbone is the trained one ({exported}), as guard.unverified=trained asks. "
     words = (
         f"{UNVERIFIED[0].upper()}{UNVERIFIED[1:]}: without labelled images nobody can tell whether this is better than the start. {what}"
-        "To know: data.validation=LABELLED_IMAGES" + ("." if exported != "start" else "; to take the trained one as it is: guard.unverified=trained.")
+        "To know: data.validation=LABELLED_IMAGES"
+        + ("." if exported != "start" else "; to take the trained one as it is: guard.unverified=trained.")
     )
     steps = best.step if best else max((record["step"] for of in results.values() for record in of), default=0)
     return {**figures, "steps": steps, "verdict": UNVERIFIED, "verified_by": None, "exported": exported, "sentence": words}

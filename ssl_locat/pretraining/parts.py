@@ -115,7 +115,9 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
 def without_held_out(datasets: list[Dataset], count: int) -> Chosen:
     """The samples that are trained on: all but those that the guard judges by, which are chosen by their keys as it chooses them."""
     if len(datasets) > 1:
-        raise ConfigError("data.held_out keeps images of one set from training, data.train mixes several: give data.validation instead.")
+        raise ConfigError(
+            "data.held_out keeps images of one set from training, data.train mixes several: give data.validation instead."
+        )
     (dataset,) = datasets
     if count > len(dataset) // 2:
         raise ConfigError(

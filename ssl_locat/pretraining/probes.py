@@ -114,7 +114,7 @@ class Probes:
         if not self.results.get("knn"):
             return None
         own = (self.config.probes.options["knn"] or {}).get("data") or {}  # the probe's splits, over the run's
-        return {**self.data["knn"], **own}
+        return {key: value for key, value in {**self.data["knn"], **own}.items() if key != "judged"}
 
     def knn(self) -> dict[str, float]:
         """k-NN top-1 in percent, to two digits behind the point, of raw pixels (where there are test images), of the random initialisation and of the trained backbone; {} without a k-NN probe."""

@@ -166,7 +166,10 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
             low, high = wilson(value, count[1]) if count else (value, value)
             lines += [f"  {names[name]:<24}{value:6.2f} %" + (f"   {low:.1f} to {high:.1f}" if count else "")]
     if verdict := summary.get("guard"):
-        lines += [verdict["sentence"], f"Licence of the start's weights: {verdict['licence']['name']}; {verdict['licence']['words']}."]
+        lines += [
+            verdict["sentence"],
+            f"Licence of the start's weights: {verdict['licence']['name']}; {verdict['licence']['words']}.",
+        ]
     if why := summary.get("stopped"):
         lines += [f"It ended early: {why}."]
     for choice, best in (summary.get("best") or {}).items():

@@ -150,7 +150,9 @@ def check_choices(config: Config) -> None:
 def kept_measures(config: Config) -> dict[str, Measure]:
     """choice -> its measure, for each choice of `checkpoint.keep_best`; what the guard will judge is kept as the global one."""
     probes = config.probes.options
-    found = {choice: measure_of(choice, probes, named) for choice, named in config.checkpoint.keep_best.items()}
+    found: dict[str, Measure] = {
+        choice: measure_of(choice, probes, named) for choice, named in config.checkpoint.keep_best.items()
+    }
     if guards := guard_measure(config):
         if found.get("global", guards) != guards:
             raise ConfigError(

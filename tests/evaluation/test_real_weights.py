@@ -46,7 +46,13 @@ def test_it_takes_the_checkpoint_in_one_step(vits14, scenes, capsys, monkeypatch
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     options, (name, expected) = CASES[protocol]
     data = [f"data.{split}={path}" for split, path in scenes.items()]
-    data = {"efficiency": [], "locality": data[1:], "attention": data[1:], "unlabelled": data[1:], "held_out": [data[0].replace("train", "test", 1)]}.get(protocol, data)
+    data = {
+        "efficiency": [],
+        "locality": data[1:],
+        "attention": data[1:],
+        "unlabelled": data[1:],
+        "held_out": [data[0].replace("train", "test", 1)],
+    }.get(protocol, data)
     workers = [] if protocol in ("efficiency", "attention") else ["workers=0"]
     assert run_command(["evaluate", protocol, str(vits14), f"image_size={SIZE}", *data, *workers, *options, "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]

@@ -23,13 +23,13 @@ from ssl_locat.evaluation.protocols.hummingbird import paint, patch_frequencies,
 from ssl_locat.evaluation.shared.dense import dense_images, last_patches
 from ssl_locat.evaluation.shared.features import DATA_KEYS, Features, check_image_size, extract, labelled_images
 from ssl_locat.evaluation.shared.image_views import channels_of, normalisation
-from ssl_locat.intervals.paired import Tally
 from ssl_locat.evaluation.shared.least_squares import classify
 from ssl_locat.evaluation.shared.metrics import VOID
 from ssl_locat.evaluation.shared.options import Count, Folds, HeldOutData, Positive, SceneData, Text, Whole
 from ssl_locat.evaluation.shared.samples import Members, open_store
 from ssl_locat.evaluation.shared.seg_datasets import DATA_KEYS as SCENE_KEYS
 from ssl_locat.evaluation.shared.tallies import write_tallies
+from ssl_locat.intervals.paired import Tally
 from ssl_locat.runs.distributed import all_gather_cat, all_reduce_sum_, is_main
 from ssl_locat.runs.log import progress
 from ssl_locat.seeds import mix64
