@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,11 @@ def find(name: str, folder: str) -> Path:
             f"{name}: there is no such file. Give the path of a YAML file, or a shipped name: {', '.join(names(folder))}."
         )
     candidate = shipped(folder) / f"{name}.yaml"
-    if candidate.is_file():
-        return candidate
+    # of another folder of recipes by its name, too: `pretrain adapt/default`
+    beside = shipped(folder.partition("/")[0]) / f"{name}.yaml"
+    for file in (candidate, *([beside] if re.fullmatch(r"\w+/\w+", name) else [])):
+        if file.is_file():
+            return file
     known = names(folder)
     raise ConfigError(
         f"{name!r} is neither a YAML file nor a shipped name. Shipped in {folder}/: {', '.join(known)}.{did_you_mean(name, known)}"
@@ -262,6 +266,14 @@ def _check_number(target: list, parts: Path_, override: str) -> None:
         raise ConfigError(
             f"{override!r}: {name} is a list of {len(target)}; say which by a number below that, as in {name}.0.KEY=VALUE"
         )
+
+
+def overridden(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Plain values with `key.sub=value` laid over them; the values given are left as they are."""
+    loaded = LoadedYaml("the command line", deepcopy(data))
+    for override in overrides:
+        _apply_override(loaded, override)
+    return loaded.data
 
 
 def read_value(text: str) -> Any:

@@ -20,16 +20,15 @@ from ssl_locat.data.shards.stats import Found, Reading, as_text, count_sample, i
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.doctor.early import check_enough, name_of, yaml_to_write
 from ssl_locat.errors import CorruptSample, UserError
-from ssl_locat.measure.images import kind_of, sample_data
+from ssl_locat.measure.images import kind_of
 from ssl_locat.measure.machine import Load, band
-from ssl_locat.measure.step import step_device
-from ssl_locat.pretraining.step_times import seconds_per_image, step_times
+from ssl_locat.pretraining.adapt_look import split
+from ssl_locat.pretraining.step_times import expected_seconds
 from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import console, next_steps, progress
 from ssl_locat.text.shown import carries_credentials
 
 NUM_SAMPLED = 64
-TEST_NAMES = ("val", "valid", "validation", "test")
 CPU_HOURS = 1.0  # what a first run on a CPU may take
 FEW = 500  # images, below which there is little to learn
 SAVE_SECONDS = 300  # from one checkpoint to the next: what a kill may cost
@@ -108,21 +107,6 @@ def init(source: str, out: str | None = None, then_pretrain: bool = False) -> Pa
     if not then_pretrain:
         next_steps(f"ssl-locat doctor {target}", f"ssl-locat pretrain {target}", f"ssl-locat report {config.run_dir} --watch")
     return target
-
-
-def split(source: str) -> tuple[str, str | None]:
-    """Training and test images, where a folder holds both: FOLDER/train and FOLDER/val, or shards named *train* and *val*."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return source, None
-    inside = {path.name.lower(): path for path in folder.iterdir()}
-    if "train" in inside and inside["train"].is_dir():
-        return str(inside["train"]), next((str(inside[name]) for name in TEST_NAMES if name in inside), None)
-    tars = [name for name in inside if name.endswith(".tar")]
-    tests = [word for word in TEST_NAMES if any(word in name for name in tars)]
-    if tests and any("train" in name for name in tars):
-        return f"{source.rstrip('/')}/*train*.tar", f"{source.rstrip('/')}/*{tests[0]}*.tar"
-    return source, None
 
 
 def usable_test(train: str, test: str | None) -> tuple[str | None, str]:
@@ -393,19 +377,6 @@ def _quoted(text: str) -> str:
 
 
 # --- time -----------------------------------------------------------------------------------------------------------------
-
-
-def expected_seconds(config: Config) -> tuple[float, int]:
-    """(seconds of one epoch of this config on this machine, by a few steps; steps of an epoch)."""
-    from ssl_locat.pretraining.parts import check
-
-    datasets, _, length = check(config)
-    sample = sample_data(datasets, config, step_device(config.device), 32)
-    # one micro-batch, as the run will have it
-    assert sample.payload is not None  # inspect_data has read some of these images
-    times = step_times(config, sample.payload, config.optim.global_batch_size // config.optim.accumulate_steps)
-    per_image = seconds_per_image(config, sample, times)
-    return per_image * length.steps_per_epoch * config.optim.global_batch_size, length.steps_per_epoch
 
 
 def fit_time(path: Path, epoch_seconds: float, steps_per_epoch: int, load_before: Load) -> None:

@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ssl_locat.errors import UserError
@@ -41,6 +43,27 @@ def write_timm(backbone: nn.Module, folder: Path, with_code: bool = False) -> No
         write_modeling(config["architecture"], folder / FILE)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     obey_umask(folder)
+
+
+def architecture_of(backbone: nn.Module) -> tuple[str, dict]:
+    """(name, options) with which `create_backbone` makes such a network again; what `write_timm` writes into config.json, without the weights."""
+    config = get_model_config(backbone)
+    args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
+    return own_name(backbone, config["architecture"], args)
+
+
+def get_model_config(backbone: nn.Module) -> dict:
+    """timm's own description of a model."""
+    own = backbone.pretrained_cfg
+    backbone.pretrained_cfg = {key: value for key, value in own.items() if key != "channels"}
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "config.json"
+            save_config_for_hf(backbone, str(path), data_config={"input_size": own["input_size"]})
+            found: dict = json.loads(path.read_text(encoding="utf-8"))
+            return found
+    finally:
+        backbone.pretrained_cfg = own
 
 
 def check_timm_target(folder: Path) -> None:

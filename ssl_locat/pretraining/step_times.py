@@ -13,7 +13,7 @@ from ssl_locat.measure.crop_mode import MODES, choose_mode, cores_of_a_rank, mea
 from ssl_locat.measure.images import DataSample, sample_data
 from ssl_locat.measure.step import StepTimes, measure_step, step_device
 from ssl_locat.objectives import Needs, Progress, Views
-from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, total_loss
+from ssl_locat.pretraining.parts import autocasts, build_model, check, mask_seeds, total_loss
 
 
 def usable_workers(config: Config, ranks: int = 1) -> int:
@@ -81,6 +81,17 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
         images=micro_batch if device.type == "cuda" else min(micro_batch, 32),
         device=device,
     )
+
+
+def expected_seconds(config: Config) -> tuple[float, int]:
+    """(seconds of one epoch of this config on this machine, by a few steps; steps of an epoch)."""
+    datasets, _, length = check(config)
+    sample = sample_data(datasets, config, step_device(config.device), 32)
+    # one micro-batch, as the run will have it
+    assert sample.payload is not None  # some of these images were read before
+    times = step_times(config, sample.payload, config.optim.global_batch_size // config.optim.accumulate_steps)
+    per_image = seconds_per_image(config, sample, times)
+    return per_image * length.steps_per_epoch * config.optim.global_batch_size, length.steps_per_epoch
 
 
 def decide_crops(config: Config, datasets: list[Dataset], device: torch.device, micro_batch: int) -> tuple[Config, str]:
