@@ -148,6 +148,53 @@ def pretrain(
 
 
 @app.command(
+    epilog=examples(
+        "ssl-locat adapt timm:vit_small_patch14_dinov2.lvd142m path/to/images",
+        "ssl-locat adapt dinov3_vits16.pth path/to/images data.validation=path/to/labelled      judged by labels",
+        "ssl-locat adapt runs/mine 's3://bucket/train-*.tar' --locat --on slurm",
+        "ssl-locat adapt MODEL IMAGES guard.otherwise=refuse                  exit code 2 where nothing is better than the start",
+    )
+)
+def adapt(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="what to continue: run or export folder, a file of weights, timm:NAME, hf-hub:NAME"),
+    ],
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="a folder of images, or shards")],
+    overrides: Overrides = None,
+    locat: Annotated[bool, typer.Option("--locat", help="attach LocAt, small at first")] = False,
+    on: On = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Continue released weights on your images; what is exported is never worse than the start, as far as labels can tell.
+
+    Writes RUN/adapt.yaml with a reason beside each choice, and trains. The same command again resumes."""
+    from ssl_locat.config.schema import load
+    from ssl_locat.doctor.early import check_adaptation, check_config
+
+    check_adaptation(model, images, overrides or [], on)
+    from ssl_locat.pretraining.adapt import recipe_for
+
+    with recipe_for(model, images, overrides or [], locat, on, dry_run) as path:
+        loaded, text = load(str(path), overrides or []), path.read_text(encoding="utf-8")
+    check_config(loaded, on)
+    if on and on != "local":
+        from ssl_locat.cluster.launch import submit_pretrain
+
+        submit_pretrain(loaded, on, dry_run=dry_run)
+        return
+    if dry_run:
+        from ssl_locat.pretraining.summary import dry_run as show
+
+        show(loaded, text)
+        return
+    from ssl_locat.pretraining.loop import pretrain as run
+    from ssl_locat.pretraining.summary import print_summary
+
+    print_summary(loaded, run(loaded))
+
+
+@app.command(
     cls=_Evaluate,
     epilog=examples(
         "ssl-locat evaluate knn --help                      the protocol's keys",

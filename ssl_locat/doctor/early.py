@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_locat.config.habits import in_our_words
 from ssl_locat.config.models import check_exists, doubt
-from ssl_locat.config.schema import Config
-from ssl_locat.errors import DataError, UserError, did_you_mean
+from ssl_locat.config.schema import Config, Options, Section
+from ssl_locat.errors import ConfigError, DataError, UserError, did_you_mean
 from ssl_locat.evaluation.probe_options import check_probes
 from ssl_locat.text.shown import redact
 
@@ -60,6 +61,40 @@ def check_model(model: str) -> None:
     check_exists(model)
     if model.startswith("timm:"):
         suspect(model.removeprefix("timm:").partition("?")[0])
+
+
+def check_adaptation(model: str, images: str, overrides: Sequence[str], on: str | None) -> None:
+    """UserError for a model, images, a key or a profile that is not there."""
+    if on:
+        from ssl_locat.cluster.launch import load_profile
+
+        load_profile(on)
+    check_model(model)
+    check_data(images)
+    check_enough(images)
+    for override in overrides:
+        check_key(override)
+    check_data(
+        [
+            item.partition("=")[2]
+            for item in overrides
+            if item.startswith(("data.validation=", "data.test=")) and item[-5:] != "=null"
+        ]
+    )
+
+
+def check_key(override: str) -> None:
+    """ConfigError for a key=value whose key no section has; options of a part are checked with the rest."""
+    name, _, value = override.partition("=")
+    first, *more = name.split(".")
+    section = Config.model_fields[first].annotation if first in Config.model_fields else None
+    known, part = Config.model_fields, first
+    # below `backbone` and `objective` any key may be one of the named part
+    if more and isinstance(section, type) and issubclass(section, Section) and not issubclass(section, Options):
+        known, part = section.model_fields, more[0]
+    if part not in known:
+        words = in_our_words(part, value) or did_you_mean(part, known)
+        raise ConfigError(f"{override!r}: unknown key {name!r}.{words} Known here: {', '.join(known)}.")
 
 
 def check_evaluation(protocol: str, model: str, overrides: Sequence[str], on: str | None) -> None:

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ssl_locat.config.habits import in_our_words
-from ssl_locat.config.schema import Config, Options, Section, load
+from ssl_locat.config.schema import load
 from ssl_locat.config.yaml_files import names
-from ssl_locat.doctor.early import check_data, check_enough, name_of, yaml_to_write
+from ssl_locat.doctor.early import check_data, check_enough, check_key, name_of, yaml_to_write
 from ssl_locat.errors import ConfigError, UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ def config_for(given: str, overrides: Sequence[str], dry_run: bool) -> Iterator[
         yield given
         return
     for override in overrides:  # a misspelt key is answered before the machine is measured
-        _check_key(override)
+        check_key(override)
     target = Path(f"{name_of(given)}.yaml")
     if target.exists():
         # init writes FOLDER, or FOLDER/train where it found one
@@ -65,7 +64,7 @@ def is_images(given: str) -> bool:
 
 def _check_recipe(given: str) -> None:
     """ConfigError for what is neither a YAML, nor a shipped recipe, nor images."""
-    recipes = names("configs/pretrain")
+    recipes = [*names("configs/pretrain"), *(f"adapt/{name}" for name in names("configs/adapt"))]
     if Path(given).suffix in (".yaml", ".yml") or given in recipes:
         return
     here = [path.name for path in Path().iterdir() if path.is_dir() or path.suffix in (".yaml", ".yml")]
@@ -73,17 +72,3 @@ def _check_recipe(given: str) -> None:
         f"{given!r} is neither a YAML file, nor a folder of images or shards, nor a shipped recipe.{did_you_mean(given, [*recipes, *here])} "
         f"Recipes: {', '.join(recipes)}."
     )
-
-
-def _check_key(override: str) -> None:
-    """ConfigError for a key=value whose key no section has; options of a part are checked with the rest."""
-    name, _, value = override.partition("=")
-    first, *more = name.split(".")
-    section = Config.model_fields[first].annotation if first in Config.model_fields else None
-    known, part = Config.model_fields, first
-    # below `backbone` and `objective` any key may be one of the named part
-    if more and isinstance(section, type) and issubclass(section, Section) and not issubclass(section, Options):
-        known, part = section.model_fields, more[0]
-    if part not in known:
-        words = in_our_words(part, value) or did_you_mean(part, known)
-        raise ConfigError(f"{override!r}: unknown key {name!r}.{words} Known here: {', '.join(known)}.")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssl_locat.config.schema import Config, load
+from ssl_locat.config.schema import load
 from ssl_locat.data.images.decode import LABEL_KEYS, decode_image, find_image
 from ssl_locat.data.shards.index import Dataset, open_dataset
 from ssl_locat.data.shards.stats import Found, Reading, as_text, count_sample, is_deep, sections

@@ -32,7 +32,10 @@ FILE = "adapt.yaml"
 
 def name_of(text: str) -> str:
     """The last part of a path or a name, as a part of a folder's name."""
-    last = redact(text.partition("?")[0]).rstrip("/").rpartition("/")[2].partition(":")[2] or redact(text).partition("?")[0].rstrip("/").rpartition("/")[2]
+    last = (
+        redact(text.partition("?")[0]).rstrip("/").rpartition("/")[2].partition(":")[2]
+        or redact(text).partition("?")[0].rstrip("/").rpartition("/")[2]
+    )
     return re.sub(r"[^\w-]+", "_", last.partition(".")[0]).strip("_") or "images"
 
 
@@ -67,7 +70,11 @@ def recipe_for(model: str, images: str, overrides: Sequence[str], locat: bool, o
     with TemporaryDirectory() as folder:
         target = Path(folder) / FILE
         if is_main():
-            write_atomically(target, compose(model, images, overrides, locat, on, run_dir, target), private=carries_credentials([model, images]))
+            write_atomically(
+                target,
+                compose(model, images, overrides, locat, on, run_dir, target),
+                private=carries_credentials([model, images]),
+            )
         if not dry_run:
             if is_main():
                 kept.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,9 @@ class Choices:
         return found
 
 
-def choose(model: str, images: Images, start: Start, machine: Machine, given: Mapping[str, Any], locat: bool, run_dir: str) -> Choices:
+def choose(
+    model: str, images: Images, start: Start, machine: Machine, given: Mapping[str, Any], locat: bool, run_dir: str
+) -> Choices:
     """All but the length of a run on a CPU, which is measured (`fit_length`)."""
     made, gpu = Choices(given), machine.gpu_gb > 0
     made.of("run_dir", run_dir, "the same command with the same folder resumes; the start is kept in it, too")
@@ -74,7 +76,9 @@ def _judge(made: Choices, images: Images, gpu: bool) -> tuple[bool, int]:
         return True, images.count
     if images.labelled and images.count >= 200:
         held = min(MOST_JUDGED[gpu], max(20, images.count // 10))
-        held = made.of("data.held_out", held, "the images have labels: so many are kept from training, and the guard judges by theirs")
+        held = made.of(
+            "data.held_out", held, "the images have labels: so many are kept from training, and the guard judges by theirs"
+        )
         return True, images.count - held
     return False, images.count
 
@@ -83,17 +87,31 @@ def _backbone(made: Choices, model: str, start: Start, machine: Machine, trained
     options = {key: value for key, value in start.options.items() if key not in ("gaug", "prr") or start.has_gaug}
     made.of("backbone.name", start.name, "what MODEL is")
     for key, value in options.items():
-        made.of(f"backbone.{key}", value, "MODEL's" if key != "img_size" else "MODEL's own size, so that its positions stay as they are; crops may be smaller")
+        made.of(
+            f"backbone.{key}",
+            value,
+            "MODEL's" if key != "img_size" else "MODEL's own size, so that its positions stay as they are; crops may be smaller",
+        )
     if locat and not start.has_gaug:
-        made.of("backbone.gaug", {"small_start": True}, "--locat: GAug attached, so small at first that it changes next to nothing")
+        made.of(
+            "backbone.gaug", {"small_start": True}, "--locat: GAug attached, so small at first that it changes next to nothing"
+        )
         made.of("backbone.prr", True, "--locat: what heads and probes read goes through PRR")
     made.of("backbone.init", model, "MODEL")
     made.of("backbone.drop_path_rate", 0.0, "a short run forgets less without")
     gpu, large = machine.gpu_gb > 0, start.parameters > 250e6
     if not gpu or trained_on < 5000:
-        why = "a CPU: blocks below need no gradient, which halves a step" if not gpu else f"{trained_on:,} images are few for all weights"
+        why = (
+            "a CPU: blocks below need no gradient, which halves a step"
+            if not gpu
+            else f"{trained_on:,} images are few for all weights"
+        )
         made.of("backbone.trainable", "last", why)
-        made.of("backbone.last_blocks", max(1, min(4, start.depth // 2)), f"of {start.depth}: the last ones are what suits other images least")
+        made.of(
+            "backbone.last_blocks",
+            max(1, min(4, start.depth // 2)),
+            f"of {start.depth}: the last ones are what suits other images least",
+        )
     elif large and machine.gpu_gb < 40:
         made.of("backbone.trainable", "lora", f"{start.parameters / 1e6:.0f} M weights and a GPU of {machine.gpu_gb:.0f} GB")
     else:
@@ -105,7 +123,9 @@ def _crops(made: Choices, images: Images, start: Start, machine: Machine) -> int
     # seven eighths of the image, as 224 of 256
     fits = max(2, min(most, round(images.side * 7 / 8)) // patch)
     size: int = made.of(
-        "crops.global_size", fits * patch, f"{fits} patches of {patch}: what the images show" + ("" if machine.gpu_gb > 0 else ", 112 px at most on a CPU")
+        "crops.global_size",
+        fits * patch,
+        f"{fits} patches of {patch}: what the images show" + ("" if machine.gpu_gb > 0 else ", 112 px at most on a CPU"),
     )
     made.of("crops.local_size", max(1, (size // patch) // 2) * patch, "half of it, whole patches")
     made.of("crops.num_local", 6 if machine.gpu_gb >= 16 else 2, "each costs time")
@@ -120,7 +140,11 @@ def _crops(made: Choices, images: Images, start: Start, machine: Machine) -> int
 def _optim(made: Choices, trained_on: int, size: int, start: Start, machine: Machine) -> int:
     gpu = machine.gpu_gb > 0
     # a power of two, half of the images at most: a batch must not hold an image twice
-    batch: int = made.of("optim.global_batch_size", min(256 if gpu else 64, 2 ** int(math.log2(trained_on / 2))), "at most half of the images; KoLeo and Sinkhorn compare them")
+    batch: int = made.of(
+        "optim.global_batch_size",
+        min(256 if gpu else 64, 2 ** int(math.log2(trained_on / 2))),
+        "at most half of the images; KoLeo and Sinkhorn compare them",
+    )
     if gpu:
         patches = (size / start.patch) ** 2 + 1
         # GB an image in bf16, roughly: 34 bytes a token, a block and a channel for each of two global views, and a quarter for local ones
@@ -144,11 +168,10 @@ def _objectives(made: Choices, batch: int, trained_on: int) -> None:
         "name": "dino", "num_prototypes": prototypes, "num_layers": 1, "bottleneck_dim": 256, "teacher_temp": [0.05, 0.05], "frozen_last_layer_epochs": 0,
         "targets": "sinkhorn" if batch >= 64 else "centering",
     }  # fmt: skip
+    koleo = {"name": "koleo", "weight": 0.5, **({"min_images": batch} if batch < 64 else {})}
     gram = {"name": "gram", "weight": 0.5, "anchor": "teacher"}
-    made.of(
-        "objective", [dino, {"name": "koleo", "weight": 0.5}, gram],
-        "a linear head needs no warm-up; KoLeo spreads what the start keeps too close; the Gram anchor holds the patches to the start's",
-    )  # fmt: skip
+    why = "a linear head needs no warm-up; KoLeo spreads what the start keeps too close; the Gram anchor holds the patches to the start's"
+    made.of("objective", [dino, koleo, gram], why)
 
 
 def _probes(made: Choices, judged: bool, size: int, gpu: bool, images: Images) -> None:
@@ -159,7 +182,11 @@ def _probes(made: Choices, judged: bool, size: int, gpu: bool, images: Images) -
         made.of("probes.held_out", about, f"the guard's: at most {MOST_JUDGED[gpu]:,} images, at the size of the crops")
         made.of("stop_when", {"measure": "held_out.score", "patience": 2}, "ends early when it decays")
         return
-    made.of("probes.unlabelled", {"image_size": size, "images": 256}, "no labels were found: these measures follow the run, and prove nothing")
+    made.of(
+        "probes.unlabelled",
+        {"image_size": size, "images": 256},
+        "no labels were found: these measures follow the run, and prove nothing",
+    )
     made.of("checkpoint.keep_best", {"dense": "unlabelled.dse"}, "what guard.unverified=trained would export")
 
 
@@ -167,13 +194,18 @@ def fit_length(made: Choices, trained_on: int, epoch_seconds: float | None) -> N
     """Steps, and what follows from them. epoch_seconds: as measured on this machine's CPU, which then sets the length."""
     batch = made.made["optim.global_batch_size"][0]
     per_epoch = max(1, trained_on // batch)
-    epochs = next(count for most, count in ((1000, 40), (10_000, 20), (100_000, 10), (1_000_000, 3), (math.inf, 1)) if trained_on <= most)
+    epochs = next(
+        count for most, count in ((1000, 40), (10_000, 20), (100_000, 10), (1_000_000, 3), (math.inf, 1)) if trained_on <= most
+    )
     steps, why = max(50, epochs * per_epoch), f"{epochs} passes over {trained_on:,} images"
     if epoch_seconds is not None:
         # a fifth is left for the probes and the export
         fits = max(20, int(0.8 * 60 * CPU_MINUTES / max(epoch_seconds / per_epoch, 1e-3)))
         if fits < steps:
-            steps, why = fits, f"what fits into {CPU_MINUTES:.0f} minutes here, by a few measured steps ({epoch_seconds / per_epoch:.1f} s each)"
+            steps, why = (
+                fits,
+                f"what fits into {CPU_MINUTES:.0f} minutes here, by a few measured steps ({epoch_seconds / per_epoch:.1f} s each)",
+            )
     if (asked := made.told("optim.epochs")) is not None:
         steps = max(1, round(asked * per_epoch))
         made.of("optim.epochs", None, "")
@@ -184,7 +216,9 @@ def fit_length(made: Choices, trained_on: int, epoch_seconds: float | None) -> N
     momentum = round(min(0.999, max(0.9, 1 - 10 / steps)), 4)
     made.of("teacher.momentum", [momentum, round(1 - (1 - momentum) / 5, 4)], "the teacher follows over about a tenth of the run")
     if made.told("probes.every_epochs") is None:
-        made.of("probes.every_steps", max(1, -(-steps // JUDGEMENTS)), f"{JUDGEMENTS} times: each more asks for a clearer difference")
+        made.of(
+            "probes.every_steps", max(1, -(-steps // JUDGEMENTS)), f"{JUDGEMENTS} times: each more asks for a clearer difference"
+        )
     made.of("log.every_steps", max(1, min(10, steps // 10)), "fetched together, so that no step waits")
 
 

@@ -55,7 +55,9 @@ def look_at_images(source: str, backbone: nn.Module, validation: str | None = No
     train, beside = split(source)
     dataset = open_dataset(train)
     if len(dataset) < FEWEST:
-        raise UserError(f"{train} holds {len(dataset)} images: too few for a batch that compares them. Give at least {FEWEST}, better thousands.")
+        raise UserError(
+            f"{train} holds {len(dataset)} images: too few for a batch that compares them. Give at least {FEWEST}, better thousands."
+        )
     sides, gray, labels, reason = [], [], 0, ""
     for place in np.linspace(0, len(dataset) - 1, min(SAMPLED, len(dataset))).round().astype(int).tolist():
         (sample,) = dataset.read(place, place + 1)
@@ -116,7 +118,9 @@ def look_at_model(model: str) -> tuple[nn.Module, Start]:
     patch = backbone.patch_embed.patch_size
     rows, columns = (patch, patch) if isinstance(patch, int) else patch
     if rows != columns:
-        raise UserError(f"{model} has patches of {rows} x {columns} pixels; `adapt` crops squares of a whole number of square patches.")
+        raise UserError(
+            f"{model} has patches of {rows} x {columns} pixels; `adapt` crops squares of a whole number of square patches."
+        )
     name, options = architecture_of(backbone)
     mean, std = normalisation(backbone)
     height, width = backbone.pretrained_cfg["input_size"][1:]

@@ -23,7 +23,7 @@ from ssl_locat.runs.best import read_best
 from ssl_locat.runs.distributed import broadcast_object, is_main, world_size
 from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import next_steps, say
-from ssl_locat.text.shown import redacted, to_json
+from ssl_locat.text.shown import redact, redacted, to_json
 
 log = logging.getLogger(__name__)
 
@@ -142,12 +142,12 @@ def _judged_again(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def dry_run(config: Config) -> None:
-    """Check everything and say what would run, without running it or writing anything."""
+def dry_run(config: Config, text: str = "") -> None:
+    """Check everything and say what would run, without running it or writing anything. text: the YAML as it was written, comments and all."""
     datasets, _, length = check(config, world_size(), may_write=False)
     model, _ = build_model(config, torch.device("cpu"))
     say(describe(config, model, length, datasets, torch.device(config.device if config.device != "auto" else "cpu")))
-    say(dump_yaml(redacted(config.model_dump(mode="json"))).rstrip())
+    say(redact(text).rstrip() or dump_yaml(redacted(config.model_dump(mode="json"))).rstrip())
 
 
 def print_summary(config: Config, summary: dict[str, Any]) -> None:
@@ -180,4 +180,6 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
     say("\n".join(lines), sys.stderr)
     train, test = (split if isinstance(split, str) else "DATA" for split in (config.data.train, config.data.test))
     own_images = ["ssl-locat init FOLDER_OF_YOUR_IMAGES"] if config.data.make else []
+    if config.guard and config.export:  # on images that the guard never saw
+        own_images = [f"ssl-locat compare {run}/start {run}/export data.train=LABELLED data.test=UNSEEN"]
     next_steps(f"ssl-locat report {run}", f"ssl-locat evaluate linear {run} data.train='{train}' data.test='{test}'", *own_images)
