@@ -33,6 +33,8 @@ class Choices:
     def of(self, key: str, value: Any, reason: str) -> Any:
         """Choose, unless the command line did; returns what counts."""
         told = self.told(key)
+        if isinstance(told, Mapping) and isinstance(value, Mapping):  # a part of it was given
+            told = {**value, **told}
         self.made[key] = (value, reason) if told is None else (told, GIVEN)
         return self.made[key][0]
 

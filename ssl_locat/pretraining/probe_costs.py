@@ -93,6 +93,7 @@ def training_forwards(config: Config) -> float:
 def forward(config: Config, options: dict[str, Any]) -> float:
     """Of one image of a probe, in passes of a global crop: cost grows with the pixels."""
     size = options.get("image_size") or config.backbone.options.get("img_size") or config.crops.global_size
+    size = max(size) if isinstance(size, list | tuple) else size  # [height, width]
     return (size / config.crops.global_size) ** 2
 
 
