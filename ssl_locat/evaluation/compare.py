@@ -143,7 +143,8 @@ def rows_of(models: Sequence[str], config: CompareConfig) -> list[tuple[str, str
 def row_file(config: CompareConfig, name: str, first: str) -> Path:
     """Where a row's tallies are kept: named by all that they depend on."""
     settings = config.model_dump(mode="json", exclude={"results", "leaks", "margin", "workers", "batch_size"})
-    model = fingerprint(name) if name not in (PIXELS, UNTRAINED) else f"{name} {fingerprint(first) if name == UNTRAINED else ''}"
+    # pixels are those of the channels that the first MODEL reads
+    model = fingerprint(name) if name not in (PIXELS, UNTRAINED) else f"{name} {fingerprint(first)}"
     about = json.dumps([model, settings], sort_keys=True)
     return Path(config.results) / "rows" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.npz"
 
@@ -211,6 +212,7 @@ def _measure(models: list[str], config: CompareConfig, device: "torch.device") -
     import torch
 
     from ssl_locat.evaluation.compare_rows import Column, read_tables
+    from ssl_locat.evaluation.shared.image_views import channels_of
     from ssl_locat.models.backbone import load_backbone
     from ssl_locat.runs.distributed import barrier, broadcast_object, is_main
 
@@ -228,14 +230,16 @@ def _measure(models: list[str], config: CompareConfig, device: "torch.device") -
     leaks = _leaks_kept(config, models[0]) if config.leaks and is_main() else None
     leaks = broadcast_object(leaks)
     if config.leaks and leaks is None:
+        torch.manual_seed(config.seed)  # the same network as in its row, if it is an untrained `timm:NAME`
+        backbone = load_backbone(models[0])
         if not dense:
-            torch.manual_seed(config.seed)  # the same network as in its row, if it is an untrained `timm:NAME`
-            tables = read_tables(load_backbone(models[0]).to(device), known, settings, config.precision)
+            tables = read_tables(backbone.to(device), known, settings, config.precision)
         if is_main():
             from ssl_locat.evaluation.compare_leaks import find_leaks
 
             picture = Path(config.results) / "leaks.png"
-            leaks = find_leaks(known, data.get("unlabelled"), tables, config.workers, picture, dense=dense)
+            channels = channels_of(backbone)
+            leaks = find_leaks(known, data.get("unlabelled"), tables, config.workers, picture, channels=channels, dense=dense)
             write_atomically(_leaks_file(config, models[0]), to_json(leaks) + "\n")
         leaks = broadcast_object(leaks)
     if leaks and is_main():
@@ -265,18 +269,15 @@ def _row(
     from ssl_locat.models.backbone import load_backbone
 
     torch.manual_seed(config.seed)  # `timm:NAME` without weights is the same network each time, on every process
-    backbone = None
-    if name != PIXELS and tables is None:
-        backbone = load_backbone(first if name == UNTRAINED else name)
+    if tables is None:
+        backbone = load_backbone(first if name in (UNTRAINED, PIXELS) else name)
         backbone = (compare_rows.untrained(backbone, config.seed) if name == UNTRAINED else backbone).to(device)
-    if config.protocols[0] in DENSE:
-        assert backbone is not None  # there is no row of raw pixels
-        return compare_rows.dense_tallies(backbone, data, columns, settings, draws=config.draws, seed=config.seed)
-    if backbone is None and tables is None:
-        tables = compare_rows.read_pixels(data, config.workers)
-    elif tables is None:
-        assert backbone is not None
-        tables = compare_rows.read_tables(backbone, data, settings, config.precision)
+        if config.protocols[0] in DENSE:
+            return compare_rows.dense_tallies(backbone, data, columns, settings, draws=config.draws, seed=config.seed)
+        if name == PIXELS:
+            tables = compare_rows.read_pixels(backbone, data, config.workers)
+        else:
+            tables = compare_rows.read_tables(backbone, data, settings, config.precision)
     return compare_rows.global_tallies(
         tables, columns, k=config.k, temperature=config.temperature, draws=config.draws, seed=config.seed, device=device,
         num_classes=config.data.num_classes,

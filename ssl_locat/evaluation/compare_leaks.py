@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ssl_locat.data.images.decode import decode_image, find_image
+from ssl_locat.data.images.bands import Bands
+from ssl_locat.data.images.decode import find_image
 from ssl_locat.data.images.tiles import TILE, montage
 from ssl_locat.data.shards.index import Dataset
 from ssl_locat.data.shards.tar import Damage
-from ssl_locat.data.stream.duplicates import Pair, duplicates, look_at
+from ssl_locat.data.stream.duplicates import Pair, duplicates, look_at, picture_of
 from ssl_locat.evaluation.compare_rows import FeatureSets
 from ssl_locat.evaluation.protocols.knn import nearest
 from ssl_locat.evaluation.shared.samples import open_spec, open_split, open_store
@@ -27,11 +28,12 @@ MOST_SHOWN = 24  # pairs in the picture
 
 
 def find_leaks(
-    data: Mapping[str, Any], unlabelled: Any, tables: FeatureSets | None, workers: int | None, picture: Path, *, dense: bool
-) -> dict[str, Any]:
+    data: Mapping[str, Any], unlabelled: Any, tables: FeatureSets | None, workers: int | None, picture: Path, *,
+    channels: Bands | int, dense: bool,
+) -> dict[str, Any]:  # fmt: skip
     """{"train": {"images", "pairs"}, "unlabelled": ...}: how many test images are also there, and which; the surest are drawn to `picture`.
 
-    Of each pair: the numbers of both images in their sets, their keys, and how alike they are (1: equal bytes).
+    channels: as the first MODEL reads them. Of each pair: the numbers of both images in their sets, their keys, and how alike they are (1: equal bytes).
     """
     key = data.get("image_key")
     sets: dict[str, Dataset] = {
@@ -39,7 +41,7 @@ def find_leaks(
     }
     if unlabelled:
         sets["unlabelled"] = open_spec(unlabelled, open_store(data))
-    looks = {name: look_at(dataset, f"data.{name}", key, workers) for name, dataset in sets.items()}
+    looks = {name: look_at(dataset, f"data.{name}", key, workers, channels) for name, dataset in sets.items()}
     found, shown = {}, []
     for name in [name for name in sets if name != "test"]:
         whole = tables and name == "train" and len(tables.train.labels) == len(sets["train"])
@@ -53,7 +55,7 @@ def find_leaks(
             "pairs": [_told(pair, sets["test"], sets[name]) for pair in pairs],
         }
     if shown:
-        _draw(shown[:MOST_SHOWN], sets, key, picture)
+        _draw(shown[:MOST_SHOWN], sets, key, channels, picture)
     else:
         picture.unlink(missing_ok=True)
     return found
@@ -72,16 +74,22 @@ def _told(pair: Pair, test: Dataset, other: Dataset) -> dict[str, Any]:
     return {"test": pair.first, "other": pair.second, "keys": keys, "likeness": pair.likeness}
 
 
-def _draw(shown: Sequence[tuple[Pair, str]], sets: Mapping[str, Dataset], key: str | None, path: Path) -> None:
+def _draw(
+    shown: Sequence[tuple[Pair, str]], sets: Mapping[str, Dataset], key: str | None, channels: Bands | int, path: Path
+) -> None:
     """Pairs side by side, four to a row: the test image, then the other."""
-    tiles = [(_tile(sets["test"], pair.first, key), _tile(sets[name], pair.second, key)) for pair, name in shown]
+    tiles = [
+        (_tile(sets["test"], pair.first, key, channels), _tile(sets[name], pair.second, key, channels)) for pair, name in shown
+    ]
     rows = [[tile for pair in tiles[start : start + 4] for tile in pair] for start in range(0, len(tiles), 4)]
     path.parent.mkdir(parents=True, exist_ok=True)
     montage(rows).save(path)
 
 
-def _tile(dataset: Dataset, number: int, key: str | None) -> np.ndarray:
+def _tile(dataset: Dataset, number: int, key: str | None, channels: Bands | int) -> np.ndarray:
     raw = dataset.read(number, number + 1)[0]
     assert not isinstance(raw, Damage), "it was read a moment ago"
-    image = decode_image(find_image(raw.members, key), channels=3)
+    image = picture_of(find_image(raw.members, key), channels)
+    if image.shape[2] != 3:
+        image = np.repeat(image.mean(2, keepdims=True).astype(np.uint8), 3, axis=2)
     return np.array(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.LANCZOS))

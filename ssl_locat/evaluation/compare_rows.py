@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_locat.evaluation.protocols import hummingbird, knn
 from ssl_locat.evaluation.shared.dense import dense_images, last_patches
 from ssl_locat.evaluation.shared.features import Features, check_classes, check_image_size, extract, labelled_images
-from ssl_locat.evaluation.shared.image_views import normalisation
+from ssl_locat.evaluation.shared.image_views import channels_of, normalisation
 from ssl_locat.evaluation.shared.least_squares import classify
 from ssl_locat.evaluation.shared.metrics import VOID
 from ssl_locat.evaluation.shared.samples import same_classes
@@ -51,9 +51,11 @@ def read_tables(backbone: nn.Module, data: Mapping[str, Any], settings: Mapping[
     return FeatureSets(*(extract(backbone, images, precision=precision) for images in (train, test)))
 
 
-def read_pixels(data: Mapping[str, Any], workers: int | None) -> FeatureSets:
-    """32 x 32 pixels for the neighbours, standardised per channel as in the k-NN probe; for the linear classifier means of 2 x 2 of them."""
-    pixels = knn._Pixels(3)
+def read_pixels(backbone: nn.Module, data: Mapping[str, Any], workers: int | None) -> FeatureSets:
+    """32 x 32 pixels, of the channels that the backbone reads, for the neighbours, standardised per channel as in the k-NN probe; for the
+    linear classifier means of 2 x 2 of them."""
+    channels = len(normalisation(backbone)[0])
+    pixels = knn._Pixels(channels, backbone.pretrained_cfg.get("channels"))
     settings: dict[str, Any] = {"image_size": 32, "resize_size": 32, "batch_size": 512, "workers": workers}
     tables = [
         extract(
@@ -65,11 +67,11 @@ def read_pixels(data: Mapping[str, Any], workers: int | None) -> FeatureSets:
         )
         for name in ("train", "test")
     ]
-    colours = tables[0].values.unflatten(1, (3, -1))  # [N, 3, 32 * 32]
+    colours = tables[0].values.unflatten(1, (channels, -1))  # [N, C, 32 * 32]
     mean, std = colours.mean((0, 2))[:, None], colours.std((0, 2))[:, None]
     for table in tables:  # in place: these tables are the memory that is needed
-        table.values.unflatten(1, (3, -1)).sub_(mean).div_(std)
-    small = [F.adaptive_avg_pool2d(table.values.unflatten(1, (3, 32, 32)), POOLED).flatten(1) for table in tables]
+        table.values.unflatten(1, (channels, -1)).sub_(mean).div_(std)
+    small = [F.adaptive_avg_pool2d(table.values.unflatten(1, (channels, 32, 32)), POOLED).flatten(1) for table in tables]
     return FeatureSets(tables[0], tables[1], (small[0], small[1]))
 
 
@@ -143,6 +145,7 @@ def dense_tallies(
     mean, std = normalisation(backbone)
     size = check_image_size(backbone, settings["image_size"])
     options: dict[str, Any] = {"image_size": size, "mean": mean, "std": std, "batch_size": 16, "workers": settings["workers"]}
+    options["channels"] = channels_of(backbone)
     train, test = (dense_images(data, name, **options) for name in ("train", "test"))
     classes = train.num_classes
     memory, votes = hummingbird.build_memory(

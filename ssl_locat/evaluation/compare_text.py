@@ -16,13 +16,18 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     for name, found in result["differences"].items():
         parts = [found["columns"][column] for column in columns] + [found["all"]]
         lines.append(_line([name, *(_interval(part["value"], part["low"], part["high"], "+") for part in parts)]))
-    lines.append("")
+    return "\n".join([*lines, "", *sentences(result)]) + "\n"
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """The verdict on each MODEL, and once more without leaked test images where there are some."""
+    lines = []
     for name, found in result["differences"].items():
         lines.append(found["sentence"])
         if kept := found.get("without_leaks"):
             shown = _interval(kept["value"], kept["low"], kept["high"], "+")
             lines.append(f"{name} without the test images that training has seen: {kept['verdict']}, {shown}.")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def leak_lines(result: Mapping[str, Any]) -> list[str]:

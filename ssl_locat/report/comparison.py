@@ -1,4 +1,4 @@
-"""`ssl-locat report FOLDER` of a comparison's results: the sentences first, then tables, the picture, and the leaks."""
+"""`ssl-locat report FOLDER` of a comparison's results: leaks before any number, the sentences, then tables and the picture."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from ssl_locat.errors import UserError
-from ssl_locat.evaluation.compare_text import leak_lines
+from ssl_locat.evaluation.compare_text import leak_lines, sentences
 from ssl_locat.report.embedding import encoded
 from ssl_locat.report.page import save, template
 
@@ -36,19 +36,20 @@ def _render(folder: Path, result: dict[str, Any]) -> str:
     for name, found in result["differences"].items():
         parts = [*(found["columns"][column] for column in columns), found["all"]]
         differences.append((name, [_number(part["value"], part["low"], part["high"], "+") for part in parts]))
-    pictures = [
-        ("Accuracy against labels", "Each figure with its 95 % interval.", _inlined(folder / "compare.png")),
-        ("Leaks", "In pairs: a test image, and the one it is like.", _inlined(folder / "leaks.png") if result["leaks"] else None),
+    pictures = [("Accuracy against labels", "Each figure with its 95 % interval.", _inlined(folder / "compare.png"))]
+    leaked = [
+        ("Leaks", "In pairs: a test image, and the one it is like.", _inlined(folder / "leaks.png") if result["leaks"] else None)
     ]
     return template("comparison.html").render(
         title=folder.resolve().name,
-        sentences=[found["sentence"] for found in result["differences"].values()],
+        sentences=sentences(result),
         leaks=[line for line in leak_lines(result) if line],
         columns=columns,
         rows=rows,
         first=result["compared_with"],
         differences=differences,
         pictures=[(title, meaning, picture) for title, meaning, picture in pictures if picture],
+        leaked=[(title, meaning, picture) for title, meaning, picture in leaked if picture],
     )
 
 

@@ -1,9 +1,14 @@
+import io
 import json
+import tarfile
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from scenes import write_split
+from scenes import png, write_split
+from shards import add
+from timm.models import save_for_hf
 
 from ssl_locat import cli
 from ssl_locat.errors import ConfigError, UserError
@@ -58,6 +63,39 @@ def test_images_with_masks_are_compared_by_their_patches(sets, tmp_path):
     torch.manual_seed(0)
     alone = evaluate(MODEL, "hummingbird", data={**sets, "num_classes": 5}, image_size=32, workers=0)["miou"]
     assert result["rows"][MODEL]["hummingbird 100 %"][0] == pytest.approx(alone, abs=0.01)
+
+
+def bands_split(folder, rng):
+    """Shards of arrays of five bands and 16 bits with labels and masks; test image 3 is training image 7, brighter by a little."""
+    images = [cv2.resize(rng.random((5, 5, 5)), (32, 32), interpolation=cv2.INTER_CUBIC) for _ in range(60)]
+    sets = {"train": images[:40], "test": [*images[40:43], 1.05 * images[7] + 0.01, *images[43:]]}
+    for name, arrays in sets.items():
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for number, image in enumerate(arrays):
+                label, stored = number % 4, io.BytesIO()
+                np.save(stored, (1000 + 2000 * image + 900 * (np.arange(5) == label)).clip(0, 65535).astype(np.uint16))
+                mask = np.full((32, 32), label, np.uint8)
+                mask[:16] = 3
+                for ending, content in (("cls", b"%d" % label), ("npy", stored.getvalue()), ("seg.png", png(mask))):
+                    add(tar, f"{number:03d}.{ending}", content)
+    return {name: str(folder / f"{name}.tar") for name in sets}
+
+
+def test_networks_of_five_bands_are_compared_as_those_of_colours(tmp_path):
+    sets = bands_split(tmp_path, np.random.default_rng(0))
+    backbone = create_backbone("vit_tiny", in_chans=5, img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=1)
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": (0.4,) * 5, "std": (0.2,) * 5}
+    save_for_hf(backbone, tmp_path / "network", safe_serialization=True)
+    config = json.loads((tmp_path / "network/config.json").read_text())
+    config["channels"] = {"low": 0.0, "high": 5000.0}  # as an export of ours notes it
+    (tmp_path / "network/config.json").write_text(json.dumps(config))
+    model = str(tmp_path / "network")
+    found = compare.run([model, *words(sets, tmp_path / "out")])
+    assert found["rows"]["raw pixels"]["linear 100 %"][0] == 100  # a band tells the class
+    assert [pair["test"] for pair in found["leaks"]["train"]["pairs"]] == [3] and (tmp_path / "out/leaks.png").exists()
+    assert found["leaks"]["train"]["pairs"][0]["keys"] == ["003", "007"]
+    dense = compare.run([model, *words(sets, tmp_path / "dense", "protocols=[hummingbird]", "data.num_classes=4")])
+    assert set(dense["rows"]) == {"untrained", model} and dense["leaks"]["train"]["images"] == 1
 
 
 @pytest.mark.parametrize(

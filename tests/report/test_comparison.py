@@ -22,6 +22,7 @@ def test_the_results_of_a_comparison_become_one_page(tmp_path, capsys):
     assert cli.run_command(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "helped, +" in page and "No test image was found among the 900" in page and "data:image/webp;base64," in page
+    assert page.index("No test image was found") < page.index("helped, +") < page.index("Figures")  # leaks before any number
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
     (tmp_path / "compare.json").write_text('{"rows": 3}')

@@ -1,19 +1,24 @@
 """Which samples of shards are left out, such as duplicates: a list beside the shards, which training and evaluation obey.
 
-The shards stay as they are. The list belongs to a data set's manifest: a run that began without it does not continue with it. It is written by
-`ssl-locat shards dedup --leave-out`; deleting the file brings all samples back.
+The shards stay as they are, tars or Parquet files. The list belongs to a data set's manifest: a run that began without it does not continue
+with it. It is written by `ssl-locat shards dedup --leave-out`; deleting the file brings all samples back.
+
+    shards.left_out: a first line that names the format, then a line of JSON for each sample:
+    [shard's name in the folder, digest of its index, number in the shard, key, what it duplicates]
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from ssl_locat.data.shards.index import Dataset, ShardDataset
+from ssl_locat.data.shards.parquet import ParquetDataset
 from ssl_locat.data.shards.selections import Chosen
-from ssl_locat.data.shards.shard_index import Shard
 from ssl_locat.data.stores.objects import Denied, Gone, folder_and_name, join
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import DataError
@@ -27,58 +32,81 @@ _FIRST = "ssl_locat left out 1"
 AnyDataset = TypeVar("AnyDataset", bound=Dataset)
 
 
-class LeftOut(NamedTuple):
-    """A line of a list."""
+class Part(NamedTuple):
+    """A shard of a data set."""
 
-    shard: str  # its name in the folder
-    digest: str  # of the shard's index: tells another shard of the same name
-    number: int  # of the sample in the shard
-    key: str
-    like: str  # what it duplicates, for people
+    folder: str
+    name: str  # in the folder
+    digest: str  # of its index: tells another shard of the same name
+    begin: int  # the number of its first sample in the data set
+    length: int
+
+
+class Listed(NamedTuple):
+    """What a list says of one shard."""
+
+    digests: set[str]  # one, unless somebody edited the list
+    numbers: array  # of samples that are left out, 8 bytes each
+
+
+def parts_of(dataset: ShardDataset | ParquetDataset) -> list[Part]:
+    """The shards of a data set in its order."""
+    if isinstance(dataset, ShardDataset):
+        about = [(shard.url, shard.digest, shard.count) for shard in dataset.shards]
+    else:
+        about = [
+            (file.url, hashlib.blake2b(repr([group[:3] for group in file.groups]).encode(), digest_size=8).hexdigest(), file.rows)
+            for file in dataset.files
+        ]
+    found, begin = [], 0
+    for url, digest, count in about:
+        found.append(Part(*folder_and_name(url), digest, begin, count))
+        begin += count
+    return found
 
 
 def without_left_out(dataset: AnyDataset) -> AnyDataset | Chosen:
     """The dataset without what a list beside its shards leaves out; as it is where there is none. Raises DataError for a list of other shards."""
-    if not isinstance(dataset, ShardDataset):
+    if not isinstance(dataset, ShardDataset | ParquetDataset):
         return dataset
-    lists: dict[str, dict[str, list[LeftOut]]] = {}
-    gone = []
-    for number, shard in enumerate(dataset.shards):
-        folder, name = folder_and_name(shard.url)
-        if folder not in lists:
-            lists[folder] = _by_shard(read_list(dataset.store, folder))
-        for line in lists[folder].get(name, []):
-            gone.append(dataset.ends[number] - shard.count + _checked(line, shard, folder))
+    lists: dict[str, dict[str, Listed]] = {}
+    kept = np.ones(len(dataset), bool)
+    for part in parts_of(dataset):
+        if part.folder not in lists:
+            lists[part.folder] = read_list(dataset.store, part.folder)
+        listed = lists[part.folder].get(part.name)
+        if listed is None:
+            continue
+        if listed.digests != {part.digest} or max(listed.numbers) >= part.length or min(listed.numbers) < 0:
+            raise DataError(
+                f"{shown(join(part.folder, NAME))} was written for another {part.name}: the shard has changed since. Write the list again "
+                "('ssl-locat shards dedup ... --leave-out'), or delete it."
+            )
+        kept[part.begin + np.array(listed.numbers)] = False
+    gone = len(kept) - int(kept.sum())
     if not gone:
         return dataset
-    kept = np.ones(len(dataset), bool)
-    kept[gone] = False
-    if not kept.any():
+    if gone == len(kept):
         raise DataError(
             f"{dataset.name}: {NAME} beside the shards leaves out all {len(dataset)} samples. Delete it, or give other shards."
         )
-    log.info("%s: %d of %d samples are left out, by %s beside the shards", dataset.name, len(gone), len(dataset), NAME)
+    log.info("%s: %d of %d samples are left out, by %s beside the shards", dataset.name, gone, len(dataset), NAME)
     return Chosen(dataset, np.flatnonzero(kept))
 
 
-def _checked(line: LeftOut, shard: Shard, folder: str) -> int:
-    if line.digest != shard.digest or not 0 <= line.number < shard.count:
-        raise DataError(
-            f"{shown(join(folder, NAME))} was written for another {line.shard}: the shard has changed since. Write the list again "
-            "('ssl-locat shards dedup ... --leave-out'), or delete it."
-        )
-    return line.number
-
-
-def _by_shard(lines: Sequence[LeftOut]) -> dict[str, list[LeftOut]]:
-    found: dict[str, list[LeftOut]] = {}
-    for line in lines:
-        found.setdefault(line.shard, []).append(line)
+def read_list(store: Store, folder: str) -> dict[str, Listed]:
+    """A shard's name -> what is left out of it; {} where there is no list."""
+    found: dict[str, Listed] = {}
+    for line in _lines(store, folder):
+        shard, digest, number, *_ = json.loads(line)
+        listed = found.setdefault(shard, Listed(set(), array("q")))
+        listed.digests.add(digest)
+        listed.numbers.append(number)
     return found
 
 
-def read_list(store: Store, folder: str) -> list[LeftOut]:
-    """The lines of a folder's list; [] where there is none."""
+def _lines(store: Store, folder: str) -> list[str]:
+    """The lines of a folder's list, each known to be one; [] where there is no list."""
     url = join(folder, NAME)
     try:
         text = store.read_all(url).decode("utf-8", "surrogateescape")
@@ -88,34 +116,33 @@ def read_list(store: Store, folder: str) -> list[LeftOut]:
     try:
         if first != _FIRST:
             raise ValueError
-        found = [LeftOut(*json.loads(line)) for line in rest]
-        if not all(isinstance(line.number, int) and isinstance(line.shard, str) for line in found):
-            raise TypeError
+        for line in rest:
+            shard, digest, number, _, _ = json.loads(line)
+            if not (isinstance(shard, str) and isinstance(digest, str) and isinstance(number, int) and abs(number) < 1 << 62):
+                raise TypeError
     except (ValueError, TypeError, RecursionError):
         raise DataError(
             f"{shown(url)} is damaged, or of another release: delete it, or write it again with 'ssl-locat shards dedup'."
         ) from None
-    return found
+    return rest
 
 
-def write_lists(dataset: ShardDataset, gone: dict[int, str]) -> list[str]:
+def write_lists(dataset: ShardDataset | ParquetDataset, gone: Iterable[tuple[int, str, str]]) -> list[str]:
     """Write the list of each folder that holds a shard of the data set; lines of its other shards are kept. Returns the files.
 
-    gone: number of a sample -> what it duplicates."""
-    folders: dict[str, list[LeftOut]] = {}
-    numbers = np.array(sorted(gone), dtype=np.int64)
-    for place, shard in enumerate(dataset.shards):
-        folder, name = folder_and_name(shard.url)
-        begin = dataset.ends[place] - shard.count
-        lines = folders.setdefault(folder, [])
-        for number in numbers[(numbers >= begin) & (numbers < dataset.ends[place])].tolist():
-            key = getattr(dataset.read(number, number + 1)[0], "key", "")
-            lines.append(LeftOut(name, shard.digest, number - begin, key, gone[number]))
+    gone: (number of a sample, its key, what it duplicates) in ascending order."""
+    parts = parts_of(dataset)
+    folders: dict[str, list[str]] = {part.folder: [] for part in parts}
+    left = iter(parts)
+    part = next(left)
+    for number, key, like in gone:
+        while number >= part.begin + part.length:
+            part = next(left)
+        folders[part.folder].append(json.dumps([part.name, part.digest, number - part.begin, key, like]))
     written = []
     for folder, lines in folders.items():
-        ours = {folder_and_name(shard.url)[1] for shard in dataset.shards if folder_and_name(shard.url)[0] == folder}
-        others = [line for line in read_list(dataset.store, folder) if line.shard not in ours]
-        text = "\n".join([_FIRST, *(json.dumps(line) for line in [*others, *lines])]) + "\n"
-        dataset.store.write(join(folder, NAME), text.encode())
+        ours = {part.name for part in parts if part.folder == folder}
+        others = [line for line in _lines(dataset.store, folder) if json.loads(line)[0] not in ours]
+        dataset.store.write(join(folder, NAME), "\n".join([_FIRST, *others, *lines, ""]).encode())
         written.append(join(folder, NAME))
     return written

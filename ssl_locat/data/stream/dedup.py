@@ -1,19 +1,41 @@
 """`ssl-locat shards dedup DATA...`: list the images that are there twice, and on request leave them out of training.
 
-Of each group of the same picture the first is kept. With `--against`, what is also in another set (a test set) goes, too.
+A sample is left out if it is the same picture as one that stays, of a smaller number. With `--against`, what is also in another set (a test
+set) goes, too.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from array import array
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from ssl_locat.data.shards.index import FolderDataset, ShardDataset, open_dataset
+import numpy as np
+
+from ssl_locat.data.images.likeness import alignment
+from ssl_locat.data.shards.index import FolderDataset, open_dataset
 from ssl_locat.data.shards.left_out import write_lists
-from ssl_locat.data.stream.duplicates import ALIKE, Pair, duplicates, look_at
+from ssl_locat.data.stream.duplicates import ALIKE, Looks, Pairs, find_pairs, look_at
 from ssl_locat.errors import DataError
 from ssl_locat.runs.log import say
 from ssl_locat.text.shown import shown, to_json
 
 _LISTED = 50  # pairs shown to people; --json has all
+_STAYING = 8  # samples of a group that stay, the latest, with which one that was paired with none of them is compared
+
+
+class _Found(NamedTuple):
+    """Pairs of one kind, and the sets that their numbers count in."""
+
+    pairs: Pairs
+    first: Looks
+    second: Looks
+
+    def told(self) -> Iterator[dict[str, Any]]:
+        assert self.first.keys and self.second.keys
+        for number in range(len(self.pairs)):
+            pair = self.pairs.at(number)
+            keys = [self.first.keys[pair.first], self.second.keys[pair.second]]
+            yield {"numbers": [pair.first, pair.second], "keys": keys, "likeness": pair.likeness}
 
 
 def dedup_command(
@@ -25,65 +47,98 @@ def dedup_command(
         raise DataError(
             f"{dataset.name} is a folder of images: the list lies beside shards. Pack it first: ssl-locat shards pack FOLDER OUT"
         )
-    if leave_out and not isinstance(dataset, ShardDataset):
-        raise DataError(
-            f"{dataset.name} are Parquet files: the list lies beside tar shards. Leave its rows out when you write them."
-        )
     looks = look_at(dataset, dataset.name, workers=workers)
-    within = duplicates(looks, alike=alike)
-    found: dict[str, Any] = {"samples": len(dataset), "within": [_told(pair, dataset, dataset) for pair in within]}
-    gone = _redundant(within)
+    found = {"within": _Found(find_pairs(looks, alike=alike), looks, looks)}
+    gone = redundant(found["within"].pairs, looks, alike)
     if against is not None:
         other = open_dataset(against)
-        between = duplicates(looks, look_at(other, other.name, workers=workers), alike=alike)
-        found |= {"against": against, "between": [_told(pair, dataset, other) for pair in between]}
-        gone |= {pair.first: f"sample {pair.second} of {other.name}" for pair in between}
-    found["left_out"] = len(gone)
+        others = look_at(other, other.name, workers=workers)
+        found["between"] = _Found(find_pairs(looks, others, alike=alike), looks, others)
+        gone |= {
+            first: f"sample {second} of {other.name}"
+            for first, second in zip(found["between"].pairs.first.tolist(), found["between"].pairs.second.tolist(), strict=True)
+        }
+    written: list[str] = []
     if leave_out:
-        assert isinstance(dataset, ShardDataset)
-        found["written"] = write_lists(dataset, gone)
+        assert not isinstance(dataset, FolderDataset) and looks.keys
+        written = write_lists(dataset, ((number, looks.keys[number], gone[number]) for number in sorted(gone)))
+    about = {"samples": len(dataset), "left_out": len(gone)} | ({"against": against} if against else {})
     if as_json:
-        print(to_json(found))
+        _print_json(about | ({"written": written} if leave_out else {}), found)
     else:
-        say("\n".join(_lines(found, leave_out)))
+        say("\n".join(_lines(about, found, written)))
 
 
-def _redundant(pairs: Sequence[Pair]) -> dict[int, str]:
-    """number of a sample -> what it duplicates: all of a group but its first one."""
-    first_of: dict[int, int] = {}
+def redundant(pairs: Pairs, looks: Looks, alike: float = ALIKE) -> dict[int, str]:
+    """number of a sample -> what it duplicates: one of a smaller number that stays.
 
-    def first(number: int) -> int:
-        while number in first_of:
-            number = first_of[number]
+    What is like one that goes need not be like one that stays (frames of a film, each like the next): a group, all that hangs together by
+    pairs, keeps as many as it needs. But each image was paired with its nearest alone, of which none may stay where there are many copies: it
+    is compared with some of its group that do.
+    """
+    heads = _heads(pairs, len(looks))
+    order = np.argsort(pairs.second, kind="stable")
+    first, second = pairs.first[order], pairs.second[order]
+    staying: dict[int, list[int]] = {}  # by the head of their group
+    gone: dict[int, str] = {}
+    for number in np.unique(np.concatenate([first, second])).tolist():
+        stays = staying.setdefault(heads[number], [])
+        partners = first[slice(*np.searchsorted(second, [number, number + 1]))].tolist()  # those of a smaller number
+        like = next((partner for partner in partners if partner not in gone), None)
+        if like is None and stays:
+            some = stays[-_STAYING:]
+            close = alignment(looks.thumbnails[[number] * len(some)], looks.thumbnails[some])
+            like = some[int(close.argmax())] if close.max() >= alike else None
+        if like is None:
+            stays.append(number)
+        else:
+            gone[number] = f"sample {like}"
+    return gone
+
+
+def _heads(pairs: Pairs, count: int) -> array:
+    """int64 [N]: of each sample the smallest number that hangs together with it by pairs."""
+    heads = array("q", range(count))
+
+    def head(number: int) -> int:
+        while heads[number] != number:
+            heads[number] = heads[heads[number]]  # shorter for the next one who asks
+            number = heads[number]
         return number
 
-    for pair in pairs:
-        one, other = sorted((first(pair.first), first(pair.second)))
-        if one != other:
-            first_of[other] = one
-    return {number: f"sample {first(number)}" for number in sorted(first_of)}
+    for one, other in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
+        one, other = head(one), head(other)
+        heads[max(one, other)] = min(one, other)
+    for number in range(count):
+        heads[number] = head(number)
+    return heads
 
 
-def _told(pair: Pair, first: Any, second: Any) -> dict[str, Any]:
-    one, other = (dataset.read(number, number + 1)[0].key for dataset, number in ((first, pair.first), (second, pair.second)))
-    return {"numbers": [pair.first, pair.second], "keys": [one, other], "likeness": pair.likeness}
+def _print_json(about: dict[str, Any], found: dict[str, _Found]) -> None:
+    """One object, a pair a line: millions of them are never held as text."""
+    print("{" + "".join(f"{json.dumps(name)}: {to_json(value)},\n" for name, value in about.items()), end="")
+    for place, (name, pairs) in enumerate(found.items()):
+        print(f'"{name}": [', end="")
+        for number, pair in enumerate(pairs.told()):
+            print("," * (number > 0) + "\n" + to_json(pair), end="")
+        print("]" + (",\n" if place < len(found) - 1 else "}"), end="" if place < len(found) - 1 else "\n")
 
 
-def _lines(found: dict[str, Any], leave_out: bool) -> list[str]:
+def _lines(about: dict[str, Any], found: dict[str, _Found], written: list[str]) -> list[str]:
     lines = []
-    for kind in ("within", "between"):
-        for pair in found.get(kind, [])[:_LISTED]:
+    for kind, pairs in found.items():
+        for _, pair in zip(range(_LISTED), pairs.told(), strict=False):
             one, other = pair["keys"]
             what = "equal bytes" if pair["likeness"] == 1 else f"likeness {pair['likeness']:.2f}"
-            where = f" of {shown(found['against'])}" if kind == "between" else ""
+            where = f" of {shown(about['against'])}" if kind == "between" else ""
             lines.append(f"{shown(one)} is {shown(other)}{where} ({what})")
-        if len(found.get(kind, [])) > _LISTED:
-            lines.append(f"... and {len(found[kind]) - _LISTED} more pairs; --json lists all")
+        if len(pairs.pairs) > _LISTED:
+            lines.append(f"... and {len(pairs.pairs) - _LISTED:,} more pairs; --json lists all")
     lines.append(
-        f"{found['samples']:,} samples, {found['left_out']:,} of them there twice{' or in the other set' if 'between' in found else ''}"
+        f"{about['samples']:,} samples, {about['left_out']:,} of them there twice{' or in the other set' if 'between' in found else ''}"
     )
-    if leave_out:
-        lines.append(f"left out from now on: {', '.join(map(shown, found['written']))}; delete the file to take them back")
-    elif found["left_out"]:
+    if written:
+        lines.append(f"left out from now on: {', '.join(map(shown, written))}; delete the file to take them back")
+    elif about["left_out"]:
         lines.append("--leave-out leaves them out of training; shards are not rewritten")
     return lines

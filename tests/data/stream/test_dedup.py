@@ -45,10 +45,14 @@ def key_alone(raw, seed):
     return raw.key
 
 
-def keys(datasets, plan, start, batches):
-    options = {"global_batch_size": 8, "world_size": 1, "accumulate_steps": 1, "workers": 0, "start_samples": start}
-    with TrainStream(datasets, plan, key_alone, as_list, **options) as stream:
-        return [key for _, batch in zip(range(batches), stream, strict=False) for key in batch.keys]
+def keys(datasets, plan, start, batches, world_size=1):
+    """Of global batches of 8 from sample `start` on, as the ranks together see them."""
+    options = {"global_batch_size": 8, "world_size": world_size, "accumulate_steps": 1, "workers": 0, "start_samples": start}
+    found = []
+    for rank in range(world_size):
+        with TrainStream(datasets, plan, key_alone, as_list, rank=rank, **options) as stream:
+            found.append([list(batch.keys) for _, batch in zip(range(batches), stream, strict=False)])
+    return [key for batch in zip(*found, strict=True) for share in batch for key in share]
 
 
 def test_duplicates_are_listed_left_out_and_the_stream_resumes_without_them(pattern, tmp_path, capsys):
@@ -75,6 +79,56 @@ def test_duplicates_are_listed_left_out_and_the_stream_resumes_without_them(patt
     # what is left out is looked at again: the command says the same, and writes the same list
     assert cli.run_command(["shards", "dedup", pattern, "--leave-out"]) == 0
     assert (tmp_path / NAME).read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_list_is_obeyed_at_any_number_of_ranks_and_after_any_restart(pattern, tmp_path, capsys, kind):
+    """A run that is killed and goes on with other ranks: from one integer, in tars and in Parquet files, and the list is of few bytes."""
+    spec = pattern if kind == "tar" else _as_parquet(pattern, tmp_path)
+    assert cli.run_command(["shards", "dedup", spec, "--leave-out", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == 2
+    datasets = [without_left_out(dataset) for dataset in open_mix(spec)[0]]
+    plan = choose_plan(datasets, [1.0], 3, 8)
+    whole = keys(datasets, plan, 0, 12)
+    twice = {"tar": {"024", "047"}, "parquet": {"1.parquet#0", "1.parquet#23"}}[kind]
+    left_out = {raw.key for raw in open_mix(spec)[0][0].read(0, 48)} - set(whole)
+    assert len(left_out) <= 4 and not {key for key in whole if key in twice}, (left_out, twice)
+    seen, world = [], (1, 4, 2)
+    for start, ranks in zip((0, 32, 64), world, strict=True):
+        again = [without_left_out(dataset) for dataset in open_mix(spec)[0]]
+        some = keys(again, resume_plan(json.loads(json.dumps(plan.to_dict())), again, [1.0], 3), start, 4, ranks)
+        seen += [sorted(some[at : at + 8]) for at in range(0, 32, 8)]
+    assert seen == [sorted(whole[at : at + 8]) for at in range(0, 96, 8)]
+
+
+def _as_parquet(pattern, tmp_path):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    for shard in range(2):
+        images = []
+        for raw in open_mix(str(tmp_path / f"{shard}.tar"))[0][0].read(0, 24):
+            images.append({"bytes": next(iter(raw.members.values())), "path": raw.key})
+        pq.write_table(pa.table({"image": images}), tmp_path / f"{shard}.parquet", row_group_size=7)
+    return str(tmp_path / "*.parquet")
+
+
+def test_what_is_left_out_is_like_one_that_stays():
+    """A film, each frame like the next and no other: every second one goes, not all but the first; and of many copies all but one."""
+    from ssl_locat.data.stream.dedup import redundant
+    from ssl_locat.data.stream.duplicates import Looks, Pairs, duplicates
+
+    looks = Looks(np.zeros((6, 32, 32), np.uint8), np.arange(1, 7, dtype=np.uint64))
+    film = Pairs(np.arange(5), np.arange(1, 6), np.full(5, 0.95, np.float32))
+    assert redundant(film, looks) == {1: "sample 0", 3: "sample 2", 5: "sample 4"}
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(0, 256, (7, 7), dtype=np.uint8), (32, 32), interpolation=cv2.INTER_CUBIC)
+    copies = np.clip(image.astype(int) + rng.integers(-3, 4, (40, 32, 32)), 0, 255).astype(np.uint8)
+    many = Looks(copies, np.arange(1, 41, dtype=np.uint64))
+    from ssl_locat.data.stream.duplicates import find_pairs
+
+    pairs = find_pairs(many)
+    assert (
+        len(pairs) < 40 * 8 + 1 and len(redundant(pairs, many)) == 39 and duplicates(many)[0].first < duplicates(many)[0].second
+    )
 
 
 def test_a_list_of_other_shards_is_refused_and_a_folder_has_none(pattern, tmp_path):

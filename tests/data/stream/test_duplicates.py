@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from ssl_locat.data.images.decode import decode_image
-from ssl_locat.data.images.likeness import thumbnail
+from ssl_locat.data.images.likeness import alignment, thumbnail
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.stream import duplicates as duplicates_module
-from ssl_locat.data.stream.duplicates import Looks, duplicates, look_at
+from ssl_locat.data.stream.duplicates import Looks, duplicates, look_at, picture_of
 
 
 def recompressed(image):
@@ -63,6 +63,26 @@ def test_planted_duplicates_are_found_and_others_not_accused(shared_data, patter
     right = {pair.first for pair in pairs if pair.second == planted[pair.first][0]}
     assert len(right) / len(planted) >= found
     assert sum(pair.second != planted[pair.first][0] for pair in pairs) <= 1
+
+
+def test_arrays_and_bands_are_looked_at_too(shared_data):
+    """Twelve bands of 16 bits, in either order of axes, and the same patch from a TIFF; heights in metres."""
+    folder = shared_data("s2_12band_sample")
+    dataset = open_dataset(f"{folder}")
+    looks = look_at(dataset, "tiles", workers=0)
+    names = [dataset.read(number, number + 1)[0].key for number in range(len(dataset))]
+    assert (looks.thumbnails.reshape(len(looks), -1).std(1) > 5).all()
+    pair = next(pair for pair in duplicates(looks))
+    assert {names[pair.first], names[pair.second]} == {"patch_120x120x12_contig", "patch_12x120x120_planar"}
+    rng = np.random.default_rng(0)
+    heights = (3000 + 500 * cv2.resize(rng.random((6, 6)), (64, 64), interpolation=cv2.INTER_CUBIC)).astype(np.float32)
+    cube = np.stack([heights, heights**1.1, heights + rng.random((64, 64))]).astype(np.float32)  # [3, 64, 64]
+    pictures = []
+    for values in (heights, cube.transpose(1, 2, 0), cube):
+        stream = io.BytesIO()
+        np.save(stream, np.ascontiguousarray(values))
+        pictures.append(thumbnail(picture_of(stream.getvalue())))
+    assert alignment(np.stack(pictures[:2]), np.stack(pictures[1:])).min() > 0.97
 
 
 def test_equal_bytes_are_found_however_flat_and_a_set_is_searched_within_itself(shared_data):
