@@ -1,6 +1,8 @@
 """Intervals of a figure of which a value and a count are known, and no single answer: math alone, so that whoever only prints may import it."""
 
 import math
+import statistics
+from collections.abc import Sequence
 
 LEVEL = 0.95  # of every interval of this package, two-sided
 NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
@@ -29,6 +31,15 @@ def one_more_run(deviation: float, runs: int) -> float:
     deviation: of the runs, over runs - 1.
     """
     return student_t(LEVEL, runs - 1) * deviation * math.sqrt(1 + 1 / runs)
+
+
+def of_runs(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): the mean of a figure over runs (seeds) and its 95 % interval by Student's t; of a single run it has no bounds."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    spread = student_t(LEVEL, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - spread, mean + spread
 
 
 def student_t(level: float, freedom: int) -> float:

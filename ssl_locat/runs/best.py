@@ -59,6 +59,17 @@ NOISE = {"dse": 0.04}  # of k-means seeds: smaller differences mean nothing (doc
 SHARES = ("top1", "top5")  # per cent of test images that are classified rightly: the noise follows from their number
 
 
+def better(metric: str) -> str | None:
+    """Which values of a metric are good: "higher", "lower", "near 1"; None where nobody knows."""
+    return BETTER.get(_stem(metric))
+
+
+def goodness(metric: str, value: float) -> float:
+    """Higher is better, whatever the metric."""
+    rule = BETTER[_stem(metric)]
+    return value if rule == "higher" else -value if rule == "lower" else -abs(value - 1)
+
+
 class Measure(NamedTuple):
     """A metric of one of a run's probes."""
 
@@ -79,8 +90,7 @@ class Measure(NamedTuple):
 
     def goodness(self, value: float) -> float:
         """Higher is better, whatever the metric."""
-        rule = BETTER[_stem(self.metric)]
-        return value if rule == "higher" else -value if rule == "lower" else -abs(value - 1)
+        return goodness(self.metric, value)
 
 
 class Best(NamedTuple):

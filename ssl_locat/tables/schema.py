@@ -22,6 +22,7 @@ from ssl_locat.errors import ConfigError, did_you_mean
 from ssl_locat.evaluation import PROTOCOLS
 from ssl_locat.evaluation.evaluate import fingerprint, pop_protocol
 from ssl_locat.evaluation.shared.options import check_arguments
+from ssl_locat.runs.best import BETTER, better
 
 
 class Sizes(Section):
@@ -89,6 +90,7 @@ class Row(Section):
     options: dict[str, dict[str, Any]] = Field(default={}, description="column -> keys of its protocol that this row changes")
     skip: dict[str, str] = Field(default={}, description="column -> why it is not measured in this row; printed below the table")
     note: str | None = Field(default=None, description="printed below the table: what is ours in this row, or why it is empty")
+    stage: int = Field(default=1, gt=0, description="rows of later stages than the table's `stage` are left unfilled, and named")
 
 
 class Figure(Section):
@@ -97,6 +99,16 @@ class Figure(Section):
     x: str
     y: str
     twin: str = Field(default=" + LocAt", description="the row of this ending is where the arrow from the row without it leads")
+
+
+class Checkpoints(Section):
+    """Every column is measured on milestones of each training: which of them would a measure choose, and how good is that one?"""
+
+    count: int = Field(gt=3, description="how many of each run, evenly over its optim.total_steps")
+    measures: list[str] = Field(description="columns that need no labels: each chooses a checkpoint; the training loss is added")
+    targets: list[str] = Field(description="columns that say how good a checkpoint is")
+    balanced: str | None = Field(default=None, description="the column of DSE, which is read with the paper's lambda, too")
+    twin: str = Field(default=" + LocAt", description="the row of this ending is compared with the row without it, seed by seed")
 
 
 class TableConfig(Section):
@@ -111,6 +123,8 @@ class TableConfig(Section):
     train: Training | None = Field(default=None, description="how rows without a MODEL get their weights")
     columns: dict[str, Column]
     rows: dict[str, Row]
+    stage: int = Field(default=1, gt=0, description="up to which stage rows are filled")
+    checkpoints: Checkpoints | None = Field(default=None, description="measure checkpoints of each training, not its end alone")
     figure: Figure | None = Field(default=None, description="drawn from the cells: figure.png, figure.svg, figure.csv")
 
 
@@ -144,11 +158,25 @@ class Job(NamedTuple):
     options: dict[str, Any]
     training: TrainingJob | None = None  # whose weights `model` is
     lacks: str = ""
+    step: int | None = None  # of the training's milestone that is measured; None: its end
 
     @property
     def identity(self) -> str:
         """The model as far as the number depends on it."""
-        return self.training.folder.name if self.training else fingerprint(self.model)
+        if self.training is None:
+            return fingerprint(self.model)
+        return self.training.folder.name + ("" if self.step is None else f"@{self.step}")
+
+
+class Point(NamedTuple):
+    """What one column says of one checkpoint."""
+
+    row: str
+    run: Path  # folder of the training
+    step: int
+    column: str
+    value: float
+    metrics: dict[str, float]  # all that the protocol gave
 
 
 def load_table(name: str, arguments: Sequence[str] = ()) -> TableConfig:
@@ -203,6 +231,37 @@ def _check_names(table: TableConfig, loaded: LoadedYaml) -> None:
         _check_training(table, name, loaded)
     for axis in ("x", "y") if table.figure else ():
         _check_known(getattr(table.figure, axis), table.columns, ("figure", axis), loaded)
+    if table.checkpoints:
+        _check_checkpoints(table, table.checkpoints, loaded)
+
+
+def _check_checkpoints(table: TableConfig, wanted: Checkpoints, loaded: LoadedYaml) -> None:
+    for key in ("measures", "targets"):
+        for name in getattr(wanted, key):
+            _check_known(name, table.columns, ("checkpoints", key), loaded)
+            if not better(table.columns[name].metric):
+                raise ConfigError(
+                    f"{loaded.place(('checkpoints', key))}: of {table.columns[name].metric}, the metric of {name}, nobody knows which "
+                    f"values are good.{did_you_mean(table.columns[name].metric, BETTER)} Known: {', '.join(BETTER)}."
+                )
+    if wanted.balanced and (wanted.balanced not in wanted.measures or table.columns[wanted.balanced].metric != "dse"):
+        raise ConfigError(
+            f"{loaded.place(('checkpoints', 'balanced'))}: checkpoints.balanced is {wanted.balanced!r}; expected one of "
+            "checkpoints.measures whose metric is dse."
+        )
+    for name, row in table.rows.items():
+        training = training_of(table, row)
+        if row.model or training is None or not training.recipe:
+            raise ConfigError(
+                f"{loaded.place(('rows', name))}: checkpoints are measured of trainings by a recipe (train.recipe); {name} has "
+                + ("a MODEL." if row.model else "none.")
+            )
+        steps = load(training.recipe, overrides(training.options)).optim.total_steps
+        if steps is None or steps < wanted.count:
+            raise ConfigError(
+                f"{loaded.place(('checkpoints', 'count'))}: checkpoints.count is {wanted.count}, of which {name} needs as many steps or more, "
+                f"given as train.options.optim.total_steps (now {steps}): where they lie must be known before a training begins."
+            )
 
 
 def _check_known(name: str | None, known: dict, key: tuple, loaded: LoadedYaml, what: str = "") -> None:
@@ -300,6 +359,11 @@ def trainings(table: TableConfig, row_name: str) -> list[TrainingJob]:
         if training.recipe:
             source, protocol, options = training.recipe, None, flat(training.options)
             options |= {f"data.{key}": value for key, value in data.given.items() if key in RunData.model_fields}
+            if table.checkpoints:
+                # `every_steps` saves, the other keeps
+                options |= dict.fromkeys(
+                    ("checkpoint.every_steps", "checkpoint.milestone_every_steps"), milestones(table, training)[0]
+                )
         else:
             assert row.fresh  # see above
             source = row.fresh
@@ -316,6 +380,15 @@ def trainings(table: TableConfig, row_name: str) -> list[TrainingJob]:
     return found
 
 
+def milestones(table: TableConfig, training: Training) -> list[int]:
+    """The steps of a training at which checkpoints are measured: `checkpoints.count` of them, evenly; what is left over comes before its end."""
+    assert table.checkpoints and training.recipe  # checked by `load_table`
+    steps = load(training.recipe, overrides(training.options)).optim.total_steps
+    assert steps
+    every = steps // table.checkpoints.count
+    return [every * number for number in range(1, table.checkpoints.count + 1)]
+
+
 def _joined(own: dict | None, given: dict[str, Any]) -> dict[str, Any]:
     """A protocol's `data` of its YAML, with a table's data set on top; one that numbers its classes itself has no layout of the YAML's."""
     own = {
@@ -327,11 +400,17 @@ def _joined(own: dict | None, given: dict[str, Any]) -> dict[str, Any]:
 def all_jobs(table: TableConfig) -> Iterator[TrainingJob | Job]:
     """Every training and every cell's runs, also those whose data set is not given (`lacks`); a training before the cells that read it."""
     for row_name, row in table.rows.items():
+        if row.stage > table.stage:
+            continue
         trained = trainings(table, row_name)
         yield from trained
-        models: list[tuple[str, TrainingJob | None]] = [(str(job.folder), job) for job in trained]
+        models: list[tuple[str, TrainingJob | None, int | None]] = [(str(job.folder), job, None) for job in trained]
+        if table.checkpoints and (training := training_of(table, row)):
+            steps = milestones(table, training)
+            # as `runs/checkpoint.py` names them
+            models = [(str(job.folder / "checkpoints" / f"step_{step:08d}"), job, step) for job in trained for step in steps]
         if row.model:
-            models = [(model, None) for model in ([row.model] if isinstance(row.model, str) else row.model)]
+            models = [(model, None, None) for model in ([row.model] if isinstance(row.model, str) else row.model)]
         for column_name, column in table.columns.items():
             if column_name in row.skip:
                 continue
@@ -342,14 +421,12 @@ def all_jobs(table: TableConfig) -> Iterator[TrainingJob | Job]:
                 options["data"] = _joined(options.get("data"), data.given)
                 lacks = "" if data.test else f"data.{column.data}.test"
             # what trains or counts starts from the untrained twin of the row, every other protocol from its trained model
-            fresh: list[tuple[str, TrainingJob | None]] = [(row.fresh, None)] if row.fresh else []
+            fresh: list[tuple[str, TrainingJob | None, int | None]] = [(row.fresh, None, None)] if row.fresh else []
             seeds: Sequence[int | None] = column.seeds or [None]
-            for model, training in fresh if column.fresh else models:
+            for model, job, step in fresh if column.fresh else models:
                 for seed in seeds:
                     chosen = options if seed is None else {**options, "seed": seed}
-                    yield Job(
-                        row_name, column_name, model, protocol, chosen, training, lacks or (training.lacks if training else "")
-                    )
+                    yield Job(row_name, column_name, model, protocol, chosen, job, lacks or (job.lacks if job else ""), step)
 
 
 def jobs(table: TableConfig) -> list[TrainingJob | Job]:

@@ -25,7 +25,19 @@ from ssl_locat.evaluation.evaluate import check_inputs, forget_progress, progres
 from ssl_locat.evaluation.shared.options import check_arguments
 from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import console, progress
-from ssl_locat.tables.schema import Column, Job, TableConfig, TrainingJob, jobs, load_table, of_column, of_training
+from ssl_locat.tables.schema import (
+    Column,
+    Job,
+    Point,
+    TableConfig,
+    TrainingJob,
+    jobs,
+    load_table,
+    milestones,
+    of_column,
+    of_training,
+    training_of,
+)
 from ssl_locat.tables.text import Cell, Grid, write_table
 from ssl_locat.text.shown import to_json
 
@@ -100,7 +112,9 @@ def _check_training(job: TrainingJob) -> None:
 
 def where(job: TrainingJob | Job) -> str:
     """As messages name it."""
-    return f"{job.row}, training" if isinstance(job, TrainingJob) else f"{job.row}, {job.column}"
+    if isinstance(job, TrainingJob):
+        return f"{job.row}, training"
+    return f"{job.row}, {job.column}" + ("" if job.step is None else f", step {job.step}")
 
 
 def cell_file(table: TableConfig, job: Job) -> Path:
@@ -175,6 +189,7 @@ class Found:
     def __init__(self, table: TableConfig):
         self.table = table
         self.numbers: dict[tuple[str, str], list[float]] = {}
+        self.points: list[Point] = []  # of `checkpoints`
         self.failed: list[tuple[str, Exception]] = []
 
     def fail(self, job: TrainingJob | Job, error: Exception) -> None:
@@ -190,10 +205,22 @@ class Found:
             for row, table_row in self.table.rows.items()
         }
 
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        """The number of a cell; of checkpoints the table itself shows the last one, `points` has all."""
+        value = _number(result, job.column, job.protocol, self.table.columns[job.column])
+        if job.step is not None:
+            assert job.training and self.table.checkpoints
+            self.points.append(Point(job.row, job.training.folder, job.step, job.column, value, result["metrics"]))
+            training = training_of(self.table, self.table.rows[job.row])
+            if training and job.step != milestones(self.table, training)[-1]:
+                return
+        self.numbers.setdefault((job.row, job.column), []).append(value)
+
     def write(self) -> str:
         """table.md, table.csv and table.tex as far as it has come; the Markdown."""
         rows = self.table.rows.items()
         notes = [f"{name}: {row.note}" for name, row in rows if row.note]
+        notes += [f"{name}: not filled, of stage {row.stage}" for name, row in rows if row.stage > self.table.stage]
         notes += [f"{name}, {column}: not measured, {why}" for name, row in rows for column, why in row.skip.items()]
         messages = [f"{place}: {error}" for place, error in self.failed]
         return write_table(Path(self.table.results), self.table.title, self.table.source, self.grid(), messages, notes)
@@ -243,7 +270,7 @@ def measure(table: TableConfig) -> Found:
                     measured = result is None
                     if result is None:
                         result = _measure_cell(path, job, device, column)
-                    found.numbers.setdefault((job.row, job.column), []).append(_number(result, job.column, job.protocol, column))
+                    found.add(job, result)
                     if measured and is_main():
                         found.write()  # a table that takes days is looked at before its end
                 except CELL_ERRORS as error:
@@ -342,6 +369,10 @@ def run(name: str, arguments: Sequence[str] = ()) -> tuple[Path, Exception | Non
             from ssl_locat.tables.figure import draw
 
             files += draw(table.figure, found.grid(), folder)
+        if table.checkpoints:
+            from ssl_locat.tables.checkpoint_files import write_study
+
+            files += write_study(table, table.checkpoints, found.points, folder)
         console().print(markdown, markup=False, soft_wrap=True)
         console().print(f"{folder / 'table.md'}, {', '.join(files)}", markup=False)
     return folder, _worst(found.failed, len(jobs(table)), folder) if found.failed else None

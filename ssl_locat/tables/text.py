@@ -80,9 +80,7 @@ def _laid_out(grid: Grid, plus_minus: str) -> tuple[list[str], list[list[str]]]:
 def to_markdown(title: str, source: str, grid: Grid, failed: list[str], notes: Sequence[str] = ()) -> str:
     """A title, the table, notes on its rows, the failures."""
     header, rows = _laid_out(grid, "±")
-    # names to the left, numbers to the right
-    lines = [f"# {title}", "", *([source, ""] if source else []), _line(header), "|---" + "|---:" * (len(header) - 1) + "|"]
-    lines += map(_line, rows)
+    lines = [f"# {title}", "", *([source, ""] if source else []), markdown_table(header, rows)]
     runs = max((cell.runs for row in grid.values() for cell in row.values()), default=0)
     if runs > 1:
         lines += [
@@ -94,6 +92,11 @@ def to_markdown(title: str, source: str, grid: Grid, failed: list[str], notes: S
     if failed:
         lines += ["", "Not measured:", "", *(f"- {' '.join(message.split())}" for message in failed)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Names to the left, numbers to the right."""
+    return "\n".join([_line(header), "|---" + "|---:" * (len(header) - 1) + "|", *map(_line, rows)])
 
 
 def _line(cells: list[str]) -> str:
