@@ -54,6 +54,12 @@ class Channels(Section):
         default=None,
         description="the file's bands, in this order: by place from 0, or by name where the file has names; default: all",
     )
+    bands: int | None = Field(
+        default=None,
+        gt=0,
+        description="how many bands every file must have; one of another number is corrupt; default: as many as channels, or any "
+        "number where `pick` chooses",
+    )
     names: list[str] | None = Field(default=None, description="what the channels are called, in exports and reports")
     no_data: float | None = Field(
         default=None, description="stored value that means none, as NaN always does; default: what the file itself names"

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 
 from ssl_locat.data.images.arrays import PICKED, Stored, npy_type, stored_npy, stored_npz
-from ssl_locat.data.images.dicom import Window, stored_dicom
+from ssl_locat.data.images.dicom import stored_dicom
+from ssl_locat.data.images.dicom_values import Window
 from ssl_locat.data.images.eight_bits import open_image, orientation_of, turn
 from ssl_locat.data.images.headers import check_bytes, check_bytes_needed, check_pixels
 from ssl_locat.data.images.tiff_bands import MAGIC as TIFF
@@ -40,6 +41,7 @@ class Bands(NamedTuple):
     mean: tuple[float, ...]  # [C] on that scale: stands where there is no data
     pick: tuple[int | str, ...] | None = None  # [C] the file's bands, by place from 0 or by name; None: all of them
     type: str | None = None  # what every file must hold
+    bands: int | None = None  # and how many of them, where some are picked; None: any number
     no_data: float | None = None
     max_no_data: float = 1.0  # share of an image's values above which it is corrupt; one without any data always is
     bands_first: bool = False  # arrays are [C, H, W]
@@ -57,6 +59,7 @@ def reading(channels: Mapping[str, Any] | None, mean: Sequence[float]) -> "Bands
         tuple(mean),
         tuple(pick) if pick else None,
         channels.get("type"),
+        channels.get("bands"),
         channels.get("no_data"),
         channels.get("max_no_data", 1.0),
         channels.get("bands_first", False),
@@ -77,6 +80,8 @@ def decode_bands(data: bytes, bands: Bands, max_pixels: int) -> np.ndarray:
     stored = decode_stored(data, max_pixels, bands.pick, bands.bands_first, bands.window, len(bands.low))
     if bands.type and stored.type != bands.type:
         raise CorruptSample(f"the image holds {stored.type}, data.channels.type is {bands.type}")
+    if bands.bands and (count := band_count(stored)) != bands.bands:
+        raise CorruptSample(f"the image has {count} bands, data.channels.bands is {bands.bands}")
     values, missing = picked(stored, bands.pick, bands.no_data)
     if values.shape[2] != len(bands.low):
         raise CorruptSample(
@@ -120,8 +125,15 @@ def picked(stored: Stored, pick: Sequence[int | str] | None, no_data: float | No
     return values, np.logical_or.reduce(found) if found else None
 
 
+def band_count(stored: Stored) -> int:
+    """How many the file has, of which not all may have been read."""
+    return stored.values.shape[2] if stored.count is None else stored.count
+
+
 def _place(stored: Stored, band: int | str) -> int:
     count = stored.values.shape[2]
+    if stored.places is not None and band in stored.places:  # else it has been refused
+        return stored.places.index(int(band))
     if isinstance(band, str):
         if band not in stored.names:
             raise CorruptSample(f"no band {band!r}: the file names {', '.join(stored.names) or 'none'} ({count} bands)")
@@ -139,14 +151,15 @@ def decode_stored(
     window: Window = None,
     channels: int | None = None,
 ) -> Stored:
-    """All that a file holds, upright. `pick` and `channels` only say how many values will be kept, which bounds the memory."""
+    """All that a file holds, upright; of a DICOM's frames those picked. Else `pick` and `channels` only say how many values will be kept,
+    which bounds the memory."""
     kept = len(pick) if pick is not None else channels
     if data.startswith(_NPY):
         return stored_npy(data, max_pixels, kept, bands_first)
     if data.startswith(_NPZ):
         return stored_npz(data, max_pixels, kept, bands_first)
     if data[128:132] == b"DICM":
-        return stored_dicom(data, max_pixels, kept, window)
+        return stored_dicom(data, max_pixels, pick, kept, window)
     if data.startswith(TIFF) and not is_plain(data):
         return stored_tiff(data, max_pixels, kept)
     if data.startswith(_PNG) and data[24:25] == b"\x10":

@@ -1,7 +1,8 @@
 """DICOM images by pydicom: values after sign, bits and rescale (HU of a CT), or after the file's or a given window.
 
-The parts of PS3.3 that matter: stored -> BitsStored and sign -> modality (slope, intercept or table) -> window (C.11.2.1) -> MONOCHROME1,
-whose smallest value is white. Padding (PixelPaddingValue) is no data. One frame a file: which of several a network sees is the user's to say.
+The parts of PS3.3 that matter: stored -> BitsStored and sign -> modality (slope, intercept or table) -> window or table (C.11.2) -> MONOCHROME1,
+whose smallest value is white (dicom_values.py). Padding (PixelPaddingValue) is no data. The frames of a file are its bands, as pages of a TIFF
+are: a network sees those that data.channels.pick names, one slice or several beside each other; no others are decoded.
 """
 
 import io
@@ -9,19 +10,20 @@ import logging
 import re
 import struct
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ssl_locat.data.images.arrays import PICKED, Stored
+from ssl_locat.data.images.dicom_values import Window, modality_values, of_interest, padding
 from ssl_locat.data.images.headers import check_bytes, check_bytes_needed, check_pixels
 from ssl_locat.errors import CorruptSample, UserError
 
-Window = str | tuple[float, float] | None  # "file": the first that it holds; (centre, width); None: values as they are
-
 _MAX_METADATA = 2 << 20  # bytes before the pixels: each element of eight bytes may be a step in Python; scanners write some 10 kB
 _MAX_FRAGMENTS = 4096
+_MAX_FRAMES = 512  # that all become bands, where none are picked: each is a step in Python
 _DEFLATED, _RLE, _EXTENDED = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.51"
 _PIXELS = re.compile(rb"\xe0\x7f[\x08\x09\x10]\x00|\x7f\xe0\x00[\x08\x09\x10]")  # (7FE0,0010), and the two of floats
 _FRAMES = (
@@ -42,11 +44,13 @@ _MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 
 
-def stored_dicom(data: bytes, max_pixels: int, picked: int | None, window: Window) -> Stored:
-    """float32 [H, W, 1 or 3] of type "dicom"; with a window in 0..1, clipped, as the standard has it."""
+def stored_dicom(data: bytes, max_pixels: int, pick: Sequence[int | str] | None, kept: int | None, window: Window) -> Stored:
+    """float32 [H, W, frames x (1 or 3)] of type "dicom"; with a window in 0..1, clipped, as the standard has it.
+
+    Of several frames those that `pick` names, and `places` of what comes back says which they are. `kept`: how many values will be.
+    """
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut
     except ImportError:
         raise UserError("DICOM images need pydicom: pip install 'ssl_locat[dicom]'.") from None
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # a trace for each decoder that fails: the sample's reason says it
@@ -54,25 +58,27 @@ def stored_dicom(data: bytes, max_pixels: int, picked: int | None, window: Windo
         warnings.simplefilter("ignore")  # of values against the standard, which most scanners write somewhere
         _check_before(data)
         dataset = pydicom.dcmread(io.BytesIO(data), force=False)
-        kind, samples = _check_image(dataset, len(data), max_pixels, picked)
-        pixels = _pixels(dataset, max_pixels)
-        missing = _padding(dataset, pixels) if samples == 1 else None
-        values = apply_modality_lut(pixels, dataset).astype(np.float32) if samples == 1 else pixels.astype(np.float32)
-        if window is not None and samples == 1:
-            values = windowed(values, *_window(dataset, window))
-    values = np.ascontiguousarray(values).reshape(*values.shape[:2], -1)
-    missing = None if missing is None else missing[..., None]
-    return Stored(values, "dicom", missing=missing, inverted=kind == "MONOCHROME1")
-
-
-def windowed(values: np.ndarray, centre: float, width: float, function: str = "LINEAR") -> np.ndarray:
-    """Values -> 0..1 by the standard's LINEAR, LINEAR_EXACT or SIGMOID."""
-    if function == "SIGMOID":
-        return 1 / (1 + np.exp(-4 * (values - centre) / width))
-    if function == "LINEAR_EXACT":
-        return np.clip((values - centre) / width + 0.5, 0, 1)
-    # a width of 1 is a threshold
-    return np.clip((values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5, 0, 1)
+        frames, kind, samples = _check_image(dataset, pick)
+        _check_size(dataset, len(frames) * samples, samples, max_pixels, kept)
+        bands, missing = [], []
+        for frame in frames:
+            pixels = _pixels(dataset, frame)
+            if samples == 3:
+                bands.append(pixels.astype(np.float32))
+                continue
+            missing.append(padding(dataset, pixels))
+            values = modality_values(pixels, dataset, frame)
+            bands.append(values if window is None else of_interest(values, dataset, frame, window))
+    values = np.concatenate([band.reshape(*band.shape[:2], -1) for band in bands], axis=2)
+    places = tuple(samples * frame + sample for frame in frames for sample in range(samples))
+    return Stored(
+        np.ascontiguousarray(values, np.float32),
+        "dicom",
+        missing=np.stack(missing, axis=2) if missing and missing[0] is not None else None,  # type: ignore[arg-type]  # all or none
+        inverted=kind == "MONOCHROME1",
+        places=places if _frame_count(dataset) > 1 else None,
+        count=samples * _frame_count(dataset),
+    )
 
 
 def _check_before(data: bytes) -> None:
@@ -84,54 +90,76 @@ def _check_before(data: bytes) -> None:
         raise CorruptSample(f"refused: a DICOM file of more than {_MAX_METADATA} bytes before its pixels, or without any")
 
 
-def _check_image(dataset: Any, length: int, max_pixels: int, picked: int | None) -> tuple[str, int]:
-    """(photometric interpretation, samples a pixel)"""
+def _frame_count(dataset: Any) -> int:
+    return int(dataset.get("NumberOfFrames", 1) or 1)
+
+
+def _check_image(dataset: Any, pick: Sequence[int | str] | None) -> tuple[Sequence[int], str, int]:
+    """(frames to decode, photometric interpretation, samples a pixel)"""
     if (
         "Rows" not in dataset
         or "Columns" not in dataset
         or not any(f"{kind}PixelData" in dataset for kind in ("", "Float", "DoubleFloat"))
     ):
         raise CorruptSample(f"a DICOM file without an image ({dataset.get('Modality', 'of no modality')})")
-    height, width, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel", 1))
-    frames, kind = int(dataset.get("NumberOfFrames", 1) or 1), str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
-    if frames != 1:
-        raise CorruptSample(f"a DICOM file of {frames} frames: save those to train on as files of their own")
+    samples, kind = int(dataset.get("SamplesPerPixel", 1)), str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
+    if kind == "PALETTE COLOR":
+        raise CorruptSample(
+            "a DICOM image of a palette, whose values are numbers of colours: convert it to RGB, as with dcmdjpeg or gdcmconv"
+        )
     if (samples, kind) not in [(1, name) for name in _MONOCHROME] + [(3, name) for name in _COLOURS]:
         raise CorruptSample(
             f"a DICOM image of {samples} samples a pixel, {kind}: read are {', '.join((*_MONOCHROME, *_COLOURS))}"
         )
+    count = _frame_count(dataset)
+    if count == 1:
+        return (0,), kind, samples
+    if pick is None:
+        if not 0 < count <= _MAX_FRAMES:
+            raise CorruptSample(f"a DICOM file of {count} frames, which are its bands: pick those to see with data.channels.pick")
+        return range(count), kind, samples
+    for band in pick:
+        if isinstance(band, str):
+            raise CorruptSample(f"no band {band!r}: frames have no names; they are numbered from 0 to {count - 1}")
+        if band >= count * samples:
+            raise CorruptSample(f"no band {band}: the file has {count} frames of {samples}, numbered from 0")
+    return sorted({int(band) // samples for band in pick}), kind, samples
+
+
+def _check_size(dataset: Any, bands: int, samples: int, max_pixels: int, kept: int | None) -> None:
+    height, width, bits = int(dataset.Rows), int(dataset.Columns), int(dataset.BitsAllocated)
     check_pixels(width, height, max_pixels)
-    bits = int(dataset.BitsAllocated)
-    # the stored values, two copies as 64-bit floats (rescaled), the float32
-    per_pixel = samples * (bits / 8 + 16 + 4) + PICKED * (samples if picked is None else picked)
-    check_bytes_needed(width, height, per_pixel, max_pixels, f"DICOM of {bits} bits")
-    return kind, samples
+    # one frame as stored and two copies of it as 64-bit floats (rescaled); all of them as float32, twice while they are put together
+    per_pixel = samples * (bits / 8 + 16) + 4 * bands * (2 if bands > samples else 1) + PICKED * (bands if kept is None else kept)
+    check_bytes_needed(width, height, per_pixel, max_pixels, f"DICOM of {bits} bits, {bands} bands")
 
 
-def _pixels(dataset: Any, max_pixels: int) -> np.ndarray:
-    """[H, W] or [H, W, 3] as stored; colours as RGB."""
+def _pixels(dataset: Any, number: int) -> np.ndarray:
+    """[H, W] or [H, W, 3] of one frame, as stored; colours as RGB."""
     meta = getattr(dataset, "file_meta", None)
     syntax = getattr(meta, "TransferSyntaxUID", None)
     if syntax is None:
         raise CorruptSample("a DICOM file that does not say its transfer syntax")
     if not syntax.is_encapsulated:
-        return _as_array(dataset, syntax)
+        return _as_array(dataset, syntax, number)
     from pydicom.encaps import get_frame
 
     if dataset.PixelData.count(b"\xfe\xff\x00\xe0") > _MAX_FRAGMENTS:
-        raise CorruptSample(f"refused: a frame of more than {_MAX_FRAGMENTS} fragments")
-    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+        raise CorruptSample(f"refused: compressed pixels in more than {_MAX_FRAGMENTS} fragments")
+    frame = get_frame(dataset.PixelData, number, number_of_frames=_frame_count(dataset))
     if str(syntax) == _RLE:
         return _unpack_rle(frame, dataset)
     _check_frame(frame, dataset)
     if str(syntax) == _EXTENDED and int(dataset.BitsStored) > 8:
         return _decode_extended(frame)
-    return _as_array(dataset, syntax)
+    return _as_array(dataset, syntax, number)
 
 
-def _as_array(dataset: Any, syntax: Any) -> np.ndarray:
+def _as_array(dataset: Any, syntax: Any, number: int) -> np.ndarray:
+    from pydicom.pixels import pixel_array
+
     try:
-        return np.asarray(dataset.pixel_array)
+        return np.asarray(pixel_array(dataset, index=number))
     except (NotImplementedError, RuntimeError) as error:
         said = str(error).partition("\n")[0]
         raise CorruptSample(
@@ -211,32 +239,3 @@ def _unpack_bits(packed: bytes, size: int) -> np.ndarray:
     if len(out) < size:
         raise CorruptSample(f"image data is missing: an RLE plane of {len(out)} bytes instead of {size}")
     return np.frombuffer(bytes(out[:size]), np.uint8)
-
-
-def _padding(dataset: Any, pixels: np.ndarray) -> np.ndarray | None:
-    """bool [H, W]: what lies outside the scanner's field of view."""
-    value = dataset.get("PixelPaddingValue")
-    if value is None:
-        return None
-    # stored before the sign was known to some writers: the same bits are meant
-    value, other = int(value), int(dataset.get("PixelPaddingRangeLimit", value))
-    bits = int(dataset.BitsAllocated)
-    if int(dataset.get("PixelRepresentation", 0)):
-        value, other = (number - (1 << bits) if number >= 1 << (bits - 1) else number for number in (value, other))
-    return (pixels >= min(value, other)) & (pixels <= max(value, other))
-
-
-def _window(dataset: Any, window: str | tuple[float, float]) -> tuple[float, float, str]:
-    """(centre, width, function); of the file the first that it names."""
-    if not isinstance(window, str):
-        return *window, "LINEAR"
-    found = [dataset.get(name) for name in ("WindowCenter", "WindowWidth")]
-    if any(value is None or value == "" for value in found):
-        raise CorruptSample(
-            "no window in the file (WindowCenter, WindowWidth): give one as data.channels.window: [CENTRE, WIDTH]"
-        )
-    first = [float(value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value) for value in found]
-    function = str(dataset.get("VOILUTFunction", "LINEAR") or "LINEAR")
-    if first[1] < (1 if function == "LINEAR" else 1e-6) or function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise CorruptSample(f"a window of width {first[1]:g} and function {function}")
-    return first[0], first[1], function

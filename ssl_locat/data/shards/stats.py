@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssl_locat.config.yaml_files import dump_yaml, read_value
-from ssl_locat.data.images.bands import decode_stored, needs_bands, picked
+from ssl_locat.data.images.bands import band_count, decode_stored, needs_bands, picked
 from ssl_locat.data.images.decode import MAX_PIXELS, decode_image, find_image
 from ssl_locat.data.images.statistics import ChannelStatistics, Counting
 from ssl_locat.data.shards.index import Dataset, open_dataset
@@ -49,6 +49,7 @@ class Found:
     damaged: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     no_data: float | None = None  # that files name themselves
+    bands: int = 0  # of the first file, whether picked or not
 
 
 def count_sample(sample: RawSample | Damage, reading: Reading, found: Found) -> np.ndarray | None:
@@ -60,16 +61,17 @@ def count_sample(sample: RawSample | Damage, reading: Reading, found: Found) -> 
         if reading.deep:
             stored = decode_stored(data, reading.max_pixels, reading.pick, reading.bands_first, reading.window)
             values, missing = picked(stored, reading.pick, reading.no_data)
-            kind, names, no_data = stored.type, stored.names, stored.no_data
+            kind, names, no_data, bands = stored.type, stored.names, stored.no_data, band_count(stored)
         else:
             values, missing, kind = decode_image(data, channels=None, max_pixels=reading.max_pixels), None, "uint8"
-            names, no_data = (), None
+            names, no_data, bands = (), None, values.shape[2]
         counting = found.counting
         if not counting.images:
+            found.bands = bands
             found.type, found.no_data = kind, no_data if reading.no_data is None else reading.no_data
             found.names = [str(band) for band in reading.pick] if reading.pick else list(names)
-        if (kind, values.shape[2]) != (found.type, counting.channels or values.shape[2]):
-            raise CorruptSample(f"{values.shape[2]} channels of {kind}, not {counting.channels} of {found.type} as the first")
+        if (kind, bands) != (found.type, found.bands):
+            raise CorruptSample(f"{bands} channels of {kind}, not {found.bands} of {found.type} as the first")
         counting.add(values, missing)
         counting.types[kind] += 1
         return values
@@ -122,9 +124,9 @@ def count_all(spec: str | list[str], reading: Reading, images: int | None = None
 def _join(whole: Found, found: Found) -> None:
     first = not whole.counting.images
     if first:
-        whole.type, whole.names, whole.no_data = found.type, found.names, found.no_data
-    elif (found.type, found.counting.channels) != (whole.type, whole.counting.channels):
-        unlike = f"{found.counting.channels} channels of {found.type}, not {whole.counting.channels} of {whole.type} as the first"
+        whole.type, whole.names, whole.no_data, whole.bands = found.type, found.names, found.no_data, found.bands
+    elif (found.type, found.bands) != (whole.type, whole.bands):
+        unlike = f"{found.bands} channels of {found.type}, not {whole.bands} of {whole.type} as the first"
         whole.damaged += [f"{found.counting.images} samples: {unlike}"]
         return
     whole.counting.join(found.counting)
@@ -150,7 +152,7 @@ def channels_section(found: Found, reading: Reading, low: list[float], high: lis
     """A config's data.channels."""
     section: dict[str, Any] = {"type": found.type}
     if reading.pick:
-        section["pick"] = list(reading.pick)
+        section |= {"pick": list(reading.pick), "bands": found.bands}
     if found.names:
         section["names"] = found.names
     section |= {"window": reading.window} if reading.window else {"low": low, "high": high}

@@ -117,15 +117,6 @@ def check_depth(backbone: nn.Module, name: str, value: int) -> None:
         raise ConfigError(f"{name} is {value}, but {type(backbone).__name__} has {depth} blocks or stages to read from.")
 
 
-def check_colours(backbone: nn.Module, protocol: str) -> None:
-    """Raises UserError unless the backbone takes RGB, for protocols whose augmentation or data sets are made of colours."""
-    channels = len(normalisation(backbone)[0])
-    if channels != 3:
-        raise UserError(
-            f"{protocol} works on RGB images; this backbone takes {channels} channels. knn, linear and features serve it."
-        )
-
-
 def default_resize(image_size: int) -> int:
     """Shorter side before the centre crop: DINO's 256 for 224, in proportion; images of under 96 px are shown whole."""
     return image_size if image_size < 96 else round(image_size * 256 / 224)

@@ -21,7 +21,7 @@ from pydicom.pixels import apply_windowing
 
 from ssl_locat.data.images.bands import Bands, decode_bands, decode_stored, needs_bands, reading
 from ssl_locat.data.images.decode import decode_image, find_image
-from ssl_locat.data.images.dicom import windowed
+from ssl_locat.data.images.dicom_values import windowed
 from ssl_locat.errors import CorruptSample
 
 MANY = 100_000_000
@@ -250,8 +250,8 @@ def test_dicom_as_pydicom_reads_it(name):
     ("name", "says"),
     [
         ("image_dfl.dcm", r"1\.2\.840\.10008\.1\.2\.1\.99 .deflated.: unpack it first"), ("rtplan.dcm", "without an image .RTPLAN.|without any"),
-        ("SC_rgb_rle_2frame.dcm", "2 frames: save those"), ("examples_palette.dcm", "PALETTE COLOR: read are"),
-        ("MR_truncated.dcm", "does not decode|cannot be decoded"), ("rtdose.dcm", "15 frames"),
+        ("SC_rgb_rle_2frame.dcm", "6 channels, the backbone takes 1"), ("examples_palette.dcm", "of a palette, .* convert it to RGB"),
+        ("MR_truncated.dcm", "does not decode|cannot be decoded"), ("rtdose.dcm", "15 channels, the backbone takes 1"),
     ],
 )  # fmt: skip
 def test_dicom_that_cannot_be_used_says_why(name, says):

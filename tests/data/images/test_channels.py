@@ -14,7 +14,7 @@ from ssl_locat.data.images.crops import MultiCrop
 from ssl_locat.data.images.decode import decode_image
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.doctor.init import init
-from ssl_locat.errors import ConfigError, CorruptSample, UserError
+from ssl_locat.errors import ConfigError, CorruptSample
 from ssl_locat.evaluation.evaluate import evaluate
 from ssl_locat.export.export import export
 from ssl_locat.export.timm_folder import write_timm
@@ -221,11 +221,35 @@ def test_supervised_takes_any_bands_without_an_augmentation_of_colours(tmp_path)
     assert 0 <= scores["top1"] <= 100
 
 
-def test_validate_works_on_colours_alone():
-    backbone = small(2)
-    backbone.reset_classifier(3)
-    with pytest.raises(UserError, match="validate works on RGB images; this backbone takes 2 channels"):
-        evaluate(backbone, "validate", data={"test": "x"})
+def test_validate_shows_bands_as_it_shows_colours(tmp_path):
+    """The same pictures as 8-bit RGB, and as three bands of 16 bits: the same views but for the rounding of 8 bits, and the same scores."""
+    rng, count = np.random.default_rng(0), 12
+    for number in range(count):
+        coarse = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        picture = np.asarray(Image.fromarray(coarse).resize((28 + number, 40), Image.Resampling.BICUBIC))
+        for kind, name, data in (("rgb", "png", encoded(picture, "RGB")), ("bands", "npy", npy(picture.astype(np.uint16) * 200))):
+            (tmp_path / kind / f"c{number % 3}").mkdir(parents=True, exist_ok=True)
+            (tmp_path / kind / f"c{number % 3}" / f"{number}.{name}").write_bytes(data)
+    plain, deep = small(3), small(3, {"type": "uint16", "low": 0, "high": 51000})
+    plain.reset_classifier(3)
+    deep.reset_classifier(3)
+    deep.load_state_dict(plain.state_dict())
+    scores, seen = [], []
+    for model, kind in ((plain, "rgb"), (deep, "bands")):
+        views: list[torch.Tensor] = []
+        model.patch_embed.register_forward_pre_hook(lambda _, given, views=views: views.append(given[0].clone()))
+        scores.append(evaluate(model, "validate", data={"test": str(tmp_path / kind)}, workers=0, batch_size=4))
+        seen.append(torch.cat(views))
+    difference = (seen[0] - seen[1]).abs()
+    assert (
+        difference.max() * 127.5 < 6 and difference.mean() * 127.5 < 0.5
+    )  # std is 0.5: Pillow rounds colours after each direction
+    assert scores[0] == pytest.approx(scores[1], abs=100 / count + 1e-9)
+    many = small(5)
+    many.reset_classifier(3)
+    for path in (tmp_path / "bands").rglob("*.npy"):
+        path.write_bytes(npy(rng.integers(0, 256, (30, 20, 5), dtype=np.uint8)))
+    assert 0 <= evaluate(many, "validate", data={"test": str(tmp_path / "bands")}, workers=0)["top1"] <= 100
 
 
 @pytest.mark.parametrize(("old", "new"), [(3, 5), (3, 1), (5, 3), (1, 4), (4, 1)])
