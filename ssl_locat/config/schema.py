@@ -52,6 +52,7 @@ class Backbone(Options):
     name: str
     drop_path_rate: float = Field(default=0.1, ge=0, lt=1, description="stochastic depth of the student; the teacher has none")
     init: str | None = Field(default=None, description="start from these weights: PATH, timm:NAME or hf-hub:NAME")
+    init_heads: bool = Field(default=False, description="the heads too, with their prototypes, where `init` holds them")
     frozen_epochs: float = Field(default=0, ge=0, description="epochs in which only the heads train; for `init`")
     frozen_steps: int = Field(
         default=0, ge=0, description="the same in optimiser steps, for small data; the longer of the two counts"

@@ -89,7 +89,7 @@ def init(source: str, out: str | None = None, then_pretrain: bool = False) -> Pa
         f"{seen.count:,} images of {_channels(len(seen.mean))}, {min(seen.short_sides)} to {max(seen.short_sides)} px (shorter side), {' and '.join(sorted(set(seen.formats)))}"
     )
     if seen.count < FEW:
-        say(f"{seen.count} images are few: expect little, or start from released weights (backbone.init).")
+        say(f"{seen.count} images are few: expect little, or continue released weights: ssl-locat adapt MODEL {source}.")
     if test:
         say(f"Found labelled images to measure k-NN on: {test}", markup=False)
     if unlabelled:

@@ -75,6 +75,30 @@ def read_file(path: Path) -> Weights:
         ) from None
 
 
+def read_heads(path: Path) -> dict[str, dict[str, Tensor]]:
+    """`dino`, `ibot` -> tensors of the projection heads that a training checkpoint of DINO, iBOT or DINOv2 keeps beside its teacher's backbone;
+    {} for other files. For files that `read_file` reads."""
+    if path.suffix == ".safetensors":
+        content: Any = load_file(path)
+    else:
+        with torch.serialization.safe_globals([Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    content = next((content[key] for key in NESTED if isinstance(content, dict) and isinstance(content.get(key), dict)), content)
+    tensors = content.items() if isinstance(content, dict) else ()
+    state = {unwrapped(name).removeprefix("module."): value for name, value in tensors if isinstance(value, Tensor)}
+    found: dict[str, dict[str, Tensor]] = {}
+    for prefix, objective in (("head.", "dino"), ("dino_head.", "dino"), ("ibot_head.", "ibot")):
+        head = {name.removeprefix(prefix): value.float() for name, value in state.items() if name.startswith(prefix)}
+        # torch's newer weight_norm
+        names = {
+            "last_layer.parametrizations.weight.original0": "last_layer.weight_g",
+            "last_layer.parametrizations.weight.original1": "last_layer.weight_v",
+        }
+        if any(name.startswith("last_layer.") for name in head):
+            found[objective] = {names.get(name, name): value for name, value in head.items()}
+    return found
+
+
 def unpack(content: dict, source: Path | str, around: frozenset[str] = frozenset()) -> Weights:
     """The state dict inside a checkpoint: the teacher or averaged weights where there are several, without wrappers' prefixes.
 

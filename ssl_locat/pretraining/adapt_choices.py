@@ -59,7 +59,7 @@ def choose(
     _backbone(made, model, start, machine, trained_on, locat)
     size = _crops(made, images, start, machine)
     batch = _optim(made, trained_on, size, start, machine)
-    _objectives(made, batch, trained_on)
+    _objectives(made, batch, trained_on, start)
     _probes(made, judged, size, gpu, images)
     fit_length(made, trained_on, None)
     return made
@@ -161,17 +161,37 @@ def _optim(made: Choices, trained_on: int, size: int, start: Start, machine: Mac
     return batch
 
 
-def _objectives(made: Choices, batch: int, trained_on: int) -> None:
+def _objectives(made: Choices, batch: int, trained_on: int, start: Start) -> None:
     if made.told("objective") is not None:
+        return
+    targets = "sinkhorn" if batch >= 64 else "centering"
+    koleo = {"name": "koleo", "weight": 0.5, **({"min_images": batch} if batch < 64 else {})}
+    gram = {"name": "gram", "weight": 0.5, "anchor": "teacher"}
+    if "dino" in start.heads:
+        known = {
+            "name": "dino",
+            **start.heads["dino"],
+            "teacher_temp": [0.07, 0.07],
+            "frozen_last_layer_epochs": 0,
+            "targets": targets,
+        }
+        made.of(
+            "backbone.init_heads",
+            True,
+            "MODEL holds its head and prototypes: nothing has to be learned anew before the backbone moves",
+        )
+        made.of(
+            "objective",
+            [known, koleo, gram],
+            "the head that MODEL holds; KoLeo spreads what the start keeps too close; the Gram anchor holds the patches",
+        )
         return
     # about one for eight images, as `init` has them, within what a linear head can tell apart
     prototypes = min(16384, max(256, 2 ** round(math.log2(max(trained_on / 2, 1)))))
     dino: dict[str, Any] = {
         "name": "dino", "num_prototypes": prototypes, "num_layers": 1, "bottleneck_dim": 256, "teacher_temp": [0.05, 0.05], "frozen_last_layer_epochs": 0,
-        "targets": "sinkhorn" if batch >= 64 else "centering",
+        "targets": targets,
     }  # fmt: skip
-    koleo = {"name": "koleo", "weight": 0.5, **({"min_images": batch} if batch < 64 else {})}
-    gram = {"name": "gram", "weight": 0.5, "anchor": "teacher"}
     why = "a linear head needs no warm-up; KoLeo spreads what the start keeps too close; the Gram anchor holds the patches to the start's"
     made.of("objective", [dino, koleo, gram], why)
 

@@ -16,6 +16,7 @@ from ssl_locat.export.licences import Licence
 from ssl_locat.export.timm_folder import architecture_of
 from ssl_locat.models.backbone import load_backbone
 from ssl_locat.pretraining.guard import licence_of_model, source_of
+from ssl_locat.pretraining.start_heads import heads_in, options_of
 
 SAMPLED = 32
 FEWEST = 16  # images: two batches of the smallest size
@@ -47,7 +48,7 @@ class Start(NamedTuple):
     channels: dict | None  # a config's data.channels, where it reads other than 8 bits
     has_gaug: bool
     licence: Licence
-    head: dict[str, Any] | None  # objective that it was pretrained with, where MODEL holds the head
+    heads: dict[str, dict[str, Any]]  # dino, ibot -> options of the heads that MODEL holds beside its backbone
 
 
 def look_at_images(source: str, backbone: nn.Module, validation: str | None = None) -> Images:
@@ -126,6 +127,7 @@ def look_at_model(model: str) -> tuple[nn.Module, Start]:
     height, width = backbone.pretrained_cfg["input_size"][1:]
     start = Start(
         name, options, rows, (height // rows, width // rows), len(backbone.blocks), sum(p.numel() for p in backbone.parameters()), tuple(mean),
-        tuple(std), backbone.pretrained_cfg.get("channels"), bool(getattr(backbone, "has_gaug", False)), licence_of_model(model, backbone), None,
+        tuple(std), backbone.pretrained_cfg.get("channels"), bool(getattr(backbone, "has_gaug", False)), licence_of_model(model, backbone),
+        {name: options_of(state) for name, state in heads_in(model).items()},
     )  # fmt: skip
     return backbone, start

@@ -34,6 +34,7 @@ from ssl_locat.models.tokens import input_grid
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.schedules import LEARNING_RATES, cosine, decayed, straight, warmed_up
 from ssl_locat.pretraining.probes import check_probe_data
+from ssl_locat.pretraining.start_heads import load_heads
 from ssl_locat.pretraining.student_teacher import Network, StudentTeacher
 from ssl_locat.runs import distributed
 from ssl_locat.runs.distributed import is_main, world_size
@@ -269,6 +270,8 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
         if getattr(objective, "anchor", None) not in (None, "teacher")
     }
     model = StudentTeacher(backbone, losses, anchors, pack_crops=config.backbone.pack_crops is True).to(device)
+    if config.backbone.init_heads and config.backbone.init and not checkpoint:
+        load_heads(model, config.backbone.init)
     check_anchor_crops(model, config)
     if config.optim.accumulate_steps > 1 and any(isinstance(part, nn.BatchNorm1d) for part in model.student.heads.modules()):
         raise ConfigError("batch_norm in a head sees one micro-batch at a time: with it, optim.accumulate_steps must be 1.")

@@ -138,6 +138,11 @@ def _scores(runs: list[Run], axis: Axis) -> list[Chart]:
                 label = name if len(runs) == 1 else f"{run.name}: {name}"
                 color = len(chart.lines) if len(runs) == 1 else number
                 chart.lines.append(Line(label, x, y, color=color, dots=True, name=name))
+    if len(runs) == 1 and runs[0].config.get("guard"):
+        for chart in charts.values():
+            # of a chart with one curve: with several it would not be clear whose start it is
+            if len(chart.lines) == 1 and chart.lines[0].x[0] == 0:
+                chart.level = (chart.lines[0].y[0], f"the start: {chart.lines[0].y[0]:.4g}")
     return list(charts.values())
 
 

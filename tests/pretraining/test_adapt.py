@@ -16,10 +16,14 @@ from ssl_locat.cli.process import run_command as here
 from ssl_locat.config.schema import load
 from ssl_locat.config.yaml_files import load_yaml
 from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.errors import ConfigError
 from ssl_locat.models.backbone import create_backbone, load_backbone
 from ssl_locat.models.tokens import features
+from ssl_locat.objectives.heads import DINOHead
 from ssl_locat.pretraining.adapt_choices import Machine, choose
 from ssl_locat.pretraining.adapt_look import Images, look_at_images, look_at_model
+from ssl_locat.pretraining.parts import build_model
+from ssl_locat.pretraining.start_heads import heads_in
 from ssl_locat.runs.log import read_jsonl
 
 SHARED = Path(__file__).parents[4] / "shared"
@@ -143,6 +147,33 @@ def test_labelled_training_images_are_held_out(weights, textures):
     assert made["data.held_out"][0] == 300 and "probes.held_out" in made
     unlabelled = choose(weights, many._replace(labelled=False), start, Machine(0, 2, ""), {}, False, "run").made
     assert "probes.held_out" not in unlabelled and "probes.unlabelled" in unlabelled
+
+
+def test_heads_and_prototypes_come_along(textures, capsys):
+    """Of a training checkpoint as facebookresearch/dino saves it, and of a run of ours."""
+    torch.manual_seed(0)
+    backbone = create_backbone("vit_tiny", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1)
+    head = DINOHead(64, 40, hidden_dim=48, bottleneck_dim=24)
+    state = {f"module.backbone.{name}": value for name, value in backbone.state_dict().items()}
+    state |= {f"module.head.{name}": value for name, value in head.state_dict().items()}
+    torch.save({"student": {}, "teacher": state, "epoch": 3}, "dino.pth")
+    dry = [
+        "optim.total_steps=2",
+        "data.workers=0",
+        "log.tensorboard=false",
+        "probes.held_out.workers=0",
+        "crops.mode=cpu",
+        "export=false",
+    ]
+    assert here(["adapt", "dino.pth", str(textures), *dry, "run_dir=run"]) == 0, capsys.readouterr().err
+    (dino, *_), asked = (written("run")[name] for name in ("objective", "backbone"))
+    assert asked["init_heads"] and (dino["num_prototypes"], dino["hidden_dim"], dino["bottleneck_dim"]) == (40, 48, 24)
+    model, _ = build_model(load("run/adapt.yaml"), torch.device("cpu"))
+    for network in (model.student, model.teacher):
+        assert all(torch.equal(value, head.state_dict()[name]) for name, value in network.heads["dino"].state_dict().items())
+    assert heads_in("run")["dino"].keys() == head.state_dict().keys()
+    with pytest.raises(ConfigError, match="num_prototypes: 40"):
+        build_model(load("run/adapt.yaml", ["objective.0.num_prototypes=41"]), torch.device("cpu"))
 
 
 @pytest.mark.slow
