@@ -44,6 +44,7 @@ RUNS = {
     "ssl-locat shards check 'shards/*.tar'": [],
     "torchrun --nproc-per-node 8 --no-python ssl-locat pretrain images.yaml": None,  # tests/pretraining/test_torchrun.py
     "ssl-locat pretrain images.yaml --on slurm": None,  # tests/cluster/test_slurm.py
+    "ssl-locat adapt timm:vit_small_patch14_dinov2.lvd142m photos data.validation=photos/labelled": None,  # tests/pretraining/test_adapt.py
     "ssl-locat report runs/quickstart": [],
     "ssl-locat doctor runs/quickstart": [],
     "ssl-locat evaluate knn runs/quickstart data.train='runs/textures/textures-train-*.tar' data.test='runs/textures/textures-test-*.tar'": [

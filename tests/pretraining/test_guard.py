@@ -192,6 +192,19 @@ def test_more_checkpoints_must_show_more(guarded):
     assert found[40]["difference"]["low"] < found[1]["difference"]["low"]
 
 
+@pytest.mark.parametrize(("images", "shows", "hides"), [(200, 6.0, 4.5), (1000, 2.8, 2.0), (5000, 1.3, 0.9)])
+def test_how_many_labels_show_which_gain(guarded, images, shows, hides):
+    """What the guide says: one image in ten changes sides, four checkpoints are looked at."""
+    before = np.arange(images) < images // 2
+    found = []
+    for gain in (shows, hides):
+        won = round(images * (10 + gain) / 200)
+        after = before.copy()
+        after[images // 2 : images // 2 + won], after[: images // 10 - won] = True, False
+        found.append(judged_of(guarded("plain"), {"knn": before}, [{"knn": after}] * 4)["verdict"] == "helped")
+    assert found == [True, False]
+
+
 def test_a_figure_that_falls_outweighs_one_that_rises(guarded):
     config, before = guarded("plain"), np.arange(1000) < 500
     up, down = np.arange(1000) < 620, np.arange(1000) < 460
