@@ -24,6 +24,7 @@ from ssl_locat.pretraining.guard import UNVERIFIED, judge, source_of
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.pretraining.parts import check
 from ssl_locat.pretraining.probes import tallies_of
+from ssl_locat.report.curves import curves
 from ssl_locat.runs.history import explain, open_run
 from ssl_locat.runs.log import read_jsonl
 
@@ -87,6 +88,8 @@ def test_destroyed_weights_come_back_as_the_start(guarded, starts):
     records = read_jsonl(run / "probes/held_out.jsonl")
     assert [record["step"] for record in records] == [0, 5, 10]
     assert verdict["sentence"] in explain(open_run(run))[0]
+    levels = [chart.level for _, charts in curves([open_run(run)]) for chart in charts if chart.title.startswith("held_out")]
+    assert levels and all(level and level[1].startswith("the start: ") for level in levels)
 
 
 def test_what_is_better_by_more_than_the_noise_is_exported(guarded, starts):
