@@ -181,6 +181,8 @@ def adapt(
     if on and on != "local":
         from ssl_locat.cluster.launch import submit_pretrain
 
+        if dry_run:
+            log.say(text.rstrip())
         submit_pretrain(loaded, on, dry_run=dry_run)
         return
     if dry_run:

@@ -63,7 +63,7 @@ def recipe_for(model: str, images: str, overrides: Sequence[str], locat: bool, o
     run_dir = run_dir_of(model, images, overrides)
     kept = Path(run_dir).expanduser() / FILE
     if kept.is_file():
-        require_same(kept, model, images)
+        require_same(kept, model, images, locat)
         log.info("%s was written at the first start, and is used as it is", kept)
         yield kept
         return
@@ -95,15 +95,17 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.5)
 
 
-def require_same(path: Path, model: str, images: str) -> None:
+def require_same(path: Path, model: str, images: str, locat: bool) -> None:
     """UserError if the run folder holds another adaptation."""
     config = load(str(path))
-    trains = config.data.train
+    trains, has_locat = config.data.train, bool(config.backbone.options.get("gaug"))
     mine = {images, f"{images.rstrip('/')}/train", f"{images.rstrip('/')}/*train*.tar"}
     if config.backbone.init != model or trains not in mine:
         raise UserError(
             f"{path} is of {config.backbone.init} on {trains}. Give another run_dir=FOLDER, or run that one: ssl-locat pretrain {path}"
         )
+    if locat and not has_locat:
+        raise UserError(f"{path} began without --locat. Give another run_dir=FOLDER, or the same command without it.")
 
 
 def compose(model: str, images: str, overrides: Sequence[str], locat: bool, on: str | None, run_dir: str, target: Path) -> str:
@@ -117,6 +119,13 @@ def compose(model: str, images: str, overrides: Sequence[str], locat: bool, on: 
     log.info("%s: licence %s; %s.", model, start.licence.name, start.licence.words)
     machine = machine_of(on)
     made = choose(model, seen, start, machine, given, locat, run_dir)
+    if "probes.held_out" not in made.made:
+        log.warning(
+            "no labelled images to judge by: nothing will be called better, and the start is exported unless guard.unverified=trained. With some "
+            "labels: data.validation=IMAGES (class folders, or shards with .cls)."
+        )
+    if locat and start.has_gaug:
+        log.info("--locat: %s carries LocAt already", model)
     target.write_text(written(made, model, start, seen, overrides), encoding="utf-8")
     if not machine.gpu_gb and not any(made.told(key) for key in ("optim.epochs", "optim.total_steps")):
         config: Config = load(str(target))

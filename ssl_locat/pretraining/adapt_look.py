@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
@@ -14,7 +15,7 @@ from ssl_locat.errors import CorruptSample, UserError
 from ssl_locat.evaluation.shared.image_views import channels_of, normalisation
 from ssl_locat.export.licences import Licence
 from ssl_locat.export.timm_folder import architecture_of
-from ssl_locat.models.backbone import load_backbone
+from ssl_locat.models.backbone import create_backbone, load_backbone, split_options
 from ssl_locat.pretraining.guard import licence_of_model, source_of
 from ssl_locat.pretraining.start_heads import heads_in, options_of
 
@@ -110,12 +111,13 @@ def split(source: str) -> tuple[str, str | None]:
 
 def look_at_model(model: str) -> tuple[nn.Module, Start]:
     """MODEL and what follows from it. UserError for what cannot be loaded, and for networks without blocks of patch tokens."""
+    if model.startswith("timm:"):
+        # its kind is known without its weights: nothing is fetched for a network that cannot be used
+        name, options = split_options(model.removeprefix("timm:"))
+        with torch.device("meta"):
+            require_blocks(model, create_backbone(name, **{key: value for key, value in options.items() if key != "pretrained"}))
     backbone = load_backbone(source_of(model))
-    if not hasattr(backbone, "blocks") or not hasattr(backbone, "patch_embed"):
-        raise UserError(
-            f"{model} is a {type(backbone).__name__}; `adapt` continues vision transformers, whose patches go through blocks of one width. Give a ViT "
-            "(DINO, DINOv2, DINOv3, MAE, iBOT, CLIP, SigLIP, timm's, LocAtViT), or write a YAML of your own: ssl-locat pretrain --help."
-        )
+    require_blocks(model, backbone)
     patch = backbone.patch_embed.patch_size
     rows, columns = (patch, patch) if isinstance(patch, int) else patch
     if rows != columns:
@@ -131,3 +133,12 @@ def look_at_model(model: str) -> tuple[nn.Module, Start]:
         {name: options_of(state) for name, state in heads_in(model).items()},
     )  # fmt: skip
     return backbone, start
+
+
+def require_blocks(model: str, backbone: nn.Module) -> None:
+    """UserError unless it is a vision transformer whose patches go through blocks of one width."""
+    if not hasattr(backbone, "blocks") or not hasattr(backbone, "patch_embed"):
+        raise UserError(
+            f"{model} is a {type(backbone).__name__}; `adapt` continues vision transformers, whose patches go through blocks of one width. Give a ViT "
+            "(DINO, DINOv2, DINOv3, MAE, iBOT, CLIP, SigLIP, timm's, LocAtViT), or write a YAML of your own for `ssl-locat pretrain`."
+        )

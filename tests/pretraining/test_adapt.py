@@ -86,13 +86,18 @@ def test_a_dry_run_shows_the_recipe_and_leaves_nothing(weights, textures, capsys
     shown = capsys.readouterr().out
     assert "gaug: {small_start: true}   # --locat" in shown and "total_steps: 8   # as given on the command line" in shown
     assert not list(Path().iterdir())
+    # where it will run is another machine: a GPU is taken for granted, and the job is shown
+    assert here(["adapt", weights, str(textures), *QUICK, "--on", "slurm", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "precision: bf16" in shown and "#SBATCH" in shown and not list(Path().glob("runs/*/checkpoints"))
 
 
 @pytest.mark.parametrize(
     ("model", "images", "more", "message"),
     [
         ("nowhere.pth", None, [], "nowhere.pth"),
-        ("timm:resnet18", None, [], "resnet18"),
+        ("timm:resnet18", None, [], "choose a ViT"),
+        ("timm:swin_tiny_patch4_window7_224", None, [], "is a LocAtSwin|is a SwinTransformer"),
         (None, "nowhere", [], "nowhere does not exist"),
         (None, None, ["optim.lrr=1"], "unknown key"),
         (None, None, ["data.validation=nowhere"], "nowhere does not exist"),
