@@ -13,6 +13,8 @@ from ssl_locat.pretraining.adapt_look import Images, Start
 MOST_JUDGED = {True: 5000, False: 1000}  # on a GPU, on a CPU
 JUDGEMENTS = 4  # probes after the start: each more asks for a clearer difference
 CPU_MINUTES = 40.0  # what a run on a CPU may take
+# what keeps the patches near the start's
+HOLDING: list[dict[str, Any]] = [{"name": "gram", "weight": 0.5, "anchor": "teacher"}]
 GIVEN = "as given on the command line"
 
 
@@ -59,7 +61,7 @@ def choose(
     _backbone(made, model, start, machine, trained_on, locat)
     size = _crops(made, images, start, machine)
     batch = _optim(made, trained_on, size, start, machine)
-    _objectives(made, batch, trained_on, start)
+    _objectives(made, batch, trained_on, start, gpu)
     _probes(made, judged, size, gpu, images)
     fit_length(made, trained_on, None)
     return made
@@ -111,7 +113,7 @@ def _backbone(made: Choices, model: str, start: Start, machine: Machine, trained
         made.of("backbone.trainable", "last", why)
         made.of(
             "backbone.last_blocks",
-            max(1, min(4, start.depth // 2)),
+            max(1, min(4 if gpu else 3, start.depth // 2)),
             f"of {start.depth}: the last ones are what suits other images least",
         )
     elif large and machine.gpu_gb < 40:
@@ -161,39 +163,35 @@ def _optim(made: Choices, trained_on: int, size: int, start: Start, machine: Mac
     return batch
 
 
-def _objectives(made: Choices, batch: int, trained_on: int, start: Start) -> None:
+def _objectives(made: Choices, batch: int, trained_on: int, start: Start, gpu: bool) -> None:
     if made.told("objective") is not None:
         return
-    targets = "sinkhorn" if batch >= 64 else "centering"
-    koleo = {"name": "koleo", "weight": 0.5, **({"min_images": batch} if batch < 64 else {})}
-    gram = {"name": "gram", "weight": 0.5, "anchor": "teacher"}
+    held_out = made.told("probes.held_out.data") or {}
+    holds = gpu or "num_classes" in held_out or "mask_classes" in held_out
+    # Sinkhorn spreads the images of a batch over the prototypes: a handful cannot fill them
+    dino: dict[str, Any] = {"name": "dino", "targets": "sinkhorn" if batch >= 64 else "centering", "frozen_last_layer_epochs": 0}
     if "dino" in start.heads:
-        known = {
-            "name": "dino",
-            **start.heads["dino"],
-            "teacher_temp": [0.07, 0.07],
-            "frozen_last_layer_epochs": 0,
-            "targets": targets,
-        }
+        dino |= {**start.heads["dino"], "teacher_temp": [0.07, 0.07]}
         made.of(
             "backbone.init_heads",
             True,
             "MODEL holds its head and prototypes: nothing has to be learned anew before the backbone moves",
         )
-        made.of(
-            "objective",
-            [known, koleo, gram],
-            "the head that MODEL holds; KoLeo spreads what the start keeps too close; the Gram anchor holds the patches",
-        )
-        return
-    # about one for eight images, as `init` has them, within what a linear head can tell apart
-    prototypes = min(16384, max(256, 2 ** round(math.log2(max(trained_on / 2, 1)))))
-    dino: dict[str, Any] = {
-        "name": "dino", "num_prototypes": prototypes, "num_layers": 1, "bottleneck_dim": 256, "teacher_temp": [0.05, 0.05], "frozen_last_layer_epochs": 0,
-        "targets": targets,
-    }  # fmt: skip
-    why = "a linear head needs no warm-up; KoLeo spreads what the start keeps too close; the Gram anchor holds the patches to the start's"
-    made.of("objective", [dino, koleo, gram], why)
+        why = "the head that MODEL holds"
+    else:
+        # one for two images, within what a linear head can tell apart
+        prototypes = min(16384, max(256, 2 ** round(math.log2(max(trained_on / 2, 1)))))
+        dino |= {"num_prototypes": prototypes, "num_layers": 1, "bottleneck_dim": 256, "teacher_temp": [0.05, 0.05]}
+        why = "a linear head, whose gradient reaches the features from the first step: no warm-up"
+    koleo = {"name": "koleo", "weight": 0.1, **({"min_images": batch} if batch < 64 else {})}
+    hold = (
+        "the Gram anchor holds the patches to the start's"
+        if holds
+        else "no Gram anchor on a CPU, where it costs a third: give one for dense tasks"
+    )
+    made.of(
+        "objective", [dino, koleo, *(HOLDING if holds else [])], f"{why}; KoLeo spreads what the start keeps too close; {hold}"
+    )
 
 
 def _probes(made: Choices, judged: bool, size: int, gpu: bool, images: Images) -> None:
@@ -234,9 +232,9 @@ def fit_length(made: Choices, trained_on: int, epoch_seconds: float | None) -> N
         made.made.pop("optim.total_steps", None)
     else:
         steps = made.of("optim.total_steps", steps, why)
-    # a teacher that follows over a tenth of the run: nearer to 1 it would never leave the start
-    momentum = round(min(0.999, max(0.9, 1 - 10 / steps)), 4)
-    made.of("teacher.momentum", [momentum, round(1 - (1 - momentum) / 5, 4)], "the teacher follows over about a tenth of the run")
+    # what is exported is the teacher: nearer to 1 it would not get where the student is by the end of a short run
+    momentum = [round(min(0.999, max(low, 1 - lag / steps)), 4) for low, lag in ((0.5, 10), (0.6, 5))]
+    made.of("teacher.momentum", momentum, "the teacher follows within a tenth of the run, so that the end has what was learned")
     if made.told("probes.every_epochs") is None:
         made.of(
             "probes.every_steps", max(1, -(-steps // JUDGEMENTS)), f"{JUDGEMENTS} times: each more asks for a clearer difference"

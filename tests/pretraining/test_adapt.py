@@ -140,7 +140,7 @@ def test_more_images_and_larger_machines_move_more(weights):
     # crops are whole patches, within the images; what the command line gives is followed by what depends on it
     assert made[1000, cpu]["crops.global_size"][0] == 112 and made[1000, gpu]["crops.local_size"][0] % 8 == 0
     given = choose(weights, images, start, cpu, {"optim": {"total_steps": 1000}}, False, "run").made
-    assert given["probes.every_steps"][0] == 250 and given["teacher.momentum"][0][0] == 0.99
+    assert given["probes.every_steps"][0] == 250 and given["teacher.momentum"][0] == [0.99, 0.995]
 
 
 def test_labelled_training_images_are_held_out(weights, textures):
