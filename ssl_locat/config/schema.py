@@ -24,6 +24,8 @@ OBJECTIVES = {
     "dino": "ssl_locat.objectives.dino:DINO",
     "ibot": "ssl_locat.objectives.ibot:IBOT",
     "koleo": "ssl_locat.objectives.koleo:KoLeo",
+    "coding_rate": "ssl_locat.objectives.coding_rate:CodingRate",
+    "patch_cosine": "ssl_locat.objectives.coding_rate:PatchCosine",
     "gram": "ssl_locat.objectives.gram:Gram",
     "distill": "ssl_locat.objectives.distill:Distill",
 }

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_locat.errors import ConfigError, UserError
+from ssl_locat.errors import ConfigError
 from ssl_locat.objectives import Needs, Progress, Views, required
 from ssl_locat.objectives.heads import DINOHead
-from ssl_locat.objectives.masking import draw_masks
+from ssl_locat.objectives.masking import Masking
 from ssl_locat.objectives.prototypes import PrototypeObjective
 from ssl_locat.objectives.targets import Center, centered, sinkhorn
 
@@ -23,10 +23,10 @@ class PatchScores(nn.Module):
     """A head on the hidden patches alone: [T, B, N, D] -> [M, K], so that it costs what they do.
 
     Args:
-        head: a DINOHead of its own; or None, to use another objective's, put in by `share`.
+        head: of tokens [M, D], its own; or None, to use another objective's, put in by `share`.
     """
 
-    def __init__(self, head: DINOHead | None, refined: bool):
+    def __init__(self, head: nn.Module | None, refined: bool):
         super().__init__()
         self.head = head
         self.refined = refined
@@ -72,18 +72,11 @@ class IBOT(PrototypeObjective):
         **prototypes: Any,
     ):
         super().__init__("ibot", teacher_temp=teacher_temp, teacher_temp_warmup_epochs=teacher_temp_warmup_epochs, **prototypes)
-        if mask_shape not in ("block", "random"):
-            raise UserError(f"ibot: mask_shape is {mask_shape!r}; expected block or random")
-        if not (0 <= mask_ratio[0] <= mask_ratio[1] <= 1 and 0 < mask_probability <= 1):
-            raise UserError(
-                f"ibot: mask_ratio is {list(mask_ratio)}, mask_probability {mask_probability}; expected shares "
-                "0 <= smallest <= largest <= 1, and a probability above 0"
-            )
         self.shares_head_of = "dino" if shared_head else None
         self._given = {name: value for name, value in prototypes.items() if name in self.head_options}
         self.refined = refined
         self.needs = Needs(patches=not refined, refined_patches=refined, masks=True)
-        self.masking: dict[str, Any] = {"shape": mask_shape, "probability": mask_probability, "ratio": tuple(mask_ratio)}
+        self.masking = Masking.of("ibot", mask_shape, mask_probability, mask_ratio)
         # counts its rows, other than DINO's: each rank and micro-batch hides another number of patches
         self.center = Center(self.num_prototypes, self.center_momentum) if self.targets == "centering" else None
 
@@ -105,11 +98,11 @@ class IBOT(PrototypeObjective):
     @property
     def hidden_share(self) -> float:
         """Of the global crops' patches, on average."""
-        return self.masking["probability"] * sum(self.masking["ratio"]) / 2
+        return self.masking.hidden_share
 
     def make_masks(self, seeds: list[int], views: int, grid: tuple[int, int]) -> Tensor:
         """One seed per image -> bool [views * B, N], on the CPU."""
-        return draw_masks(seeds, views, grid, **self.masking)
+        return self.masking.draw(seeds, views, grid)
 
     def forward(
         self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], progress: Progress

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_locat.errors import UserError
+
 MIN_BLOCK = 4  # patches, and the range of aspect ratios: BEiT's, kept by iBOT and DINOv2
 MIN_ASPECT = 0.3  # heights from 0.3 to 3.3 widths, even in the logarithm
 ATTEMPTS = 10  # rectangles tried before single cells fill the rest; BEiT's
@@ -28,6 +30,35 @@ class Masks(NamedTuple):
         """From `hidden` on the CPU."""
         index = hidden.flatten().nonzero().squeeze(1)
         return cls(hidden.to(device, non_blocking=True), index.to(device, non_blocking=True))
+
+
+class Masking(NamedTuple):
+    """Which patches an objective hides: its options `mask_shape`, `mask_probability` and `mask_ratio`."""
+
+    shape: str  # "block" or "random"
+    probability: float  # of a global crop to be masked at all
+    ratio: tuple[float, float]  # smallest and largest share of a masked crop's patches, drawn evenly
+
+    @classmethod
+    def of(cls, objective: str, shape: str, probability: float, ratio: tuple[float, float]) -> "Masking":
+        """Checked; `objective` is named in the UserError."""
+        if shape not in ("block", "random"):
+            raise UserError(f"{objective}: mask_shape is {shape!r}; expected block or random")
+        if not (0 <= ratio[0] <= ratio[1] <= 1 and 0 < probability <= 1):
+            raise UserError(
+                f"{objective}: mask_ratio is {list(ratio)}, mask_probability {probability}; expected shares "
+                "0 <= smallest <= largest <= 1, and a probability above 0"
+            )
+        return cls(shape, probability, (ratio[0], ratio[1]))
+
+    @property
+    def hidden_share(self) -> float:
+        """Of the global crops' patches, on average."""
+        return self.probability * sum(self.ratio) / 2
+
+    def draw(self, seeds: Sequence[int], views: int, grid: tuple[int, int]) -> Tensor:
+        """One seed per image -> bool [views * B, N], on the CPU."""
+        return draw_masks(seeds, views, grid, *self)
 
 
 def draw_masks(

@@ -300,6 +300,12 @@ class _SumOverRanks(torch.autograd.Function):
         return all_reduce_sum_(gradient.clone())
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum over ranks of x, with its gradient: of a loss that each rank computes from the sum, DDP's mean over ranks is the gradient of one."""
+    total: Tensor = _SumOverRanks.apply(x)
+    return total
+
+
 class SyncBatchNorm(nn.BatchNorm1d):
     """BatchNorm of [B, C, ...] over all ranks' batches, which are of one size, on any device (torch's own serves GPUs alone)."""
 
@@ -319,9 +325,9 @@ class SyncBatchNorm(nn.BatchNorm1d):
         # values per channel over all ranks
         count = world_size() * x.numel() // x.shape[1]
         # two sums, one after the other: E[x^2] - E[x]^2 in one would lose digits
-        mean: Tensor = _SumOverRanks.apply(x.float().sum(others)) / count
+        mean = sum_over_ranks(x.float().sum(others)) / count
         centred = x.float() - mean.view(shape)
-        var: Tensor = _SumOverRanks.apply(centred.square().sum(others)) / count
+        var = sum_over_ranks(centred.square().sum(others)) / count
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
             assert self.momentum is not None  # only affine layers with running statistics are made
