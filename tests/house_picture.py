@@ -20,7 +20,7 @@ ABOUT = {
     "evaluation.protocols": "k-NN, linear, segmentation, ...",
     "evaluation.shared": "samples, features, metrics",
     "export": "timm, Hugging Face, ONNX",
-    "objectives": "dino, ibot, koleo, gram, distill",
+    "objectives": "dino, ibot, koleo, gram, coding rate",
     "data.stream": "position \N{RIGHTWARDS ARROW} sample",
     "models": "timm + GAug + PRR",
     "data.shards": "tar, index, pack, check",

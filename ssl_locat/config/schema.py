@@ -187,8 +187,12 @@ class Crops(Section):
 
 
 class Optim(Section):
-    """AdamW. Progress is counted in samples; epochs and steps are derived."""
+    """AdamW or Muon. Progress is counted in samples; epochs and steps are derived."""
 
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: orthogonal updates for the matrices of blocks and heads, AdamW for the rest; not with parallel: fsdp",
+    )
     epochs: float | None = Field(default=None, gt=0, description="length of the run; or give total_steps")
     total_steps: int | None = Field(default=None, gt=0, description="length of the run in optimiser steps; or give epochs")
     global_batch_size: int = Field(gt=0, description="images per optimiser step, over all ranks and accumulation steps")

@@ -117,8 +117,10 @@ def coding_rate(features: Tensor, eps: float) -> Tensor:
 
 
 class PatchCosine(nn.Module):
-    """-cosine of the student's hidden patches and the teacher's seen ones (SimDINOv2). Sum it with `coding_rate` (published weights: 1 and 1), whose
-    head it uses unless `shared_head` is false: nothing in it alone keeps patches apart.
+    """-cosine of the student's hidden patches and the teacher's seen ones (SimDINOv2).
+
+    Sum it with `coding_rate` (published weights: 1 and 1), whose head it uses unless `shared_head` is false: nothing in it alone keeps patches
+    apart.
 
     Args:
         shared_head, hidden_dim, bottleneck_dim, num_layers: as in `ibot` and `coding_rate`.

@@ -1,4 +1,4 @@
-"""AdamW as DINO uses it: lr and weight decay set from outside each step, gradients clipped tensor by tensor; layer-wise rates as in DINOv2."""
+"""AdamW as DINO uses it, or Muon for the matrices: lr and weight decay set from outside each step, gradients clipped tensor by tensor; layer-wise rates as in DINOv2."""
 
 from collections.abc import Iterable
 
@@ -10,25 +10,40 @@ from torch.distributed.tensor import DTensor
 from ssl_locat.errors import UserError
 
 
-def parameter_groups(model: nn.Module, layer_decay: float = 1.0, patch_embed_lr: float = 1.0) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, layer_decay: float = 1.0, patch_embed_lr: float = 1.0, matrices: bool = False
+) -> list[dict]:
     """Decayed parameters and, not decayed, biases and everything one-dimensional (DINO's get_params_groups).
 
     So cls_token, pos_embed and GAug's weights are decayed, GAug's biases are not. Parameters without requires_grad are left out.
     With factors on the learning rate (see `lr_scales`) there are two such groups for each factor; without, group 0 is decayed, group 1 not.
+    matrices: those of `is_matrix` are a group "matrices" of their own, decayed as well.
     """
     scales = lr_scales(model, layer_decay, patch_embed_lr)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for scale in sorted(set(scales.values()), reverse=True) or [1.0]:
-        groups[scale, True], groups[scale, False] = [], []
+    kinds = ("matrices", "decayed", "plain")
+    groups: dict[tuple[float, str], list[nn.Parameter]] = {
+        (scale, kind): [] for scale in sorted(set(scales.values()), reverse=True) or [1.0] for kind in kinds
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = not (name.endswith(".bias") or parameter.ndim == 1)  # biases and norms: shrinking them only undoes scale
-            groups[scales.get(name, 1.0), decayed].append(parameter)
+            kind = "matrices" if matrices and is_matrix(name, parameter) else "decayed" if decayed else "plain"
+            groups[scales.get(name, 1.0), kind].append(parameter)
     return [
-        {"params": parameters, "name": "decayed" if decayed else "plain", "lr_scale": scale, "weight_decay": 0.0}
-        for (scale, decayed), parameters in groups.items()
+        {"params": parameters, "name": kind, "lr_scale": scale, "weight_decay": 0.0}
+        for (scale, kind), parameters in groups.items()
         if parameters
     ]
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon moves it: the linear layers of blocks and heads, which take activations to activations.
+
+    Not the embeddings, tokens and prototypes, whose rows are looked up or compared one by one, nor GAug's few outputs a head: of those
+    an orthogonal update means nothing.
+    """
+    inside = "blocks." in name or ".mlp." in name
+    return parameter.ndim == 2 and name.endswith(".weight") and inside and ".gaug." not in name
 
 
 def lr_scales(model: nn.Module, layer_decay: float, patch_embed_lr: float) -> dict[str, float]:
@@ -60,16 +75,27 @@ def lr_scales(model: nn.Module, layer_decay: float, patch_embed_lr: float) -> di
 
 
 def build_optimizer(
-    model: nn.Module, betas: tuple[float, float], layer_decay: float = 1.0, patch_embed_lr: float = 1.0
-) -> torch.optim.AdamW:
-    """Fused AdamW; `set_hyperparameters` gives it lr and weight decay before each step."""
-    return torch.optim.AdamW(parameter_groups(model, layer_decay, patch_embed_lr), lr=0.0, betas=betas, fused=True)
+    model: nn.Module, betas: tuple[float, float], layer_decay: float = 1.0, patch_embed_lr: float = 1.0, name: str = "adamw"
+) -> torch.optim.Optimizer:
+    """Fused AdamW, or `muon` (Jordan et al. 2024) for matrices with AdamW for the rest; `set_hyperparameters` gives lr and weight decay before each step.
+
+    Muon's updates are scaled to the size of AdamW's (0.2 * sqrt(larger side), arXiv:2502.16982), so that one lr serves both.
+    """
+    groups = parameter_groups(model, layer_decay, patch_embed_lr, matrices=name == "muon")
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    from timm.optim import Muon
+
+    for group in groups:
+        # told for each group: by their shape alone, prototypes and position tables would count as matrices
+        group["use_muon"] = group["name"] == "matrices"
+    return Muon(groups, lr=0.0, betas=betas, adjust_lr_fn="match_rms_adamw")
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-        group["weight_decay"] = weight_decay if group["name"] == "decayed" else 0.0
+        group["weight_decay"] = 0.0 if group["name"] == "plain" else weight_decay
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, how: str = "per_parameter") -> Tensor:

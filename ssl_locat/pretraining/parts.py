@@ -81,6 +81,11 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
     """
     batch = config.optim.global_batch_size
     micro_batch_size(batch, ranks, config.optim.accumulate_steps)
+    if config.optim.name == "muon" and config.parallel == "fsdp" and ranks > 1:
+        raise ConfigError(
+            "optim.name is muon and parallel fsdp: Muon orthogonalises whole matrices, of which each rank holds a part. Take parallel=ddp, or "
+            "optim.name=adamw."
+        )
     if config.compile == "cuda-graphs" and config.parallel == "fsdp" and ranks > 1:
         raise ConfigError(
             "compile is cuda-graphs with parallel: fsdp: graphs want weights that stay where they are, and FSDP gathers them anew each time. "

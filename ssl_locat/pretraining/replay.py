@@ -29,7 +29,7 @@ def replay(config: Config, path: Path) -> None:
     if newest:
         optim = config.optim
         # a checkpoint is loaded as a whole; no step is made
-        optimizer = build_optimizer(model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr)
+        optimizer = build_optimizer(model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr, optim.name)
         Checkpointer(config.run_dir).load(newest, saved_modules(model, losses), optimizer)
     _print(f"{path}: step {meta['step']} of rank {meta['rank']}, {len(meta['keys'])} samples: {', '.join(meta['keys'][:8])} ...")
     _print(f"weights: {newest or 'random initialisation (the run has no checkpoint)'}; precision {config.precision}")

@@ -125,7 +125,7 @@ class Run:
         self.student = distribute(self.model, config, self.device)
         optim = config.optim
         # after distributing: FSDP replaces the parameters by their shards
-        self.optimizer = build_optimizer(self.model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr)
+        self.optimizer = build_optimizer(self.model.student, optim.betas, optim.layer_decay, optim.patch_embed_lr, optim.name)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.modules = saved_modules(self.model, self.losses)
 

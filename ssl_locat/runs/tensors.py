@@ -39,7 +39,8 @@ def state_tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimize
     if optimizer is not None:
         for name, parameter in optimized_parameters(modules, optimizer).items():
             for key, value in optimizer.state.get(parameter, {}).items():
-                found[f"optimizer.{name}.{key}"] = value
+                if isinstance(value, Tensor):  # timm's Muon remembers there which kind a parameter is, which its group says anew
+                    found[f"optimizer.{name}.{key}"] = value
     return found
 
 
