@@ -181,6 +181,13 @@ def test_heads_and_prototypes_come_along(textures, capsys):
         build_model(load("run/adapt.yaml", ["objective.0.num_prototypes=41"]), torch.device("cpu"))
 
 
+def test_the_recipe_is_found_by_name_and_belongs_to_pretrain(capsys):
+    config = load("adapt/default", ["data.validation=labelled"])
+    assert config.guard and config.backbone.init == "timm:vit_small_patch14_dinov2.lvd142m" and config.export
+    assert here(["pretrain", "adapt/default", "data.train=nowhere"]) == 2 and "nowhere does not exist" in capsys.readouterr().err
+    assert here(["pretrain", "adapt/defalt"]) == 2 and "Did you mean 'adapt/default'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_killed_adaptation_resumes_to_the_same_verdict(weights, textures):
     words = [
