@@ -27,6 +27,7 @@ from ssl_locat.errors import CheckpointError, UserError, did_you_mean
 from ssl_locat.models.architecture import as_told, recognise
 from ssl_locat.models.foreign import normalisation, read_foreign, read_json, read_known
 from ssl_locat.models.layouts import Known, Layout, same
+from ssl_locat.models.moving import merged
 from ssl_locat.models.registry import MODELS, TWINS
 from ssl_locat.models.weights import FOLDER_FILES, fit, set_initial_grid, windows_of
 from ssl_locat.runs.best import best_step, parse_step
@@ -144,15 +145,19 @@ def init_weights(backbone: nn.Module, source: str) -> list[str]:
         if not guessed:
             compare_normalisation(backbone, mean, std, source)
         return missing
-    if source.startswith("timm:"):
-        other = create_pretrained(source.removeprefix("timm:").removesuffix("?pretrained"), num_classes=0)
-    else:
-        other = load_backbone(source)
+    other = load_start(source)
     missing = fit(backbone, weights_of_model(other, source), source)
     if getattr(other, "has_gaug", False) and getattr(backbone, "has_gaug", False):
         set_initial_grid(backbone, other.gaug_options["initial_grid"])
     compare_normalisation(backbone, other.pretrained_cfg["mean"], other.pretrained_cfg["std"], source)
     return missing
+
+
+def load_start(source: str) -> nn.Module:
+    """The network itself that `init_weights` starts from: as `load_backbone`, but `timm:NAME` with its pretrained weights."""
+    if source.startswith("timm:"):
+        return create_pretrained(source.removeprefix("timm:").removesuffix("?pretrained"), num_classes=0).eval()
+    return load_backbone(source)
 
 
 def options_of(known: Known, source: str) -> str:
@@ -354,15 +359,24 @@ def checkpoints_to_average(run: Path, count: int, step: int | str | None = None)
     return line[-count:]
 
 
+def read_plain(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+    """Tensors of a checkpoint under `prefix`; adapters of a backbone (backbone.trainable: lora) merged into the weights beside them."""
+    weights = read_weights(checkpoint, prefix)
+    if not any(".lora_A." in name for name in weights):
+        return weights
+    lora = read_marker(checkpoint)["meta"]["config"]["backbone"]["lora"]
+    return merged(weights, lora["alpha"] / lora["rank"])
+
+
 def mean_weights(checkpoints: list[Path], prefix: str) -> dict[str, Tensor]:
     """Tensors of the checkpoints under `prefix`, averaged uniformly, one checkpoint in memory at a time; what is no float is the last one's."""
     *others, last = checkpoints
-    weights = read_weights(last, prefix)
+    weights = read_plain(last, prefix)
     if not others:
         return weights
     sums = {name: tensor.double() for name, tensor in weights.items() if tensor.is_floating_point()}
     for path in others:
-        for name, tensor in read_weights(path, prefix).items():
+        for name, tensor in read_plain(path, prefix).items():
             if name in sums:
                 sums[name] += tensor
     return weights | {name: (total / len(checkpoints)).to(weights[name].dtype) for name, total in sums.items()}

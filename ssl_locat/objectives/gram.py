@@ -35,7 +35,8 @@ class Gram(nn.Module):
     """Mean squared difference of the student's and the anchor's similarities of patches.
 
     Args:
-        anchor: MODEL of the frozen network (a run's folder or checkpoint, ...), or `teacher`: a copy of this run's own teacher.
+        anchor: MODEL of the frozen network (a run's folder or checkpoint, ...); `start`: that of backbone.init, as it was before LocAt; or
+            `teacher`: a copy of this run's own teacher.
         anchor_every_steps: with `teacher`, copy it anew after so many steps (10000 in DINOv3's refinement stage); None: never.
         anchor_scale: the anchor sees the crops so large that it has this many patches, per side, for each of the student's, and its
             tokens are brought back to the student's grid: smoother, finer similarities (2 in DINOv3). Above 1 they are cut again from

@@ -130,6 +130,6 @@ def drop_frozen_gradients(model: StudentTeacher, losses: nn.ModuleDict, config: 
     for name, objective in losses.items():
         for parameter in objective.frozen(model.student.heads[name], at):
             parameter.grad = None
-    if at.epoch < config.backbone.frozen_epochs:
+    if at.epoch < config.backbone.frozen_epochs or at.step < config.backbone.frozen_steps:
         for parameter in model.student.backbone.parameters():
             parameter.grad = None

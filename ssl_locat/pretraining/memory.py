@@ -13,7 +13,8 @@ from torch import nn
 from ssl_locat import objectives
 from ssl_locat.config.schema import Config
 from ssl_locat.models.backbone import create_backbone, split_options
-from ssl_locat.pretraining.parts import backbone_blocks, cast_by_autocast, make_backbone
+from ssl_locat.models.moving import backbone_blocks, first_moving_block
+from ssl_locat.pretraining.parts import cast_by_autocast, freeze, make_backbone, sharing
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 from ssl_locat.runs.distributed import GATHERS_CAST
 
@@ -54,7 +55,9 @@ def without_memory(config: Config) -> tuple[StudentTeacher, nn.ModuleDict]:
         losses = objectives.build(config.objectives)
         backbone = make_backbone(config)
         backbone.pretrained_cfg = {"mean": config.crops.mean, "std": config.crops.std}
-        return StudentTeacher(backbone, losses, _anchors(losses, config)), losses
+        # which of LocAt's parameters `init` brings is not looked up here: all are taken to be new, which is most memory
+        freeze(backbone, config, [name for name, _ in backbone.named_parameters() if ".gaug." in name or name.startswith("prr.")])
+        return StudentTeacher(backbone, losses, _anchors(losses, config), **sharing(config)), losses
 
 
 def memory_of(config: Config, ranks: int = 1, networks: tuple[StudentTeacher, nn.ModuleDict] | None = None) -> Memory:
@@ -83,6 +86,7 @@ def _anchors(losses: nn.ModuleDict, config: Config) -> dict[str, nn.Module]:
         anchor = getattr(objective, "anchor", None)
         if anchor in (None, "teacher"):
             continue
+        anchor = str(config.backbone.init) if anchor == "start" else anchor
         model, options = split_options(anchor.removeprefix("timm:"))
         options = {key: value for key, value in options.items() if key != "pretrained"}
         found[name] = create_backbone(model, **options) if anchor.startswith("timm:") else make_backbone(config)
@@ -112,7 +116,9 @@ def estimate_memory(
         global_size, local_size, anchor_size: of the crops, pixels; two global crops, and two more for a finer anchor.
     """
     backbone = model.student.backbone
-    student, teacher = _count(model.student), _count(model.teacher)
+    # the teacher's alone: what is frozen it has in common with the student, where nothing is cut into parts
+    student, teacher = _count(model.student), _count_besides(model.teacher, model.student)
+    moving = sum(parameter.numel() for parameter in model.student.parameters() if parameter.requires_grad)
     parts = world_size if parallel == "fsdp" else 1
     low = 2 if precision != "fp32" else 0
     # copies that autocast makes of the student's weights, and keeps until the loss; FSDP gathers them in that type instead, where torch can
@@ -124,8 +130,11 @@ def estimate_memory(
         # the one that computes, the next, and the first one's gradients
         gathered = max((2 * 4 + 4) * _count(unit) - 2 * saved * _count(unit, cast) for unit in units)
         copies = 0 if GATHERS_CAST else low * 2 * max(_count(unit, cast) for unit in units)
+    if parts > 1:
+        teacher = _count(model.teacher)
     # frozen networks are whole on every rank; so is the copy of a sharded teacher that probes evaluate
-    whole = _count(model.anchors) + _count(model.snapshots) + (_count(model.teacher.backbone) if parts > 1 else 0)
+    whole = _count(model.anchors) + _count_besides(model.snapshots, model.student)
+    whole += _count(model.teacher.backbone) if parts > 1 else 0
     kept = images * sum(
         views * _kept_by_blocks(backbone, side, precision, activation_checkpointing)
         for views, side in ((2, global_size), (num_local, local_size))
@@ -137,8 +146,8 @@ def estimate_memory(
     pixels = 2 * global_size**2 + num_local * local_size**2 + 2 * (anchor_size or 0) ** 2
     return Memory(
         weights=4 * (student + teacher) / parts + 4 * whole + copies,
-        gradients=4 * student * (1 if parts > 1 or world_size == 1 else 2) / parts,
-        optimizer=8 * student / parts,
+        gradients=4 * moving * (1 if parts > 1 or world_size == 1 else 2) / parts,
+        optimizer=8 * moving / parts,
         gathered=gathered,
         activations=kept,
         scores=4 * scores,
@@ -152,6 +161,7 @@ def _kept_by_blocks(backbone: nn.Module, side: int, precision: str, recompute: b
     blocks = backbone_blocks(backbone)
     widths = [backbone.embed_dim if hasattr(backbone, "blocks") else block.dim for block in blocks]
     values = [(first * (widths[0] / width) ** 2 + prefix) * width for width in widths]
+    values = values[first_moving_block(backbone) :] or [0.0]  # below it nothing is kept for a backward pass
     if recompute:  # the inputs of all, fp32, and the inside of the one that is recomputed
         return 4 * sum(values) + KEPT[precision] * max(values)
     return KEPT[precision] * sum(values)
@@ -172,6 +182,11 @@ def _patches(backbone: nn.Module, side: int) -> int:
     """Of a square crop, in the first layer."""
     height, width = backbone.patch_embed.patch_size
     return (side // height) * (side // width)
+
+
+def _count_besides(module: nn.Module, other: nn.Module) -> int:
+    """Parameters of a module that are not `other`'s, too."""
+    return _count(module) - _count(module, {id(parameter) for parameter in other.parameters()})
 
 
 def _count(module: nn.Module, among: set[int] | None = None) -> int:

@@ -67,6 +67,7 @@ def find_origin(
     config, changes = _compared(path, saved, config, allow)
     plan = resume_plan(marker["plan"], datasets, weights, config.seed)
     if changes:
+        _require_same_parts(path, changes)
         check_backbone(config)
     since = Since(**marker["since"]) if marker.get("since") else None
     before = rates(saved, run_length(saved, datasets), marker["samples_seen"], since)
@@ -111,6 +112,16 @@ def _compared(path: Path, saved: Config, config: Config, allow: Iterable[str]) -
             f"purpose, add --allow {keys}; or start a new run from its weights: backbone.init={path}."
         )
     return config, changes
+
+
+def _require_same_parts(path: Path, changes: Iterable[Difference]) -> None:
+    """UserError where another part of the backbone is to move than before: what is frozen is one tensor for student and teacher, and adapters
+    are names of their own."""
+    for change in changes:
+        if change.key.startswith(tuple(f"backbone.{key}" for key in ("trainable", "last_blocks", "lora", "also_trainable"))):
+            raise UserError(
+                f"{change}: what moves cannot change within a run. Start a new one from its weights: backbone.init={path}."
+            )
 
 
 def _begun_at(newest: Path, resume: str) -> bool:

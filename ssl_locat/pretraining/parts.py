@@ -26,9 +26,10 @@ from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import micro_batch_size
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.probe_options import check_probes
-from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, restore_grid
+from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, load_start, restore_grid
 from ssl_locat.models.families.front import LocAtModel
 from ssl_locat.models.gaug import GAug
+from ssl_locat.models.moving import backbone_blocks, choose_moving
 from ssl_locat.models.packing import cannot_pack
 from ssl_locat.models.tokens import input_grid
 from ssl_locat.objectives import Progress
@@ -38,6 +39,7 @@ from ssl_locat.pretraining.start_heads import load_heads
 from ssl_locat.pretraining.student_teacher import Network, StudentTeacher
 from ssl_locat.runs import distributed
 from ssl_locat.runs.distributed import is_main, world_size
+from ssl_locat.runs.marker import read_marker
 from ssl_locat.seeds import mix64
 
 log = logging.getLogger(__name__)
@@ -223,11 +225,31 @@ def make_backbone(config: Config) -> nn.Module:
     return create_backbone(config.backbone.name, drop_path_rate=config.backbone.drop_path_rate, **options)
 
 
+def freeze(backbone: nn.Module, config: Config, new: Iterable[str] = ()) -> None:
+    """What the config says that moves; new: names of parameters that `init` did not bring."""
+    own = config.backbone
+    options = {**own.lora.model_dump(), "last_blocks": own.last_blocks, "also": own.also_trainable, "new": frozenset(new)}
+    choose_moving(backbone, own.trainable, **options)
+
+
 def check_backbone(config: Config) -> None:
     """UserError if the backbone cannot be made, or does not take crops of these sizes; allocates nothing."""
+    moves = config.backbone.trainable
+    if moves != "full" and not config.backbone.init:
+        raise ConfigError(
+            f"backbone.trainable is {moves}, but backbone.init is not given: random weights would stay as they were drawn. Give backbone.init, or "
+            "take trainable: full."
+        )
+    for option in config.objectives:
+        if option.options.get("anchor") == "start" and not config.backbone.init:
+            raise ConfigError(
+                f"{option.name}: its anchor is the start, but backbone.init is not given. Give it, or anchor: teacher, a copy of this run's own "
+                "network."
+            )
     # shapes without memory: a ViT-g is checked on a login node
     with torch.device("meta"):
         backbone = make_backbone(config)
+        freeze(backbone, config)
         if config.backbone.pack_crops is True and (reason := why_not_packed(config, backbone)):
             raise ConfigError(f"backbone.pack_crops is true, but {reason}. Set it to auto or false.")
         for name in ("global_size", "local_size") if config.crops.num_local else ("global_size",):
@@ -263,24 +285,55 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
         "std": config.crops.std,
         "channels": config.channels,
     }
+    # what the start's weights did not bring; a checkpoint remembers it
+    backbone.new_parameters = []
     if checkpoint:
         restore_grid(backbone, checkpoint)
+        backbone.new_parameters = read_marker(checkpoint)["meta"].get("new_parameters", [])
     elif config.backbone.init:
-        init_weights(backbone, config.backbone.init)
+        backbone.new_parameters = init_weights(backbone, config.backbone.init)
+    freeze(backbone, config, backbone.new_parameters)
     losses = objectives.build(config.objectives)
     objectives.check_batch(losses, config.optim.global_batch_size // config.optim.accumulate_steps)
-    anchors = {
-        name: load_backbone(objective.anchor)
-        for name, objective in losses.items()
-        if getattr(objective, "anchor", None) not in (None, "teacher")
-    }
-    model = StudentTeacher(backbone, losses, anchors, pack_crops=config.backbone.pack_crops is True).to(device)
+    model = StudentTeacher(
+        backbone,
+        losses,
+        load_anchors(losses, config),
+        pack_crops=config.backbone.pack_crops is True,
+        **sharing(config),
+    ).to(device)
     if config.backbone.init_heads and config.backbone.init and not checkpoint:
         load_heads(model, config.backbone.init)
     check_anchor_crops(model, config)
     if config.optim.accumulate_steps > 1 and any(isinstance(part, nn.BatchNorm1d) for part in model.student.heads.modules()):
         raise ConfigError("batch_norm in a head sees one micro-batch at a time: with it, optim.accumulate_steps must be 1.")
     return model, losses.to(device)
+
+
+def sharing(config: Config) -> dict[str, bool]:
+    """Options of StudentTeacher that follow from what moves; FSDP cuts each network into parts of its own."""
+    own = config.backbone
+    return {
+        "share_frozen": own.trainable != "full" and not (config.parallel == "fsdp" and world_size() > 1),
+        "mask_token_moves": own.trainable != "last" or "mask_token" in own.also_trainable,
+    }
+
+
+def load_anchors(losses: nn.ModuleDict, config: Config) -> dict[str, nn.Module]:
+    """Frozen networks from outside, by the name of the objective; each MODEL is loaded once. `start` is that of backbone.init."""
+    loaded: dict[str, nn.Module] = {}
+    wanted = {name: getattr(objective, "anchor", None) for name, objective in losses.items()}
+    wanted = {name: anchor for name, anchor in wanted.items() if anchor not in (None, "teacher")}
+    for name, anchor in wanted.items():
+        if anchor not in loaded:
+            loaded[anchor] = load_start(str(config.backbone.init)) if anchor == "start" else load_backbone(anchor)
+        channels = len(loaded[anchor].pretrained_cfg["mean"])
+        if channels != len(config.crops.mean):
+            raise ConfigError(
+                f"{name}: its anchor {anchor} takes images of {channels} channels, the crops have {len(config.crops.mean)}. Take "
+                "anchor: teacher, a copy of this run's own network as it begins."
+            )
+    return {name: loaded[anchor] for name, anchor in wanted.items()}
 
 
 def check_anchor_crops(model: StudentTeacher, config: Config) -> None:
@@ -354,13 +407,6 @@ def cast_by_autocast(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for layer in layers for parameter in layer.parameters(recurse=False) if id(parameter) not in exact]
 
 
-def backbone_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """Transformer blocks of a ViT, or of all stages of a Swin."""
-    return (
-        list(backbone.blocks) if hasattr(backbone, "blocks") else [block for stage in backbone.layers for block in stage.blocks]
-    )
-
-
 class Prepare:
     """From a raw sample to its crops; runs in the loader's workers."""
 
@@ -406,8 +452,10 @@ def describe(config: Config, model: StudentTeacher, length: Length, datasets: li
     backbone = sum(parameter.numel() for parameter in model.student.backbone.parameters())
     heads = sum(parameter.numel() for parameter in model.student.heads.parameters())
     batch, scaled = config.optim.global_batch_size, config.optim.lr * config.optim.global_batch_size / 256
+    moving = sum(parameter.numel() for parameter in model.student.backbone.parameters() if parameter.requires_grad)
+    share = "" if config.backbone.trainable == "full" else f", of which {moving / 1e6:.2f} M move ({config.backbone.trainable})"
     return (
-        f"{config.backbone.name} ({backbone / 1e6:.2f} M parameters, heads {heads / 1e6:.2f} M) on {device} x {world_size()}, {config.precision}; "
+        f"{config.backbone.name} ({backbone / 1e6:.2f} M parameters{share}, heads {heads / 1e6:.2f} M) on {device} x {world_size()}, {config.precision}; "
         f"{sum(map(len, datasets)):,} images; {length.total_steps:,} steps of {batch} ({length.steps_per_epoch:,} an epoch), "
         f"lr {scaled:.3g}"
     )

@@ -266,6 +266,7 @@ class Run:
             "plan": self.plan.to_dict(),
             "restarts": self.restarts,
             "config": self.config.model_dump(mode="json"),
+            "new_parameters": self.model.student.backbone.new_parameters,
             "initial_grid": getattr(self.model.student.backbone, "gaug_options", {}).get("initial_grid"),
             "diagnosis": self.diagnosis.state(),
             "parent": self.origin.parent,

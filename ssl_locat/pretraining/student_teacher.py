@@ -135,6 +135,8 @@ class StudentTeacher(nn.Module):
         anchors: frozen backbones of the objectives (by name) that compare with one from outside; those whose `anchor` is "teacher" get a
             copy of this teacher, kept in `snapshots`, which are state of the run and saved with it.
         pack_crops: the student's crops of both sizes go through in one pass (models/packing.py); the teacher sees one size only.
+        share_frozen: what does not move of the backbone is one tensor in memory for student, teacher and snapshots.
+        mask_token_moves: else it stays 0, so that no gradient goes through frozen blocks for its sake.
     """
 
     def __init__(
@@ -143,6 +145,8 @@ class StudentTeacher(nn.Module):
         objectives: nn.ModuleDict,
         anchors: dict[str, nn.Module] | None = None,
         pack_crops: bool = False,
+        share_frozen: bool = False,
+        mask_token_moves: bool = True,
     ):
         super().__init__()
         anchors = anchors or {}
@@ -155,7 +159,11 @@ class StudentTeacher(nn.Module):
             )
         heads = make_heads(backbone, objectives, anchors)
         self.student = Network(backbone, heads, needs)
-        self.teacher = copy.deepcopy(self.student)
+        if self.student.mask_token is not None:
+            self.student.mask_token.requires_grad_(mask_token_moves)
+        # deepcopy takes what its memo holds as copied already
+        shared: dict[int, Any] = {id(p): p for p in backbone.parameters() if not p.requires_grad} if share_frozen else {}
+        self.teacher = copy.deepcopy(self.student, {**shared})
         if pack_crops:
             allow_packing(backbone)
             self.student.packs = True
@@ -168,10 +176,12 @@ class StudentTeacher(nn.Module):
         self.anchors, self.snapshots = nn.ModuleDict(), nn.ModuleDict()
         for name, objective in objectives.items():
             if getattr(objective, "anchor", None):
-                frozen = anchors[name] if name in anchors else copy.deepcopy(self.teacher.backbone)
+                frozen = anchors[name] if name in anchors else copy.deepcopy(self.teacher.backbone, {**shared})
                 # checkpoints hold snapshots; anchors from outside are loaded from where they lie
                 place = self.anchors if name in anchors else self.snapshots
-                place[name] = Anchor(
+                # objectives that compare with one network at one size share its pass, too
+                same: Any = (a for a in place.values() if a.backbone is frozen and a.scale == objective.anchor_scale)
+                place[name] = next(same, None) or Anchor(
                     frozen, objective.anchor_scale, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]
                 )
 
@@ -183,8 +193,11 @@ class StudentTeacher(nn.Module):
 
         anchor_crops: the global crops with more pixels, for anchors that see them so."""
         outputs, tokens = self.teacher(global_crops, None, num_global, masks, with_tokens=True)
+        seen: dict[int, Views] = {}
         for name, anchor in (*self.anchors.items(), *self.snapshots.items()):
-            outputs[name] = anchor(global_crops, num_global, tokens.grid, anchor_crops)
+            if id(anchor) not in seen:
+                seen[id(anchor)] = anchor(global_crops, num_global, tokens.grid, anchor_crops)
+            outputs[name] = seen[id(anchor)]
         return outputs, tokens
 
     def make_masks(self, objectives: nn.ModuleDict, seeds: list[int], global_crops: Tensor) -> Masks | None:
@@ -206,8 +219,9 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, over parameters; buffers are each network's own."""
+        pairs = [(t, s) for t, s in zip(self.teacher.parameters(), self.student.parameters(), strict=True) if t is not s]
         # one call for all tensors: a launch for each of hundreds would take longer than its work
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+        torch._foreach_lerp_([teacher for teacher, _ in pairs], [student for _, student in pairs], 1 - momentum)
 
 
 def make_heads(backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str, nn.Module]) -> nn.ModuleDict:

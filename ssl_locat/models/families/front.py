@@ -163,9 +163,12 @@ def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k = self.k_proj(x).unflatten(-1, [kv_heads, -1]).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, [kv_heads, -1]).transpose(1, 2)
     else:
-        if hasattr(self, "q_bias"):  # EVA has no bias for keys
-            bias = torch.cat([self.q_bias, self.k_bias, self.v_bias]) if self.q_bias is not None else None
-            qkv = F.linear(x, self.qkv.weight, bias)
+        if hasattr(self, "q_bias") and self.q_bias is not None:  # EVA has no bias for keys
+            bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+            if hasattr(self, "qkv_bias_separate") and self.qkv_bias_separate:
+                qkv = self.qkv(x) + bias  # through the layer itself, which may have an adapter (moving.py)
+            else:
+                qkv = F.linear(x, self.qkv.weight, bias)
         else:
             qkv = self.qkv(x)
         # [B, T, 3 * heads * d] -> [B, T, 3, heads, d] -> 3 x [B, heads, T, d], T = R + N
