@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from ssl_locat.benchmarks import moves
 from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes
 from ssl_locat.config.schema import Config, load
 from ssl_locat.config.yaml_files import names
@@ -25,6 +26,7 @@ FORMS = {
     "FSDP on 8, recomputing": (["parallel=fsdp", "activation_checkpointing=true"], 8),
     "FSDP on 64, recomputing": (["parallel=fsdp", "activation_checkpointing=true"], 64),
 }
+MOVED = ["vit_small", "vit_base", "vit_large"]
 # recipes made so small that a laptop runs a step, with enough images that what grows with them is most of it
 SMALL = [
     "backbone.embed_dim=96",
@@ -45,6 +47,7 @@ MEASURED = {
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     yield "recipes", partial(recipe_rows, names("configs/pretrain")[:2] if quick else names("configs/pretrain"))
+    yield "what moves", partial(moves.memory_rows, MOVED[:1] if quick else MOVED)
     yield "sizes", partial(size_rows, dict(list(SIZES.items())[:1]) if quick else SIZES)
     for recipe in list(MEASURED)[:1] if quick else MEASURED:
         for precision in ("fp32", "bf16"):

@@ -58,14 +58,22 @@ def make_backbone() -> nn.Module:
 class Step:
     """A whole training step of a small LocAtViT under some objectives, always on the same crops and masks."""
 
-    def __init__(self, objectives: dict[str, nn.Module], batch: int):
+    def __init__(
+        self,
+        objectives: dict[str, nn.Module],
+        batch: int,
+        backbone: nn.Module | None = None,
+        sizes: tuple[int, int] = (32, 16),
+        share_frozen: bool = False,
+    ):
         torch.manual_seed(0)
         self.losses = nn.ModuleDict(objectives)
         # an anchor of the same size: its forward pass is what distilling costs
         anchors = {name: make_backbone() for name in objectives if name == "distill"}
-        self.model = StudentTeacher(make_backbone(), self.losses, anchors).to(device())
+        backbone = backbone or make_backbone()
+        self.model = StudentTeacher(backbone, self.losses, anchors, share_frozen=share_frozen).to(device())
         self.losses.to(device())
-        self.crops, self.local = (torch.randn(n * batch, 3, s, s, device=device()) for n, s in ((2, 32), (4, 16)))
+        self.crops, self.local = (torch.randn(n * batch, 3, s, s, device=device()) for n, s in zip((2, 4), sizes, strict=True))
         # seeds of the images, as the loop gives them: each step hides the same patches
         self.masks = self.model.make_masks(self.losses, list(range(batch)), self.crops)
         self.optimizer = build_optimizer(self.model.student, (0.9, 0.999))
