@@ -14,7 +14,8 @@ from ssl_locat import objectives
 from ssl_locat.config.schema import Config
 from ssl_locat.models.backbone import create_backbone, split_options
 from ssl_locat.models.moving import backbone_blocks, first_moving_block
-from ssl_locat.pretraining.parts import cast_by_autocast, freeze, make_backbone, sharing
+from ssl_locat.pretraining.given import freeze, sharing
+from ssl_locat.pretraining.parts import cast_by_autocast, make_backbone
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 from ssl_locat.runs.distributed import GATHERS_CAST
 

@@ -26,14 +26,15 @@ from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import micro_batch_size
 from ssl_locat.errors import ConfigError
 from ssl_locat.evaluation.probe_options import check_probes
-from ssl_locat.models.backbone import create_backbone, init_weights, load_backbone, load_start, restore_grid
+from ssl_locat.models.backbone import create_backbone, init_weights, restore_grid
 from ssl_locat.models.families.front import LocAtModel
 from ssl_locat.models.gaug import GAug
-from ssl_locat.models.moving import backbone_blocks, choose_moving
+from ssl_locat.models.moving import backbone_blocks
 from ssl_locat.models.packing import cannot_pack
 from ssl_locat.models.tokens import input_grid
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.schedules import LEARNING_RATES, cosine, decayed, straight, warmed_up
+from ssl_locat.pretraining.given import freeze, load_anchors, sharing
 from ssl_locat.pretraining.probes import check_probe_data
 from ssl_locat.pretraining.start_heads import load_heads
 from ssl_locat.pretraining.student_teacher import Network, StudentTeacher
@@ -225,13 +226,6 @@ def make_backbone(config: Config) -> nn.Module:
     return create_backbone(config.backbone.name, drop_path_rate=config.backbone.drop_path_rate, **options)
 
 
-def freeze(backbone: nn.Module, config: Config, new: Iterable[str] = ()) -> None:
-    """What the config says that moves; new: names of parameters that `init` did not bring."""
-    own = config.backbone
-    options = {**own.lora.model_dump(), "last_blocks": own.last_blocks, "also": own.also_trainable, "new": frozenset(new)}
-    choose_moving(backbone, own.trainable, **options)
-
-
 def check_backbone(config: Config) -> None:
     """UserError if the backbone cannot be made, or does not take crops of these sizes; allocates nothing."""
     moves = config.backbone.trainable
@@ -308,32 +302,6 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
     if config.optim.accumulate_steps > 1 and any(isinstance(part, nn.BatchNorm1d) for part in model.student.heads.modules()):
         raise ConfigError("batch_norm in a head sees one micro-batch at a time: with it, optim.accumulate_steps must be 1.")
     return model, losses.to(device)
-
-
-def sharing(config: Config) -> dict[str, bool]:
-    """Options of StudentTeacher that follow from what moves; FSDP cuts each network into parts of its own."""
-    own = config.backbone
-    return {
-        "share_frozen": own.trainable != "full" and not (config.parallel == "fsdp" and world_size() > 1),
-        "mask_token_moves": own.trainable != "last" or "mask_token" in own.also_trainable,
-    }
-
-
-def load_anchors(losses: nn.ModuleDict, config: Config) -> dict[str, nn.Module]:
-    """Frozen networks from outside, by the name of the objective; each MODEL is loaded once. `start` is that of backbone.init."""
-    loaded: dict[str, nn.Module] = {}
-    wanted = {name: getattr(objective, "anchor", None) for name, objective in losses.items()}
-    wanted = {name: anchor for name, anchor in wanted.items() if anchor not in (None, "teacher")}
-    for name, anchor in wanted.items():
-        if anchor not in loaded:
-            loaded[anchor] = load_start(str(config.backbone.init)) if anchor == "start" else load_backbone(anchor)
-        channels = len(loaded[anchor].pretrained_cfg["mean"])
-        if channels != len(config.crops.mean):
-            raise ConfigError(
-                f"{name}: its anchor {anchor} takes images of {channels} channels, the crops have {len(config.crops.mean)}. Take "
-                "anchor: teacher, a copy of this run's own network as it begins."
-            )
-    return {name: loaded[anchor] for name, anchor in wanted.items()}
 
 
 def check_anchor_crops(model: StudentTeacher, config: Config) -> None:
