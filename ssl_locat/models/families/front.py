@@ -163,12 +163,13 @@ def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k = self.k_proj(x).unflatten(-1, [kv_heads, -1]).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, [kv_heads, -1]).transpose(1, 2)
     else:
-        if hasattr(self, "q_bias") and self.q_bias is not None:  # EVA has no bias for keys
-            bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
-            if hasattr(self, "qkv_bias_separate") and self.qkv_bias_separate:
-                qkv = self.qkv(x) + bias  # through the layer itself, which may have an adapter (moving.py)
+        if hasattr(self, "q_bias"):  # EVA has no bias for keys
+            if self.q_bias is None:
+                qkv = self.qkv(x)
+            elif self.qkv_bias_separate:  # through the layer itself, which may have an adapter (moving.py)
+                qkv = self.qkv(x) + torch.cat([self.q_bias, self.k_bias, self.v_bias])
             else:
-                qkv = F.linear(x, self.qkv.weight, bias)
+                qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
         else:
             qkv = self.qkv(x)
         # [B, T, 3 * heads * d] -> [B, T, 3, heads, d] -> 3 x [B, heads, T, d], T = R + N
