@@ -74,6 +74,83 @@ def nginx(folder: Path, scratch: Path):
         yield f"http://127.0.0.1:{port}"
 
 
+@contextmanager
+def range_server(folder: Path):
+    """(URL, log): files of a folder by ranges, and as a data set repository `me/set` of a Hugging Face hub at the same address. log: (path, bytes)
+    of each answer with content."""
+    import hashlib
+    import json
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    log: list[tuple[str, int]] = []
+    commit = "0" * 40
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_POST(self) -> None:  # paths-info: the form names one path
+            from urllib.parse import parse_qs
+
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            names = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
+            self._json([self._entry(folder / name) for name in names if (folder / name).exists()])
+
+        def _entry(self, path: Path) -> dict:
+            about = {"type": "directory" if path.is_dir() else "file", "path": str(path.relative_to(folder))}
+            size = 0 if path.is_dir() else path.stat().st_size
+            return about | {"oid": hashlib.sha1(str(path).encode()).hexdigest(), "size": size}
+
+        def _json(self, found: object) -> None:
+            self._send(json.dumps(found).encode(), 200, {"Content-Type": "application/json"})
+
+        def _send(self, body: bytes, code: int, headers: dict) -> None:
+            self.send_response(code)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            if path.startswith("/api/datasets/me/set/tree/"):
+                top = folder / path.removeprefix("/api/datasets/me/set/tree/").partition("/")[2]
+                found = sorted(top.rglob("*") if "recursive=True" in self.path or "recursive=true" in self.path else top.iterdir())
+                return self._json([self._entry(one) for one in found])
+            if path.startswith("/api/datasets/me/set"):
+                return self._json({"id": "me/set", "sha": commit, "siblings": []})
+            if path.startswith("/datasets/me/set/resolve/"):
+                path = "/" + path.removeprefix("/datasets/me/set/resolve/").partition("/")[2]
+            file = folder / path.lstrip("/")
+            if not file.is_file():
+                return self._send(b"", 404, {"X-Error-Code": "EntryNotFound"})
+            content, asked = file.read_bytes(), self.headers.get("Range")
+            about = {"ETag": f'"{file.stat().st_mtime_ns}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            if not asked:
+                return self._send(content, 200, about)
+            start, _, last = asked.removeprefix("bytes=").partition("-")
+            part = content[int(start) : int(last) + 1 if last else None]
+            log.append((path, len(part)))
+            about["Content-Range"] = f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}"
+            self._send(part, 206, about)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}", log
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
 class FaultProxy:
     """TCP proxy for HTTP/1.1 that spoils responses.
 

@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssl_locat.benchmarks.timing import make_rows
-from ssl_locat.data.shards.index import ShardDataset, open_dataset
+from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.pack import write_shard
 from ssl_locat.data.shards.shard_index import _MAGIC, SIDECAR, read_index
+from ssl_locat.data.shards.shard_set import ShardDataset
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import choose_plan
 from ssl_locat.data.stream.stream import TrainStream

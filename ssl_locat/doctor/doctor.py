@@ -21,7 +21,7 @@ from ssl_locat.runs.log import console, duration, progress
 if TYPE_CHECKING:  # these import torch
     from collections.abc import Sequence
 
-    from ssl_locat.data.shards.index import Dataset
+    from ssl_locat.data.shards.kinds import Dataset
     from ssl_locat.measure.images import DataSample
     from ssl_locat.measure.step import StepTimes
     from ssl_locat.pretraining.parts import Length

@@ -15,7 +15,8 @@ import torch
 
 from ssl_locat.config.schema import load
 from ssl_locat.data.images.decode import LABEL_KEYS, decode_image, find_image
-from ssl_locat.data.shards.index import Dataset, open_dataset
+from ssl_locat.data.shards.index import open_dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.stats import Found, Reading, as_text, count_sample, is_deep, sections
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.doctor.early import check_enough, name_of, yaml_to_write

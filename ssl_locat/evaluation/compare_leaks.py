@@ -15,7 +15,7 @@ from PIL import Image
 from ssl_locat.data.images.bands import Bands
 from ssl_locat.data.images.decode import find_image
 from ssl_locat.data.images.tiles import TILE, montage
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.data.stream.duplicates import Pair, duplicates, look_at, picture_of
 from ssl_locat.evaluation.compare_rows import FeatureSets

@@ -20,7 +20,7 @@ from ssl_locat.data.images.bands import reading
 from ssl_locat.data.images.crops import MultiCrop
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.filters import filtered
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.shard_index import default_cache_dir
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.errors import CorruptSample

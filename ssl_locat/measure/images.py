@@ -12,7 +12,7 @@ from ssl_locat.data.images.bands import reading
 from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.filters import filtered
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.errors import CorruptSample
 

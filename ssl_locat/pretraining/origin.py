@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ssl_locat.config.schema import Config, check_allow
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.stream.plan import Plan, resume_plan
 from ssl_locat.errors import CheckpointError, ConfigError, UserError
 from ssl_locat.pretraining.parts import Since, check_backbone, rates, run_length

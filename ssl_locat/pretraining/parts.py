@@ -16,7 +16,8 @@ from ssl_locat.config.schema import OBJECTIVES, Config, Data
 from ssl_locat.data.images.bands import reading
 from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
-from ssl_locat.data.shards.index import Dataset, open_mix
+from ssl_locat.data.shards.index import open_mix
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.left_out import without_left_out
 from ssl_locat.data.shards.selections import Chosen, choose_by_key
 from ssl_locat.data.shards.tar import RawSample
@@ -108,7 +109,7 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
     datasets: list[Any] = [range(to_come.num_train)] if to_come else []
     weights = [1.0]
     if not to_come:
-        opened, weights = open_mix(config.data.model_dump()["train"], store=store, split="train")
+        opened, weights = open_mix(config.data.model_dump()["train"], store=store, split="train", in_groups=True)
         datasets = [without_left_out(dataset) for dataset in opened]
         if config.data.held_out:
             datasets = [without_held_out(datasets, config.data.held_out)]

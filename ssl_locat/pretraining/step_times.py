@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssl_locat.config.schema import Config
 from ssl_locat.data.images.crops import MultiCrop, Sample
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.measure.crop_mode import MODES, choose_mode, cores_of_a_rank, measured_rates
 from ssl_locat.measure.images import DataSample, sample_data
 from ssl_locat.measure.step import StepTimes, measure_step, step_device

@@ -206,7 +206,7 @@ def play(name: str, cell_name: str, folder: Path, passes: int, seed: int) -> dic
     state = None
     with failing(folder, cell.fault) if cell.fault else nullcontext() as url:
         if url:
-            shards = len(list((folder / "data0").glob("*.tar")))
+            shards = len(list((folder / "data0").glob(f"*{peer.FORMAT}")))
             data = [f"{url}/data0#{shards}"]
         expected = Counter(range(SAMPLES))
         if len(cell.weights) > 1:
@@ -217,7 +217,7 @@ def play(name: str, cell_name: str, folder: Path, passes: int, seed: int) -> dic
             began, room = time.monotonic(), folder / f"pass{row['passes']}"
             rng = random.Random(f"{cell_name} {seed} {row['passes']}")
             # a stream without an end goes on where the pass before it ended
-            carried = state if name == "ours" and len(data) == 1 and not cell.cut else None
+            carried = state if name.startswith("ours") and len(data) == 1 and not cell.cut else None
             played = one_pass(name, cell, data, room, rng, carried)
             _add(row, played, count(cell, played["numbers"], expected))
             row["seconds"] = round(row["seconds"] + time.monotonic() - began, 1)

@@ -27,6 +27,8 @@ PEERS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("peer
 PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 # of ours: 200 passes of 5 starts each, over the cells with kills
 OUR_PASSES = {"kill": 60, "world": 80, "workers": 40, "mix": 20}
+PARQUET_PASSES = {"kill": 20, "world": 20, "workers": 12, "mix": 8}  # 300 starts
+FEW_PASSES = {"kill": 4, "world": 4, "workers": 4}  # 60
 PASSES = {"kill": 6, "world": 6, "workers": 6, "mix": 4}
 QUICK = 1
 
@@ -77,12 +79,12 @@ def chosen(only: list[str]) -> list[tuple[str, str]]:
 
 
 def passes(peer: str, cell: str) -> int:
-    return (OUR_PASSES if peer == "ours" else PASSES).get(cell, 4)
+    return {"ours": OUR_PASSES, "ours_parquet": PARQUET_PASSES, "ours_zip": FEW_PASSES, "ours_raster": FEW_PASSES}.get(peer, PASSES).get(cell, 4)
 
 
 def environment(peer: str, folder: Path, install: bool) -> Path | None:
     """The interpreter in which a peer runs; None where it would have to be made first. Ours needs none."""
-    if peer == "ours":
+    if peer.startswith("ours"):
         return Path(sys.executable)
     python, ready = folder / peer / "bin/python", folder / peer / "ready"
     pins = " ".join(PEERS[peer]["requires"])

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ssl_locat.data.images.decode import decode_image, find_image
-from ssl_locat.data.shards.index import AnySet, ShardDataset, is_compressed, is_parquet, open_dataset, read_compressed
+from ssl_locat.data.shards.index import AnySet, is_compressed, is_parquet, open_dataset, read_compressed
 from ssl_locat.data.shards.shard_index import scan_shard
+from ssl_locat.data.shards.shard_set import ShardDataset
 from ssl_locat.data.shards.tar import Damage, RawSample, parse
 from ssl_locat.data.stores.objects import Gone
 from ssl_locat.data.stores.store import Store

@@ -16,9 +16,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from ssl_locat.data.shards.index import Dataset, ShardDataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.parquet import ParquetDataset
 from ssl_locat.data.shards.selections import Chosen
+from ssl_locat.data.shards.shard_set import ShardDataset
 from ssl_locat.data.stores.objects import Denied, Gone, folder_and_name, join
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import DataError
@@ -82,7 +83,8 @@ def without_left_out(dataset: AnyDataset) -> AnyDataset | Chosen:
                 f"{shown(join(part.folder, NAME))} was written for another {part.name}: the shard has changed since. Write the list again "
                 "('ssl-locat shards dedup ... --leave-out'), or delete it."
             )
-        kept[part.begin + np.array(listed.numbers)] = False
+        rows = part.begin + np.array(listed.numbers)
+        kept[dataset.numbers_of(rows) if isinstance(dataset, ParquetDataset) else rows] = False
     gone = len(kept) - int(kept.sum())
     if not gone:
         return dataset

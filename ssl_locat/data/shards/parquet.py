@@ -1,51 +1,39 @@
 """Parquet files of images as data, as the Hugging Face hub has them: a row is a sample, a row group the unit of reading (extra `parquet`).
 
-The image is the column whose `huggingface` feature is an Image, else one named image, img, jpg, ...; bytes, or struct<bytes, path>. The
-label is the ClassLabel, else an integer column named label, cls, ...; its names are the classes. Nothing else of a row is read. Footers are
-read at the start, row groups by one range each; what is damaged is named by its file and row.
+parquet_columns.py says which columns hold the image and the label; nothing else of a row is read. Footers are read at the start, row groups by
+one range each; what is damaged is named by its file and row. A row that only names its image has it read from beside the Parquet file.
 """
 
 import hashlib
 import io
-import json
 import threading
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_locat.data.images.decode import IMAGE_EXTENSIONS
 from ssl_locat.data.shards.filters import Filters, with_filters
+from ssl_locat.data.shards.parquet_columns import Columns, choose_columns, ending_of, further_members, row_members
 from ssl_locat.data.shards.tar import Damage, RawSample
-from ssl_locat.data.stores.objects import Gone, Stat, scheme_of
-from ssl_locat.data.stores.store import Store, anew
+from ssl_locat.data.stores.objects import Gone, Stat, folder_and_name, join, scheme_of
+from ssl_locat.data.stores.store import Store, anew, is_anew
 from ssl_locat.errors import DataError, UserError
 from ssl_locat.text.shown import redact, shown
 
 ENDING = ".parquet"
-_IMAGES = (
-    "image",
-    "img",
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "tif",
-    "npy",
-    "pixel_values",
-    "picture",
-    "photo",
-)  # names of columns, in this order
-_LABELS = ("label", "cls", "class", "labels", "fine_label", "target")
 _THREADS = 8  # that read footers
 _FOOTER = 1 << 16  # bytes at the end of a file that are read first: of most files, the whole footer
 _LARGEST_FOOTER = 64 << 20
+_FOOTERS = 512  # that a process keeps, some 50 kB each
 _MOST_BYTES = 1 << 30  # of a row group, unpacked: it is held whole
-_KEPT = 2  # row groups that a process keeps: a chunk of the plan mostly begins in one and ends in the next
+_KEPT_BYTES = 128 << 20  # of row groups that a process keeps: small sets whole, and of large ones what the next chunk begins in
+_LOCKS = 64  # threads that want the same row group wait for one read of it
+_NO_IMAGE = 100  # bytes of a row: less holds no image but its path
+_ALIKE = 0.8  # share of the rows that must lie in row groups of one length, for reads to be laid on their grid
 
 
 class Group(NamedTuple):
@@ -67,41 +55,64 @@ class File(NamedTuple):
         return sum(group.rows for group in self.groups)
 
 
-class Columns(NamedTuple):
-    image: str
-    label: str | None
-    classes: tuple[str, ...]
+class _Named(NamedTuple):
+    """A row whose image lies in a file of its own."""
+
+    path: str
+    members: dict[str, bytes]
+    key: str
+    shard: str
+
+
+Row = RawSample | Damage | _Named
 
 
 class ParquetDataset:
-    """Rows of Parquet files, one after the other."""
+    """Rows of Parquet files, one after the other.
+
+    in_groups: number the rows for training: those of row groups of the usual length first, so that they lie on a grid of `together`, and the
+        shorter last one of each file behind them all. A plan whose chunks lie on that grid fetches each row group once.
+    metadata: samples hold the other columns, too.
+    """
 
     by_range = True
     filters: Filters | None = None
 
-    def __init__(self, name: str, store: Store, files: list[File], columns: Columns):
-        self.name, self.store, self.files, self.columns = name, store, files, columns
+    def __init__(
+        self, name: str, store: Store, files: list[File], columns: Columns, in_groups: bool = False, metadata: bool = False
+    ):
+        self.name, self.store, self.files, self.columns, self.metadata = name, store, files, columns, metadata
         self.classes = list(columns.classes)
         self.remote = any(scheme_of(file.url) != "file" for file in files[:1])
-        # all row groups of all files: which file, which of its groups, and the number of its first row in the set and in the file
-        self._places = [(number, place) for number, file in enumerate(files) for place in range(len(file.groups))]
-        rows = [files[number].groups[place].rows for number, place in self._places]
+        # all row groups of all files: which file, and which of its groups
+        places = [(number, place) for number, file in enumerate(files) for place in range(len(file.groups))]
+        usual, share = _usual([files[number].groups[place].rows for number, place in places])
+        self.together = usual if in_groups and share >= _ALIKE else 1
+        if self.together > 1:
+            places.sort(key=lambda one: files[one[0]].groups[one[1]].rows != usual)
+        self._places = places
+        rows = [files[number].groups[place].rows for number, place in places]
         self._ends = list(accumulate(rows))
         within = [[0, *accumulate(group.rows for group in file.groups)] for file in files]
-        self._first_rows = [within[number][place] for number, place in self._places]
+        self._first_rows = [within[number][place] for number, place in places]  # in the file
         self.rows_per_read = int(np.median(rows)) if rows else 1
         self.mean_bytes = sum(group.stop - group.start for file in files for group in file.groups) / max(1, len(self))
         parts = [f"{_base(file.url)} {[group[:3] for group in file.groups]}" for file in files]
+        parts += [f"on a grid of {self.together}"] if self.together > 1 else []
         self.manifest_hash = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
         self._forget()
 
     def _forget(self) -> None:
-        self._kept: OrderedDict[int, list[RawSample | Damage]] = OrderedDict()
+        self._kept: OrderedDict[int, list[Row]] = OrderedDict()
+        self._kept_bytes: dict[int, int] = {}
+        self._confirmed: set[int] = set()
         self._footers: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
+        self._reading = [threading.Lock() for _ in range(_LOCKS)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_footers", "_lock")}
+        own = ("_kept", "_kept_bytes", "_confirmed", "_footers", "_lock", "_reading")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -110,43 +121,76 @@ class ParquetDataset:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def numbers_of(self, rows: np.ndarray) -> np.ndarray:
+        """The numbers here of rows that are counted file after file: others where whole row groups come first."""
+        order = sorted(range(len(self._places)), key=lambda one: self._places[one])
+        starts = np.array([self._ends[one - 1] if one else 0 for one in order])
+        lengths = np.array([self._ends[one] for one in order]) - starts
+        group = np.searchsorted(np.cumsum(lengths), rows, side="right")
+        found: np.ndarray = starts[group] + rows - (np.cumsum(lengths) - lengths)[group]
+        return found
+
     def parse(self, entry: RawSample | Damage) -> RawSample | Damage:
-        return with_filters(entry, self.filters)
+        return entry
 
     def read(self, start: int, stop: int) -> list[RawSample | Damage]:
-        return [self.parse(entry) for entry in self.fetch(start, stop)]
+        return self.fetch(start, stop)
 
     def key_crcs(self) -> np.ndarray:
-        found = [
-            zlib.crc32(f"{_base(file.url)}:{row}".encode("utf-8", "surrogateescape"))
-            for file in self.files
-            for row in range(file.rows)
-        ]
-        return np.array(found, dtype=np.uint32)
+        found = np.empty(len(self), np.uint32)
+        at = 0
+        for (number, place), first in zip(self._places, self._first_rows, strict=True):
+            file = self.files[number]
+            name = _base(file.url).encode("utf-8", "surrogateescape")
+            for row in range(first, first + file.groups[place].rows):
+                found[at] = zlib.crc32(b"%b:%d" % (name, row))
+                at += 1
+        return found
 
     def fetch(self, start: int, stop: int) -> list[RawSample | Damage]:
-        found: list[RawSample | Damage] = []
+        found: list[Row] = []
         while start < stop:
             number = bisect_right(self._ends, start)
             end = min(stop, self._ends[number])
             first = self._ends[number - 1] if number else 0
             found += self._group(number)[start - first : end - first]
             start = end
-        return found
+        # files that rows name are read here, for the rows that are asked for: a row group may name more than memory holds
+        whole = (self._with_file(row) if isinstance(row, _Named) else row for row in found)
+        return [with_filters(row, self.filters) for row in whole]
 
-    def _group(self, number: int) -> list[RawSample | Damage]:
-        with self._lock:
-            if number in self._kept:
-                self._kept.move_to_end(number)
-                return self._kept[number]
-        rows = self._read_group(number)
-        with self._lock:
-            self._kept[number] = rows
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+    def _with_file(self, row: _Named) -> RawSample | Damage:
+        if row.path.startswith("/") or ":" in row.path or ".." in row.path.split("/") or "\\" in row.path:
+            return Damage(row.key, row.shard, f"it names {shown(row.path)}, which is no place beside its file")
+        url = join(folder_and_name(self._url_of(row.shard))[0], row.path)
+        try:
+            content = self.store.read_all(url)
+        except Gone:
+            reason = f"no image in column {self.columns.image} (it names {shown(row.path)}, which is not in the file, nor beside it)"
+            return Damage(row.key, row.shard, reason)
+        return RawSample({ending_of(content, row.path): content, **row.members}, row.key, row.shard)
+
+    def _url_of(self, name: str) -> str:
+        return next(file.url for file in self.files if redact(file.url) == name)
+
+    def _group(self, number: int) -> list[Row]:
+        with self._reading[number % _LOCKS]:
+            with self._lock:
+                # asked for again from the store itself, once: a row group is no small request
+                afresh = is_anew() and number not in self._confirmed
+                self._confirmed |= {number} if afresh else set()
+                if number in self._kept and not afresh:
+                    self._kept.move_to_end(number)
+                    return self._kept[number]
+            rows = self._read_group(number)
+            size = sum(len(content) for row in rows if not isinstance(row, Damage) for content in row.members.values())
+            with self._lock:
+                self._kept[number], self._kept_bytes[number] = rows, size
+                while len(self._kept) > 1 and sum(self._kept_bytes.values()) > _KEPT_BYTES:
+                    del self._kept_bytes[self._kept.popitem(last=False)[0]]
         return rows
 
-    def _read_group(self, number: int) -> list[RawSample | Damage]:
+    def _read_group(self, number: int) -> list[Row]:
         """All rows of a row group. Raises Outage; anything else that is wrong is Damage of its rows."""
         place, within = self._places[number]
         file, first = self.files[place], self._first_rows[number]
@@ -181,23 +225,26 @@ class ParquetDataset:
                 break
         return [Damage(f"row {first + row}", name, wrong) for row in range(group.rows)]
 
-    def _decode(self, place: int, within: int, first: int) -> list[RawSample | Damage]:
+    def _decode(self, place: int, within: int, first: int) -> list[Row]:
         parquet = _pyarrow()
         file = self.files[place]
         group, name = file.groups[within], redact(file.url)
         data = self.store.read(file.url, group.start, group.stop, file.stat)
         footer = self._footer(place)
         source = _Part(data, group.start, file.stat.size)
-        columns = [self.columns.image, *([self.columns.label] if self.columns.label else [])]
-        table = parquet.ParquetFile(source, metadata=footer, pre_buffer=False).read_row_group(within, columns, use_threads=False)
+        wanted = self.columns.read(self.metadata)
+        table = parquet.ParquetFile(source, metadata=footer, pre_buffer=False).read_row_group(within, wanted, use_threads=False)
         if table.num_rows != group.rows:
             raise ValueError(f"{table.num_rows} rows, not {group.rows}")
-        images = table.column(self.columns.image).to_pylist()
-        labels = table.column(self.columns.label).to_pylist() if self.columns.label else [None] * group.rows
-        return [
-            _sample(image, label, f"row {first + row}", name, self.columns.image)
-            for row, (image, label) in enumerate(zip(images, labels, strict=True))
-        ]
+        return [self._row(row, f"row {first + number}", name) for number, row in enumerate(_rows(table, wanted))]
+
+    def _row(self, row: dict[str, Any], key: str, name: str) -> Row:
+        found = row_members(row, self.columns, key, name)
+        if isinstance(found, Damage):
+            return found
+        members, path = found
+        members = {**members, **further_members(row, self.columns)} if self.metadata else members
+        return _Named(path, members, key, name) if path else RawSample(members, key, name)
 
     def _footer(self, place: int) -> Any:
         with self._lock:
@@ -206,35 +253,66 @@ class ParquetDataset:
         footer = _read_footer(self.store, self.files[place].url, self.files[place].stat)
         with self._lock:
             self._footers[place] = footer
-            while len(self._footers) > 64:
+            while len(self._footers) > _FOOTERS:
                 self._footers.popitem(last=False)
         return footer
 
+    def keep_footers(self, footers: dict[int, Any]) -> None:
+        """Those that this process has read."""
+        self._footers = OrderedDict(list(footers.items())[:_FOOTERS])
 
-def open_parquet(name: str, store: Store, found: dict[str, Stat | None]) -> ParquetDataset:
+    def measure_files(self) -> None:
+        """Of rows that only name their images: how large those are, by a few of them."""
+        sizes = []
+        for row in self._group(0)[:: max(1, len(self._group(0)) // 8)]:
+            if isinstance(row, _Named) and isinstance(found := self._with_file(row), RawSample):
+                sizes.append(sum(map(len, found.members.values())))
+        if sizes:
+            self.mean_bytes, self.together, self.rows_per_read = float(np.mean(sizes)), 1, 1
+
+
+def _usual(rows: list[int]) -> tuple[int, float]:
+    """(the length of a row group that most rows lie in, the share of them that do)"""
+    counts = Counter(rows)
+    usual = max(counts, key=lambda length: length * counts[length], default=1)
+    return usual, usual * counts[usual] / max(1, sum(rows))
+
+
+def _rows(table: Any, wanted: list[str]) -> Any:
+    columns = [table.column(name).to_pylist() for name in wanted]
+    return (dict(zip(wanted, values, strict=True)) for values in zip(*columns, strict=True))
+
+
+def open_parquet(
+    name: str, store: Store, found: dict[str, Stat | None], in_groups: bool = False, metadata: bool = False
+) -> ParquetDataset:
     """Read all footers. DataError for a file that is none, or whose columns differ from the first one's."""
     urls = list(found)
     with ThreadPoolExecutor(_THREADS) as pool:
-        opened = list(pool.map(lambda url: _open_file(store, url, found[url]), urls))
+        opened = list(pool.map(lambda url: _open_file(store, url, found[url], metadata), urls))
     columns = opened[0][1]
-    for url, (_, others) in zip(urls, opened, strict=True):
-        if others != columns:
+    footers = [footer for file, _, footer in opened if file.rows]
+    for url, (_, others, _) in zip(urls, opened, strict=True):
+        if others[:3] != columns[:3] or (metadata and others != columns):
             raise DataError(
                 f"{shown(url)} has image and label in {others.image} and {others.label} ({len(others.classes)} classes), the first file in "
                 f"{columns.image} and {columns.label} ({len(columns.classes)}): files of one set have the same columns."
             )
-    dataset = ParquetDataset(name, store, [file for file, _ in opened if file.rows], columns)
+    dataset = ParquetDataset(name, store, [file for file, _, _ in opened if file.rows], columns, in_groups, metadata)
     if not len(dataset):
         raise DataError(f"{name} holds no rows: {len(urls)} Parquet file(s), all empty.")
+    dataset.keep_footers(dict(enumerate(footers)))
+    if dataset.mean_bytes < _NO_IMAGE:
+        dataset.measure_files()
     return dataset
 
 
-def _open_file(store: Store, url: str, stat: Stat | None) -> tuple[File, Columns]:
+def _open_file(store: Store, url: str, stat: Stat | None, metadata: bool) -> tuple[File, Columns, Any]:
     try:
         stat = stat or store.stat(url)
         footer = _read_footer(store, url, stat)
         columns = choose_columns(footer, url)
-        wanted = [columns.image, *([columns.label] if columns.label else [])]
+        wanted = columns.read(metadata)
         groups = tuple(_group_of(footer.row_group(place), wanted) for place in range(footer.num_row_groups))
     except Gone as error:
         raise DataError(f"{error}. Check the data pattern.") from None
@@ -247,49 +325,7 @@ def _open_file(store: Store, url: str, stat: Stat | None) -> tuple[File, Columns
             raise DataError(
                 f"{shown(url)} is no Parquet file that can be read: a row group of {group.rows} rows lies outside of it."
             )
-    return File(url, stat, groups), columns
-
-
-def choose_columns(footer: Any, url: str) -> Columns:
-    """Image, label and names of the classes, by the Hugging Face's features where the file has them, else by the columns' names."""
-    schema = footer.schema.to_arrow_schema()
-    try:
-        features = json.loads((footer.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, KeyError, TypeError):
-        features = {}
-    features = features if isinstance(features, dict) else {}
-
-    def kind(name: str) -> Any:
-        feature = features.get(name)
-        return feature.get("_type") if isinstance(feature, dict) else None
-
-    names = [name for name in schema.names if schema.names.count(name) == 1]
-    holds = [name for name in names if _holds_bytes(schema.field(name).type)]
-    image = next((name for name in holds if kind(name) == "Image"), None)
-    image = image or next((name for wish in _IMAGES for name in holds if name.lower() == wish), None)
-    image = image or (holds[0] if len(holds) == 1 else None)
-    if image is None:
-        raise DataError(
-            f"{shown(url)}: no column of images among {', '.join(schema.names) or 'none'}; expected bytes, or bytes and path, in one named "
-            f"{', '.join(_IMAGES[:3])}, ..."
-        )
-    numbers = [
-        name for name in names if str(schema.field(name).type) in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32")
-    ]
-    label = next((name for name in numbers if kind(name) == "ClassLabel"), None)
-    label = label or next((name for wish in _LABELS for name in numbers if name.lower() == wish), None)
-    classes = features[label].get("names") if label and kind(label) == "ClassLabel" else None
-    return Columns(image, label, tuple(map(str, classes)) if isinstance(classes, list) else ())
-
-
-def _holds_bytes(kind: Any) -> bool:
-    """bytes, or a struct of which one field is `bytes`."""
-    if str(kind) in ("binary", "large_binary"):
-        return True
-    return str(kind).startswith("struct<") and any(
-        kind.field(place).name == "bytes" and str(kind.field(place).type) in ("binary", "large_binary")
-        for place in range(kind.num_fields)
-    )
+    return File(url, stat, groups), columns, footer
 
 
 def _group_of(group: Any, wanted: list[str]) -> Group:
@@ -304,20 +340,6 @@ def _group_of(group: Any, wanted: list[str]) -> Group:
         stops.append(starts[-1] + column.total_compressed_size)
         unpacked += column.total_uncompressed_size
     return Group(group.num_rows, min(starts), max(stops), unpacked)
-
-
-def _sample(image: Any, label: Any, key: str, shard: str, column: str) -> RawSample | Damage:
-    path = ""
-    if isinstance(image, dict):
-        path, image = image.get("path") or "", image.get("bytes")
-    if not isinstance(image, bytes):
-        where = f" (it names {shown(path)}, which is not in the file)" if path else ""
-        return Damage(key, shard, f"no image in column {column}{where}")
-    ending = path.rpartition(".")[2].lower()
-    members = {ending if ending in IMAGE_EXTENSIONS else "npy" if image.startswith(b"\x93NUMPY") else "jpg": image}
-    if label is not None:
-        members["cls"] = b"%d" % label
-    return RawSample(members, key, shard)
 
 
 def _read_footer(store: Store, url: str, stat: Stat) -> Any:

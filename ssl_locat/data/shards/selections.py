@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.seeds import mix64, mix64_array
 
@@ -30,7 +30,7 @@ class Joined:
         self.name = ", ".join(dataset.name for dataset in self.datasets)
         self.manifest_hash = _digest(*(dataset.manifest_hash for dataset in self.datasets))
         self.mean_bytes = sum(d.mean_bytes * len(d) for d in self.datasets) / max(1, len(self))
-        self.by_range = all(dataset.by_range for dataset in self.datasets)
+        self.by_range, self.together = all(dataset.by_range for dataset in self.datasets), 1
         self.remote = any(dataset.remote for dataset in self.datasets)
         self.store = self.datasets[0].store
         self.classes: list[str] = next((found for part in self.datasets if (found := getattr(part, "classes", []))), [])
@@ -79,7 +79,7 @@ class Chosen:
         # where neighbours lie too far apart to share a read, each is read by itself, many at a time
         self.gap = 1 + int(_GAP_BYTES / max(1, dataset.mean_bytes)) if dataset.by_range else 1
         spread = (self.indices[-1] - self.indices[0] + 1) / len(self.indices) if len(self.indices) else 1
-        self.by_range = dataset.by_range and spread <= self.gap
+        self.by_range, self.together = dataset.by_range and spread <= self.gap, 1
 
     def __len__(self) -> int:
         return len(self.indices)

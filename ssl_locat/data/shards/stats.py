@@ -13,7 +13,8 @@ from ssl_locat.config.yaml_files import dump_yaml, read_value
 from ssl_locat.data.images.bands import band_count, decode_stored, needs_bands, picked
 from ssl_locat.data.images.decode import MAX_PIXELS, decode_image, find_image
 from ssl_locat.data.images.statistics import ChannelStatistics, Counting
-from ssl_locat.data.shards.index import Dataset, open_dataset
+from ssl_locat.data.shards.index import open_dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.errors import CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.runs.durable import write_atomically

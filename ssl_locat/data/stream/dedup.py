@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssl_locat.data.images.likeness import alignment
-from ssl_locat.data.shards.index import FolderDataset, open_dataset
+from ssl_locat.data.shards.folder import FolderDataset
+from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.left_out import write_lists
 from ssl_locat.data.stream.duplicates import ALIKE, Looks, Pairs, find_pairs, look_at
 from ssl_locat.errors import DataError

@@ -14,7 +14,7 @@ from ssl_locat.data.images.bands import Bands, decode_stored, needs_bands, picke
 from ssl_locat.data.images.decode import MAX_PIXELS, decode_image, find_image
 from ssl_locat.data.images.eight_bits import as_corrupt
 from ssl_locat.data.images.likeness import alignment, thumbnail
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.stream.nearest import NEAREST, let_go, nearest, nearest_of_many
 from ssl_locat.data.stream.ordered import Unread, read_in_order

@@ -6,14 +6,14 @@ permuted over the whole dataset, anew in each pass. Who computes a position (ran
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.errors import CheckpointError, ConfigError
 from ssl_locat.seeds import mix64, mix64_array
 
@@ -46,6 +46,8 @@ class Plan:
     window: int  # samples; a multiple of chunk
     chunk: int  # samples
     version: int = field(default=VERSION)
+    # chunk of each dataset whose samples lie on a grid on which alone they are read (row groups), 0 of another; (): 0 of all
+    grids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
@@ -54,6 +56,7 @@ class Plan:
                 "Continue with the release that wrote the checkpoint, or start a new run from its weights."
             )
         assert 1 <= self.lanes <= min(self.sizes) and self.window % self.chunk == 0 and len(self.sizes) == len(self.quotas)
+        assert len(self.grids) in (0, len(self.sizes))
 
     @cached_property
     def shares(self) -> tuple[float, ...]:
@@ -66,8 +69,9 @@ class Plan:
         dataset, index = self._mix(lane, turn * self.unit + within)
         low, high = self._lane_part(dataset, lane)
         epoch, index = divmod(index, high - low)
-        window = (low + index) // self.window
-        return Slot(dataset, epoch, lane, window, low + index - max(low, window * self.window))
+        length = self.window_of(dataset)
+        window = (low + index) // length
+        return Slot(dataset, epoch, lane, window, low + index - max(low, window * length))
 
     def slots(self, positions: range) -> list[Slot]:
         """`slot` of each position, several times as fast for one dataset: what a batch needs at once."""
@@ -77,21 +81,25 @@ class Plan:
         turn, lane = np.divmod(run, self.lanes)
         low, high = np.array([self._lane_part(0, lane) for lane in range(self.lanes)]).T[:, lane]
         epoch, index = np.divmod(turn * self.unit + within, high - low)
-        window = (low + index) // self.window
-        offset = low + index - np.maximum(low, window * self.window)
+        length = self.window_of(0)
+        window = (low + index) // length
+        offset = low + index - np.maximum(low, window * length)
         return [Slot(0, *rest) for rest in zip(*(a.tolist() for a in (epoch, lane, window, offset)), strict=True)]
 
     def window_samples(self, dataset: int, epoch: int, lane: int, window: int) -> np.ndarray:
         """int64 [<= window]: the samples of one window in the order in which its lane meets them."""
         low, high = self._lane_part(dataset, lane)
-        places = np.arange(max(low, window * self.window), min(high, (window + 1) * self.window))
+        chunk, length = self.chunk_of(dataset), self.window_of(dataset)
+        places = np.arange(max(low, window * length), min(high, (window + 1) * length))
         keys = mix64_array(mix64(self.seed, _WINDOW, dataset, epoch, lane, window), places)
         places = places[np.argsort(keys, kind="stable")]
         size = self.sizes[dataset]
-        chunks, within = np.divmod(places, self.chunk)
+        chunks, within = np.divmod(places, chunk)
         first = int(chunks.min())
-        moved = [self._permute_chunk(chunk, dataset, epoch) for chunk in range(first, int(chunks.max()) + 1)]
-        places = np.array(moved, dtype=np.int64)[chunks - first] * self.chunk + within
+        moved = [self._permute_chunk(number, dataset, epoch) for number in range(first, int(chunks.max()) + 1)]
+        places = np.array(moved, dtype=np.int64)[chunks - first] * chunk + within
+        if self._grid(dataset):  # turned, chunks would begin in the middle of what is read as one
+            return places
         # turning the whole circle by a random step gives a sample new chunk mates in every pass
         samples: np.ndarray = (places + mix64(self.seed, _ROTATION, dataset, epoch) % size) % size
         return samples
@@ -104,9 +112,22 @@ class Plan:
     def following(self, slot: Slot) -> tuple[int, int, int, int]:
         """(dataset, epoch, lane, window) of the window that this lane reads after the slot's, from the same dataset."""
         low, high = self._lane_part(slot.dataset, slot.lane)
-        if (slot.window + 1) * self.window < high:
+        length = self.window_of(slot.dataset)
+        if (slot.window + 1) * length < high:
             return slot.dataset, slot.epoch, slot.lane, slot.window + 1
-        return slot.dataset, slot.epoch + 1, slot.lane, low // self.window
+        return slot.dataset, slot.epoch + 1, slot.lane, low // length
+
+    def chunk_of(self, dataset: int) -> int:
+        """Neighbouring samples that are read together."""
+        return self._grid(dataset) or self.chunk
+
+    def window_of(self, dataset: int) -> int:
+        """Samples that are shuffled together: whole chunks."""
+        grid = self._grid(dataset)
+        return grid * max(1, self.window // grid) if grid else self.window
+
+    def _grid(self, dataset: int) -> int:
+        return self.grids[dataset] if self.grids else 0
 
     def augment_seed(self, position: int) -> int:
         """Seed of a position's crops."""
@@ -129,7 +150,10 @@ class Plan:
 
     def to_dict(self) -> dict:
         """What a checkpoint keeps: plain JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        found = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if not self.grids:  # as releases before this field wrote it, and read it
+            del found["grids"]
+        return found
 
     @staticmethod
     def from_dict(saved: dict) -> "Plan":
@@ -153,7 +177,7 @@ class Plan:
 
     def _permute_chunk(self, chunk: int, dataset: int, epoch: int) -> int:
         """Feistel network on the full chunks, walking on until it lands inside; the short last chunk stays where it is."""
-        count = self.sizes[dataset] // self.chunk
+        count = self.sizes[dataset] // self.chunk_of(dataset)
         if chunk >= count:
             return chunk
         # the network permutes 2^(2 * half) numbers, fewer than 4 * count: a few rounds of walking at most
@@ -192,6 +216,7 @@ _RETURN = (
     1024  # positions after which a lane comes again, at least: neighbours in a chunk keep that distance, or share a run of `unit`
 )
 _LANE = 8  # samples of a lane, at least, on average
+_FEWEST_GROUPS = 64  # row groups of a set whose order is chosen by row groups
 _RANKS = 64  # up to which a lane belongs to one rank, if the batch is a multiple of it
 
 
@@ -212,6 +237,7 @@ def choose_plan(
     best = min(_CHUNK_BYTES / mean_bytes, max(sizes) / 64) if all(dataset.by_range for dataset in datasets) else 8
     # a row group of Parquet is read whole or not at all: chunks as long as that, as far as memory and shuffling allow
     best = max(best, *(min(getattr(dataset, "rows_per_read", 0), max(sizes) / 64) for dataset in datasets), 0)
+    grids = tuple(dataset.together if dataset.together > 1 else 0 for dataset in datasets)
     most = max(1, min(sizes) // _LANE)  # lanes
     # every lane comes once in so many global batches, whole ones: then a rank's slices of them always hold the same lanes
     rounds = max(1, min(8, -(-_RETURN // global_batch_size)))
@@ -230,7 +256,42 @@ def choose_plan(
         if readable and pool >= 1:
             break
     assert chosen
-    return chosen
+    return _on_grids(chosen, grids, datasets, global_batch_size, rounds, memory_bytes) if any(grids) else chosen
+
+
+def _on_grids(
+    plan: Plan, grids: tuple[int, ...], datasets: Sequence[Dataset], global_batch_size: int, rounds: int, memory_bytes: int
+) -> Plan:
+    """The plan with chunks on the grids of what is read together: of the most lanes whose windows of whole row groups fit into the memory; of
+    parts of them (each read so many times) where none do; as it is for a set of so few row groups that shuffling them would mix little."""
+    sizes = plan.sizes
+    grids = tuple(grid if sizes[place] >= _FEWEST_GROUPS * grid else 0 for place, grid in enumerate(grids))
+    if not any(grids):
+        return plan
+    # of a lane, of all datasets at once: each has a window of its own
+    pairs = list(zip(grids, datasets, strict=True))
+    other_bytes = sum(plan.window * dataset.mean_bytes for grid, dataset in pairs if not grid)
+    group_bytes = sum(grid * dataset.mean_bytes for grid, dataset in pairs)
+    room = memory_bytes * _POOL_SHARE
+    # a lane ends within a row group, which is then read twice: few lanes beside the number of groups
+    most = min(sizes[place] // (4 * grid) for place, grid in enumerate(grids) if grid)
+    units = _units(global_batch_size, max(1, min(sizes) // _LANE))
+    choices = {global_batch_size // unit * turns: unit for unit in reversed(units) for turns in range(1, rounds + 1)}
+    few = [lanes for lanes in choices if lanes <= min(most, min(sizes) // _LANE)] or [min(choices)]
+    lanes = next((lanes for lanes in sorted(few, reverse=True) if lanes * (group_bytes + other_bytes) <= room), min(few))
+    parts = max(1, -(-lanes * group_bytes // max(1, room - lanes * other_bytes)) if room > lanes * other_bytes else max(grids))
+    # a part must divide its row group evenly, or it would reach into the next one
+    grids = tuple(grid // _divisor(grid, int(parts)) if grid else 0 for grid in grids)
+    chunk, window = plan.chunk, plan.window
+    if all(grids):
+        chunk = max(grids)
+        window = chunk * max(1, min(4, int(room * parts / lanes / group_bytes)))
+    return replace(plan, lanes=lanes, unit=choices[lanes], window=window, chunk=chunk, grids=grids)
+
+
+def _divisor(number: int, least: int) -> int:
+    """The smallest divisor of a number from `least` on; the number itself at most."""
+    return next((parts for parts in range(least, number) if number % parts == 0), max(1, number))
 
 
 def _units(global_batch_size: int, most: int) -> list[int]:

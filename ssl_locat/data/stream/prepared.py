@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ssl_locat.data.shards.filters import filtered
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stores.store import anew
 from ssl_locat.errors import CorruptSample, MissingMember

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stores.store import stop_waiting_when
 from ssl_locat.data.stream.plan import Plan

@@ -16,7 +16,7 @@ from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.stream.plan import Plan
 from ssl_locat.data.stream.read_ahead import ReadAhead, ReadCounts, Share
 from ssl_locat.data.stream.workers import start_worker

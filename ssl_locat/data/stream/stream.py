@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stream.plan import MEMORY_BYTES, Plan, Slot, micro_batch_size
 from ssl_locat.data.stream.prepared import prepared, read_again

@@ -22,7 +22,9 @@ from torch import Tensor
 from ssl_locat.data.images.bands import Bands, how_many
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.shards.filters import filtered
-from ssl_locat.data.shards.index import Dataset, FolderDataset, is_compressed, open_dataset, open_mix
+from ssl_locat.data.shards.folder import FolderDataset
+from ssl_locat.data.shards.index import is_compressed, open_dataset, open_mix
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.left_out import without_left_out
 from ssl_locat.data.shards.selections import Chosen, Joined, some
 from ssl_locat.data.shards.shard_index import default_cache_dir
@@ -54,7 +56,7 @@ class CompressedShard:
     """A .tar.gz, .tar.bz2 or .tar.xz, unpacked into memory (forked workers share it): labelled sets often come so, and are small."""
 
     OPENERS: ClassVar = {"gz": gzip.decompress, "tgz": gzip.decompress, "bz2": bz2.decompress, "xz": lzma.decompress}
-    by_range, remote = True, False
+    by_range, together, remote = True, 1, False
 
     def __init__(self, url: str, store: Store):
         suffix = url.rpartition(".")[2].lower()

@@ -19,7 +19,7 @@ import numpy as np
 from ssl_locat.data.images.bands import Bands
 from ssl_locat.data.images.decode import decode_image, decode_mask, find_image, find_mask
 from ssl_locat.data.images.eight_bits import image_orientation
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.selections import some
 from ssl_locat.data.shards.tar import Damage, RawSample
 from ssl_locat.data.stores.store import Store
@@ -115,7 +115,7 @@ class FilePairs:
     """Pairs of local files, a dataset as data/shards/index.py describes it. Every mask is looked for at once: a missing one is better
     known before an hour of training."""
 
-    by_range, remote = False, False
+    by_range, together, remote = False, 1, False
 
     def __init__(self, paths: list[tuple[Path, Path]], where: str, store: Store):
         missing = [path for pair in paths for path in pair if not path.is_file()]

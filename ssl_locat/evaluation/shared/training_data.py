@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_locat.data.shards.index import Dataset
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.stream.plan import Plan, choose_plan, resume_plan
 from ssl_locat.data.stream.prefetch import prefetch
 from ssl_locat.data.stream.stream import TrainStream

@@ -284,7 +284,7 @@ def test_a_hundred_thousand_shards_open_in_seconds(tmp_path):
         file.write(text + len(text).to_bytes(8, "little"))
     began = time.perf_counter()
     known = shard_index.read_index(Store(), str(tmp_path / "shards.index"))
-    from ssl_locat.data.shards.index import ShardDataset
+    from ssl_locat.data.shards.shard_set import ShardDataset
 
     dataset = ShardDataset("huge", Store(), list(known.values()))
     assert len(dataset) == 10**9

@@ -1,9 +1,11 @@
 """Parquet files of images: rows by number, labels and classes as the hub's data sets have them, damage named by file and row."""
 
 import io
+import json
 
 import fsspec
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
@@ -12,7 +14,7 @@ from shards import write_parquet, write_parquets
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.shards.check import check, show
 from ssl_locat.data.shards.index import open_dataset
-from ssl_locat.data.shards.parquet import ParquetDataset
+from ssl_locat.data.shards.parquet import ParquetDataset, open_parquet
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import DataError
@@ -113,7 +115,49 @@ def test_a_row_without_an_image_is_damage_of_that_row(tmp_path):
     write_parquet(tmp_path / "a.parquet", some, 4, FEATURES)
     found = open_dataset(str(tmp_path / "a.parquet")).read(0, 4)
     assert [isinstance(sample, Damage) for sample in found] == [False, True, True, False]
-    assert found[1].reason == "no image in column photo" and "names elsewhere.png, which is not in the file" in found[2].reason
+    assert found[1].reason == "no image in column photo" and "names elsewhere.png, which is not in the file, nor beside it" in found[2].reason
+
+
+def test_images_that_rows_only_name_are_read_from_beside_the_file(tmp_path):
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    some = []
+    for i in range(30):
+        (tmp_path / "set" / "images" / f"{i}.png").write_bytes(png(i))
+        some.append({"image": {"bytes": None, "path": f"images/{i}.png"}, "label": i % 3})
+    paths = {3: "../secret.png", 4: "/etc/passwd", 5: "http://elsewhere/a.png", 6: "images/gone.png"}
+    for place, path in paths.items():
+        some[place]["image"]["path"] = path
+    schema = pyarrow.schema(
+        [("image", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])), ("label", pyarrow.int64())]
+    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some, schema), tmp_path / "set" / "a.parquet")
+    dataset = open_dataset(f"{tmp_path}/set/a.parquet")
+    samples = dataset.read(0, 30)
+    damaged = {place: sample.reason for place, sample in enumerate(samples) if isinstance(sample, Damage)}
+    assert list(damaged) == [3, 4, 5, 6] and "no place beside its file" in damaged[3] and "nor beside it" in damaged[6]
+    assert [value(sample) for place, sample in enumerate(samples) if place not in damaged] == [0, 1, 2, *range(7, 30)]
+    assert find_label(samples[7].members) == 1 and 50 < dataset.mean_bytes < 200  # of the images, not of the rows
+
+
+def test_a_list_of_images_is_one_sample_of_several_members(tmp_path):
+    lists = [{"images": [{"bytes": png(i), "path": "a.png"}, {"bytes": png(i + 1), "path": None}]} for i in range(3)]
+    lists += [{"images": []}, {"images": [{"bytes": None, "path": "b.png"}]}]
+    write_parquet(tmp_path / "a.parquet", lists, 10)
+    found = open_dataset(str(tmp_path / "a.parquet")).read(0, 5)
+    assert set(found[1].members) == {"0.png", "1.png"} and value(found[1]) == 1
+    assert int(decode_image(find_image(found[1].members, "1.png"))[0, 0, 0]) == 2
+    assert "empty list" in found[3].reason and "no image at place 0" in found[4].reason
+
+
+def test_other_columns_are_members_where_metadata_is_asked_for(tmp_path):
+    some = [{"image": png(i), "label": i, "site": f"ward {i}", "age": 40.5 + i, "mask": {"bytes": png(7), "path": None}} for i in range(4)]
+    write_parquet(tmp_path / "a.parquet", some, 4)
+    store = Store()
+    plain, whole = (
+        open_parquet("a", store, store.expand(str(tmp_path / "a.parquet")), metadata=metadata).read(2, 3)[0] for metadata in (False, True)
+    )
+    assert set(plain.members) == {"png", "cls"} and set(whole.members) == {"png", "cls", "json", "mask.png"}
+    assert json.loads(whole.members["json"]) == {"site": "ward 2", "age": 42.5} and value(whole) == 2
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ class Numbers:
     """A dataset as choose_plan sees it."""
 
     def __init__(self, count: int, mean_bytes: float = 1e5, manifest_hash: str = "a", by_range: bool = True):
+        self.together = 1
         self.count, self.mean_bytes, self.manifest_hash, self.by_range, self.name = (
             count,
             mean_bytes,

@@ -1,16 +1,20 @@
-"""ssl_locat: the stream that training reads, from plain tars; the state is one integer and the plan, the same for all ranks."""
+"""ssl_locat: the stream that training reads, from plain tars; the state is one integer and the plan, the same for all ranks.
+
+`ours_parquet`, `ours_zip` and `ours_raster` are the same on other kinds of shards.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ssl_locat.benchmarks.reliability.samples import SECOND, Job, batch, seen, shard_urls, write_tars
+from ssl_locat.benchmarks.reliability.samples import SECOND, Job, batch, seen, write_tars
 from ssl_locat.data.images.decode import decode_image
 from ssl_locat.data.shards.index import open_mix
+from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import choose_plan, resume_plan
@@ -25,24 +29,41 @@ def prepare(raw: RawSample, seed: int) -> tuple[int, int, int]:
 
 
 class Reader:
+    prepare = staticmethod(prepare)
+
     def __init__(self, job: Job):
         self.job = job
         self.state: dict[str, Any] = json.loads(job.state.read_text()) if job.state else {}
-        spec = [{"shards": shard_urls(data), "weight": weight} for data, weight in zip(job.data, job.weights, strict=True)]
+        spec = [{"shards": self.shards(data), "weight": weight} for data, weight in zip(job.data, job.weights, strict=True)]
         # a minute, not five, until a store that does not answer is an outage
-        self.datasets, weights = open_mix(spec, store=Store(budget_seconds=60))
+        self.datasets, weights = open_mix(spec, store=Store(budget_seconds=60), in_groups=True)
         known = self.state.get("plan")
         self.plan = (
             resume_plan(known, self.datasets, weights, SEED) if known else choose_plan(self.datasets, weights, SEED, job.batch)
         )
         self.start = self.taken = self.state.get("samples_seen", 0)
+        self.orders = [self.order(dataset) for dataset in self.datasets]
+
+    def shards(self, data: str) -> Any:
+        return self.urls(data, FORMAT)
+
+    def urls(self, data: str, ending: str) -> list[str]:
+        """The shards of a folder, or of a web server that has as many as `URL#COUNT` says."""
+        if data.startswith("http"):
+            url, _, count = data.partition("#")
+            return [f"{url}/{number:05d}{ending}" for number in range(int(count))]
+        return [str(path) for path in sorted(Path(data).glob(f"*{ending}"))]
+
+    def order(self, dataset: Dataset) -> Sequence[int]:
+        """Which picture each sample of a data set is."""
+        return range(len(dataset))
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         job = self.job
         with TrainStream(
             self.datasets,
             self.plan,
-            prepare,
+            self.prepare,
             batch,
             start_samples=self.start,
             global_batch_size=job.batch,
@@ -66,7 +87,7 @@ class Reader:
             kept = [place for place, (_, _, number_of_pass) in enumerate(places) if number_of_pass == 0]
             return {name: [values[place] for place in kept] for name, values in payload.items()}
         for place, (dataset, number, _) in enumerate(places):
-            if payload["number"][place] != number + SECOND * dataset and positions[place] not in damaged:
+            if payload["number"][place] != self.orders[dataset][number] + SECOND * dataset and positions[place] not in damaged:
                 payload["checksum"][place] = -1
         return payload
 
