@@ -119,7 +119,9 @@ def range_server(folder: Path):
             path = self.path.partition("?")[0]
             if path.startswith("/api/datasets/me/set/tree/"):
                 top = folder / path.removeprefix("/api/datasets/me/set/tree/").partition("/")[2]
-                found = sorted(top.rglob("*") if "recursive=True" in self.path or "recursive=true" in self.path else top.iterdir())
+                found = sorted(
+                    top.rglob("*") if "recursive=True" in self.path or "recursive=true" in self.path else top.iterdir()
+                )
                 return self._json([self._entry(one) for one in found])
             if path.startswith("/api/datasets/me/set"):
                 return self._json({"id": "me/set", "sha": commit, "siblings": []})

@@ -154,7 +154,7 @@ def _check_source(source: str) -> None:
         if not os.access(path, os.R_OK | os.X_OK):
             raise UserError(f"{source}: this folder may not be read (permission denied). Mend it: chmod -R u+rX {source}")
         return
-    if path.is_file() and ".tar" not in path.name and path.suffix != ".parquet":
+    if path.is_file() and ".tar" not in path.name and path.suffix.lower() not in (".parquet", ".zip"):
         raise DataError(f"{source} is a file. Expected a folder of images, tar shards, or a quoted pattern of them.")
     if path.exists():
         return
@@ -180,7 +180,7 @@ def check_enough(source: str) -> None:
     count = 0
     for _, _, files in os.walk(source, followlinks=False):
         endings = [name.rpartition(".")[2].lower() for name in files if not name.startswith("._")]
-        if "tar" in endings or "parquet" in endings:  # shards: how many samples are in them, only their index tells
+        if {"tar", "parquet", "zip"} & set(endings):  # shards: how many samples are in them, only their index tells
             return
         # a name is enough here; what does not decode counts as damage later
         count += sum(ending in (*IMAGE_EXTENSIONS, *ARRAY_EXTENSIONS) for ending in endings)

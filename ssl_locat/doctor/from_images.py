@@ -57,7 +57,7 @@ def is_images(given: str) -> bool:
         path.is_dir()
         or "://" in given
         or ".tar" in path.name
-        or path.suffix == ".parquet"
+        or path.suffix.lower() in (".parquet", ".zip")
         or any(letter in given for letter in "{*")
     )
 

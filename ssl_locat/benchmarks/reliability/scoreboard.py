@@ -79,7 +79,9 @@ def chosen(only: list[str]) -> list[tuple[str, str]]:
 
 
 def passes(peer: str, cell: str) -> int:
-    return {"ours": OUR_PASSES, "ours_parquet": PARQUET_PASSES, "ours_zip": FEW_PASSES, "ours_raster": FEW_PASSES}.get(peer, PASSES).get(cell, 4)
+    return {"ours": OUR_PASSES, "ours_parquet": PARQUET_PASSES, "ours_zip": FEW_PASSES, "ours_raster": FEW_PASSES}.get(
+        peer, PASSES
+    ).get(cell, 4)
 
 
 def environment(peer: str, folder: Path, install: bool) -> Path | None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ssl_locat.data.images.decode import decode_image, find_image
-from ssl_locat.data.shards.index import AnySet, is_compressed, is_parquet, open_dataset, read_compressed
+from ssl_locat.data.shards.index import AnySet, is_collection, is_compressed, kind_of, open_dataset, read_compressed
 from ssl_locat.data.shards.shard_index import scan_shard
 from ssl_locat.data.shards.shard_set import ShardDataset
 from ssl_locat.data.shards.tar import Damage, RawSample, parse
@@ -106,7 +106,11 @@ def _check_one(store: Store, url: str, decode: Callable[[RawSample], object] | N
     try:
         found.size = store.stat(url).size
         read = (
-            read_compressed(url, store) if is_compressed(url) else _rows(store, url) if is_parquet(url) else _samples(store, url)
+            read_compressed(url, store)
+            if is_compressed(url)
+            else _rows(store, url)
+            if kind_of(url) != "tar"
+            else _samples(store, url)
         )
         for sample in read:
             if isinstance(sample, RawSample) and decode:
@@ -127,7 +131,7 @@ def _check_one(store: Store, url: str, decode: Callable[[RawSample], object] | N
 
 
 def _rows(store: Store, url: str) -> Iterator[RawSample | Damage]:
-    """All rows of a Parquet file, a row group at a time."""
+    """All samples of a Parquet file or a zip archive."""
     dataset = open_dataset(url, store=store)
     for first in range(0, len(dataset), 64):
         yield from dataset.read(first, min(len(dataset), first + 64))
@@ -200,10 +204,10 @@ def _describe(data: bytes) -> str:
 
 def _as_pattern(spec: str | list[str], store: Store) -> str | list[str]:
     """A folder stands for the shards in it."""
-    if isinstance(spec, str) and ".tar" not in spec and not is_parquet(spec):
+    if isinstance(spec, str) and ".tar" not in spec and not is_collection(spec):
         files = list(store.walk(spec))
-        names = [name for name in files if "/" not in name and ".tar" in name] or [name for name in files if is_parquet(name)]
+        names = [name for name in files if "/" not in name and ".tar" in name] or [name for name in files if is_collection(name)]
         if not names:
-            raise DataError(f"{shown(spec)} holds no .tar shards and no Parquet files to check")
+            raise DataError(f"{shown(spec)} holds no .tar shards, Parquet files or zip archives to check")
         return [f"{spec.rstrip('/')}/{name}" for name in names]
     return spec

@@ -1,4 +1,4 @@
-"""Datasets: samples by number, out of tar shards, Parquet files or plain folders of images.
+"""Datasets: samples by number, out of tar shards, Parquet files, zip archives or plain folders of images.
 
 dataset = open_dataset("data/train-{000..099}.tar")      # or "s3://bucket/train-*.tar", a list of them, or a folder
 dataset.read(0, 32)                                      # 32 x RawSample, or Damage where a sample cannot be used
@@ -22,10 +22,13 @@ from ssl_locat.data.images.names import has_extension, warn_of_unread
 from ssl_locat.data.shards.filters import Filters
 from ssl_locat.data.shards.folder import FolderDataset
 from ssl_locat.data.shards.lists import check_counts, choose_split, has_splits, is_shard_list, read_shard_list
-from ssl_locat.data.shards.parquet import ENDING, ParquetDataset, open_parquet
+from ssl_locat.data.shards.parquet import ENDING as PARQUET
+from ssl_locat.data.shards.parquet import ParquetDataset, open_parquet
 from ssl_locat.data.shards.shard_index import open_shards, scan_shard, write_sidecars
 from ssl_locat.data.shards.shard_set import ShardDataset
 from ssl_locat.data.shards.tar import COMPRESSED, Damage, RawSample, parse
+from ssl_locat.data.shards.zips import ENDING as ZIP
+from ssl_locat.data.shards.zips import ZipDataset, open_zips
 from ssl_locat.data.stores.objects import Gone, Stat, join, normalise, scheme_of
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import ConfigError, CorruptSample, DataError, Outage
@@ -38,7 +41,7 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     **{".tbz2": bz2.open, ".xz": lzma.open, ".txz": lzma.open},
 }
 
-AnySet = ShardDataset | FolderDataset | ParquetDataset
+AnySet = ShardDataset | FolderDataset | ParquetDataset | ZipDataset
 
 
 def open_dataset(
@@ -48,11 +51,13 @@ def open_dataset(
     cache_dir: Path | None = None,
     split: str | None = None,
     in_groups: bool = False,
+    metadata: bool = False,
 ) -> AnySet:
-    """Open shards (paths, URLs, braces, globs; or a list of these; tars or Parquet), a wids list of shards, or a folder of shards or images.
+    """Open shards (paths, URLs, braces, globs; or a list of these; tars, Parquet or zip), a wids list of shards, or a folder of shards or images.
 
     split: 'train' or 'test': which one of a folder that holds several (lists.py).
     in_groups: rows of Parquet in the order that training reads them with the fewest bytes, not in that of the files (parquet.py).
+    metadata: the other columns of Parquet, too.
     Raises DataError for what is missing, empty, compressed, or of an unknown scheme; Outage if a store does not answer.
     """
     store = store or Store()
@@ -73,37 +78,54 @@ def open_dataset(
         found: dict[str, Stat | None] = shards
     else:
         found = store.expand(spec)
-    return _open_found(name, found, store, cache_dir, in_groups)
+    return _open_found(name, found, store, cache_dir, in_groups, metadata)
 
 
 def _open_found(
-    name: str, found: dict[str, Stat | None], store: Store, cache_dir: Path | None, in_groups: bool = False
-) -> ShardDataset | ParquetDataset:
+    name: str,
+    found: dict[str, Stat | None],
+    store: Store,
+    cache_dir: Path | None,
+    in_groups: bool = False,
+    metadata: bool = False,
+) -> ShardDataset | ParquetDataset | ZipDataset:
     if packed := next((url for url in found if is_compressed(url)), None):
         raise DataError(
             f"{shown(packed)} is compressed: samples inside cannot be reached by offset, as training does. Repack it once: "
             f"ssl-locat shards pack {shown(packed)} OUT_FOLDER (or unpack it to a plain .tar). Evaluation reads it as it is."
         )
-    parquet = [is_parquet(url) for url in found]
-    if any(parquet):
-        if not all(parquet):
-            raise DataError(f"{name}: Parquet files and others in one pattern. Name them apart, as a list of {{shards, weight}}.")
-        return open_parquet(name, store, found, in_groups)
+    kinds = {kind_of(url) for url in found}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{name}: {' and '.join(sorted(kinds))} in one pattern. Name them apart, as a list of {{shards, weight}}."
+        )
+    if kinds == {"Parquet"}:
+        return open_parquet(name, store, found, in_groups, metadata)
+    if kinds == {"zip"}:
+        return open_zips(name, store, found)
     dataset = ShardDataset(name, store, open_shards(store, found, cache_dir))
     if not len(dataset):
         raise DataError(f"{name} holds no samples: {len(found)} shard(s), all empty. Members must be named KEY.EXTENSION.")
     return dataset
 
 
-def is_parquet(url: str) -> bool:
-    return redact(url).lower().endswith(ENDING)
+def kind_of(url: str) -> str:
+    """What a file of samples is, by its name: "Parquet", "zip", or "tar", whatever else it is called."""
+    ending = redact(url).lower()
+    return "Parquet" if ending.endswith(PARQUET) else "zip" if ending.endswith(ZIP) else "tar"
+
+
+def is_collection(name: str) -> bool:
+    """Whether a name is that of a file that holds samples."""
+    base = redact(name).rpartition("/")[2]
+    return ".tar" in base or kind_of(base) != "tar"
 
 
 def _open_listed(spec: str, promised: dict[str, int], store: Store, cache_dir: Path | None = None) -> ShardDataset:
     """Shards of a wids list, in its order."""
     dataset = _open_found(redact(spec), dict.fromkeys(promised), store, cache_dir)
     if not isinstance(dataset, ShardDataset):
-        raise DataError(f"{dataset.name} lists Parquet files; a wids list is one of tars. Name them by a pattern.")
+        raise DataError(f"{dataset.name} lists other files than tars; a wids list is one of tars. Name them by a pattern.")
     check_counts(dataset.name, promised, ((shard.url, shard.count, shard.damaged) for shard in dataset.shards))
     return dataset
 
@@ -144,8 +166,8 @@ def _open_part(spec: str | list[str], store: Store, split: str | None, in_groups
 def write_index(spec: str | list[str]) -> list[str]:
     """Index shards and write `shards.index` into their folders, so that nobody need scan them again; returns the files written."""
     dataset = open_dataset(spec)
-    if isinstance(dataset, ParquetDataset):
-        raise DataError(f"{dataset.name} are Parquet files, which have their index at their end: nothing is to be done.")
+    if isinstance(dataset, ParquetDataset | ZipDataset):
+        raise DataError(f"{dataset.name}: Parquet files and zip archives have their index at their end: nothing is to be done.")
     if isinstance(dataset, FolderDataset):
         raise DataError(
             f"{dataset.name} is a folder of images: only tar shards have an index. Pack it first: ssl-locat shards pack FOLDER OUT"
@@ -197,12 +219,11 @@ def _as_folder(spec: str) -> str | None:
     url = normalise(spec)
     if scheme_of(url) == "file":
         return url if os.path.isdir(url) else None
-    base = redact(url).rpartition("/")[2]
-    return None if ".tar" in base or is_parquet(base) else url.rstrip("/")
+    return None if is_collection(url) else url.rstrip("/")
 
 
 def _list_folder(store: Store, folder: str, split: str | None) -> tuple[dict[str, Stat | None], list[str]]:
-    """({URL of a shard: Stat}, relative paths of images at any depth). Shards are tars at the top, or Parquet files where there is nothing else; where they lie deeper, or the folder's README
+    """({URL of a shard: Stat}, relative paths of images at any depth). Shards are tars at the top, or Parquet files or zip archives where there is nothing else; where they lie deeper, or the folder's README
     tells their splits, those of one split."""
     files = store.walk(folder)
     tars = [name for name in files if name.endswith(".tar") and not name.rpartition("/")[2].startswith("._")]
@@ -212,11 +233,12 @@ def _list_folder(store: Store, folder: str, split: str | None) -> tuple[dict[str
     if tars and (has_splits(store, folder, files) or not (top or images)):
         top = choose_split(store, folder, tars, split)
     if not tars and not images:  # the hub's data sets: Parquet at any depth, and images nowhere else
-        rows = [name for name in files if is_parquet(name)]
+        rows = [name for name in files if kind_of(name) == "Parquet"]
+        rows = rows or [name for name in files if kind_of(name) == "zip"]
         top = choose_split(store, folder, rows, split) if rows else []
     warn_of_unread(folder, files)
     if not top and not images:
         raise DataError(
-            f"{shown(folder)} holds neither .tar shards nor Parquet files nor images ({len(files)} files; images end in {', '.join(IMAGE_EXTENSIONS)})"
+            f"{shown(folder)} holds neither .tar shards nor Parquet files nor zip archives nor images ({len(files)} files; images end in {', '.join(IMAGE_EXTENSIONS)})"
         )
     return {join(folder, name): files[name] for name in top}, images

@@ -2,7 +2,8 @@
 
     ssl-locat shards pack FOLDER OUT [resize=256 max_shard_mb=... workers=... labels=... masks=... max_pixels=...]
 
-Reads a folder of images or of class folders, tars, tars of tars (ImageNet as shipped), compressed tars, shards to be repacked.
+Reads a folder of images or of class folders, tars, tars of tars (ImageNet as shipped), compressed tars, shards to be repacked; Parquet files and zip
+archives; and all of these on a store or the Hugging Face hub, which are copied to OUT/.unpacked first.
 Samples are shuffled once, so that class folders do not become shards of one class. Every shard appears only when it is whole, so an
 interrupted packing started again resumes behind its last shard.
 """
@@ -14,10 +15,9 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ssl_locat.data.images.bands import needs_bands
 from ssl_locat.data.images.decode import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, decode_mask, find_label
 from ssl_locat.data.images.eight_bits import image_orientation
 from ssl_locat.data.shards.pack_sources import Listing, Place, Source, has_labels, list_source, plan_shards
+from ssl_locat.data.shards.write import write_shard
 from ssl_locat.errors import CorruptSample, DataError, UserError, did_you_mean
 from ssl_locat.runs.log import next_steps, progress
 from ssl_locat.seeds import mix64
@@ -44,41 +45,6 @@ _JPEG_QUALITY = 95
 _PADDING = 1024  # header and padding of a tar member, at most
 
 
-def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
-    """Write (key, {extension: bytes}) samples as one plain tar by webdataset's writer, all or nothing: the name appears when the file is whole.
-
-    The same samples give the same bytes (no owner, time 0; members in the order of their extensions). Returns the number of samples.
-    Raises DataError for a member that no reader of webdataset could tell from its own fields.
-    """
-    from webdataset import TarWriter  # imports torch, unless `_without_torch` has been called
-
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    count = 0
-    try:
-        with (
-            open(temporary, "wb") as file,
-            # keep_meta: a repacked member whose extension begins with "_" is somebody's data, too
-            TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False, keep_meta=True) as writer,
-        ):
-            # plain ustar but for names over 100 letters or not in ASCII, which pax would give a header of its own each. Set here, since
-            # webdataset 1.0.2 does not pass its argument of that name on
-            writer.tarstream.format = tarfile.GNU_FORMAT
-            for key, members in samples:
-                if wrong := [extension for extension in members if extension in ("", "__key__")]:
-                    raise DataError(
-                        f"{shown(key)}.{wrong[0]}: a member of {shown(path)} cannot have the extension {wrong[0]!r}, which webdataset takes "
-                        "for the sample's key or for none: rename it in the source"
-                    )
-                writer.write({"__key__": key, **members})
-                count += 1
-        # a rename shows it whole or not at all: what is there is never packed again
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
-
-
 def _without_torch() -> None:
     """In a process that only packs: webdataset imports torch where it finds it, 3 s and 200 MB of each worker for nothing."""
     modules: dict[str, Any] = sys.modules
@@ -87,7 +53,7 @@ def _without_torch() -> None:
 
 def pack_command(source: str, out: str, overrides: list[str]) -> None:
     """`ssl-locat shards pack`: the overrides are the keyword arguments of `pack`."""
-    known = ("max_shard_mb", "workers", "labels", "masks", "resize", "max_pixels", "seed")
+    known = ("max_shard_mb", "workers", "labels", "masks", "resize", "max_pixels", "seed", "split")
     options: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -95,7 +61,9 @@ def pack_command(source: str, out: str, overrides: list[str]) -> None:
             raise UserError(
                 f"{override!r} is not an option of shards pack.{did_you_mean(key, known)} Known: {'=, '.join(known)}="
             )
-        options[key] = value if key in ("labels", "masks") else read_value(value)  # paths stay as they are: 5, null, none
+        options[key] = (
+            value if key in ("labels", "masks", "split") else read_value(value)
+        )  # paths stay as they are: 5, null, none
     result = pack(source, out, **options)
     log.info("packed %(samples)d samples into %(shards)d shards under %(out)s", result)
     next_steps(f"ssl-locat shards show '{result['out']}/*.tar'", f"ssl-locat init {result['out']}")
@@ -112,11 +80,13 @@ def pack(
     resize: int | None = None,
     max_pixels: int = MAX_PIXELS,
     seed: int = 0,
+    split: str | None = None,
 ) -> dict:
     """Write shards `OUT/shard-000000.tar`, ..., `OUT/pack.json` (settings, class names, counts) and `OUT/files.tsv` (key -> file).
 
     Args:
-        source: folder of images or class folders, a tar (of images, of class folders, of tars), or a glob of tars.
+        source: folder of images or class folders, a tar (of images, of class folders, of tars), or a glob of tars; Parquet files or zip archives,
+            of which all members are kept, and of Parquet the other columns; or a URL of any of these.
         max_shard_mb: largest shard, in 10^6 bytes.
         workers: processes; default: one per core.
         labels: "auto": class folders (or inner tars) in sorted order become member `cls`, unless samples carry labels; "none";
@@ -125,6 +95,7 @@ def pack(
         resize: shorter side in pixels; larger images are reduced (and re-encoded, upright, as JPEG), masks by nearest neighbour.
         max_pixels: with `resize`, an image with more is refused before it is decoded, and left out.
         seed: of the shuffle.
+        split: 'train' or 'test', of a folder or repository that holds several.
 
     Returns {"samples", "shards", "classes", "ignored", "skipped", "out"}. Raises DataError or UserError for what cannot be packed.
     """
@@ -134,10 +105,11 @@ def pack(
     max_pixels, seed = _whole("max_pixels", max_pixels, 1), _whole("seed", seed, 0)
     out = _make_folder(out)
     unpacked = out / ".unpacked"
-    listing = list_source(source, unpacked)
+    listing = list_source(source, unpacked, split)
     if masks is not None:
         listing = _with_masks(listing, Path(source), Path(masks))
     classes, samples = _labelled(listing.samples, labels)
+    classes = classes or (list(listing.classes) if labels == "auto" else [])
     # by a hash of the index: the same order on every machine, also when packing resumes
     samples = _shuffled(samples, seed)
     folder = source if os.path.isdir(source) else ""
@@ -146,7 +118,7 @@ def pack(
     plan = plan_shards(sizes, int(max_shard_mb * 1e6))
     settings = {
         **{"source": str(source), "max_shard_mb": max_shard_mb, "labels": labels, "masks": masks, "resize": resize},
-        **{"max_pixels": max_pixels, "seed": seed},
+        **{"max_pixels": max_pixels, "seed": seed, **({"split": split} if split else {})},
         "samples": len(samples),
         "bytes": sum(sizes),
     }
@@ -208,7 +180,7 @@ def _write_origins(out: Path, samples: list[Source], files: list[str], folder: s
     try:
         with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
             for sample in samples:
-                origin = files[sample.places[0].file].removeprefix(folder.rstrip("/") + "/" if folder else "")
+                origin = sample.origin or files[sample.places[0].file].removeprefix(folder.rstrip("/") + "/" if folder else "")
                 file.write(f"{sample.key}\t{origin}\n")
         temporary.rename(out / _ORIGINS)
     finally:

@@ -1,16 +1,18 @@
-"""What `shards pack` finds: samples as places in files, nothing read yet. Folders, tars, tars of tars, compressed tars of these."""
+"""What `shards pack` finds: samples as places in files, nothing read yet. Folders, tars, tars of tars, compressed tars of these; of everything else
+that can be read as data (pack_spool.py) the tars that it was copied to."""
 
 import glob
 import logging
 import os
 import tarfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ssl_locat.data.images.decode import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, LABEL_KEYS
 from ssl_locat.data.images.names import has_extension, warn_of_unread
+from ssl_locat.data.shards.pack_spool import copy_to_tars, is_to_be_copied
 from ssl_locat.data.shards.tar import COMPRESSED, split_name
 from ssl_locat.data.stores.store import Store
 from ssl_locat.errors import DataError
@@ -35,22 +37,29 @@ class Source(NamedTuple):
     group: str  # name of its folder or inner tar; "" if there is none
     name: str  # of the file, without folders and extension
     label: int | None = None  # class id to write as `cls`
+    origin: str = ""  # where it came from, if not from the file itself
 
 
 class Listing(NamedTuple):
     files: list[str]
     samples: list[Source]
     ignored: int  # files that are no images and belong to none
+    classes: Sequence[str] = ()  # names, where the source has some
 
 
-def list_source(source: str, unpacked: Path) -> Listing:
-    """Everything that can be packed under a folder, or in one tar or a glob of them.
+def list_source(source: str, unpacked: Path, split: str | None = None) -> Listing:
+    """Everything that can be packed under a folder or a URL, or in one archive or a glob of them.
 
-    A compressed tar is unpacked (to a plain tar) under `unpacked` first: its members cannot be reached by offset.
+    A compressed tar is unpacked (to a plain tar) under `unpacked` first: its members cannot be reached by offset. So is what is no tar.
     Raises DataError if there is nothing.
     """
-    if "://" in source:
-        raise DataError(f"{source}: packing reads local files; copy it here first (shards are then read from anywhere)")
+    if is_to_be_copied(source):
+        copied = copy_to_tars(source, unpacked, split)
+        found = _list_tars(copied.tars, unpacked)
+        samples = found.samples
+        if len(copied.origins) == len(samples):
+            samples = [sample._replace(origin=origin) for sample, origin in zip(samples, copied.origins, strict=True)]
+        return Listing(found.files, samples, found.ignored + copied.damaged, copied.classes)
     if os.path.isdir(source):
         tars = sorted(str(path) for path in Path(source).iterdir() if _is_archive(path))
         listing = _list_tars(tars, unpacked) if tars else _list_folder(source, IMAGE_EXTENSIONS)
@@ -59,7 +68,7 @@ def list_source(source: str, unpacked: Path) -> Listing:
     else:
         tars = sorted(glob.glob(source)) if not os.path.exists(source) else [source]
         if not tars:
-            raise DataError(f"{source} does not exist; give a folder of images, a tar, or a quoted glob of tars")
+            raise DataError(f"{source} does not exist; give a folder of images, an archive, or a quoted glob of archives")
         listing = _list_tars(tars, unpacked)
     if not listing.samples:
         endings = ", ".join(IMAGE_EXTENSIONS)

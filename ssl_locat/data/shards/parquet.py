@@ -166,7 +166,9 @@ class ParquetDataset:
         try:
             content = self.store.read_all(url)
         except Gone:
-            reason = f"no image in column {self.columns.image} (it names {shown(row.path)}, which is not in the file, nor beside it)"
+            reason = (
+                f"no image in column {self.columns.image} (it names {shown(row.path)}, which is not in the file, nor beside it)"
+            )
             return Damage(row.key, row.shard, reason)
         return RawSample({ending_of(content, row.path): content, **row.members}, row.key, row.shard)
 

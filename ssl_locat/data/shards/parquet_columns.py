@@ -22,7 +22,14 @@ _TEXTS = ("string", "large_string")
 _MOST_IMAGES = 1000  # of one row: a burst or a stack, no data set
 
 # the first bytes of files, where a path tells no ending
-_MAGIC = {b"\x93NUMPY": "npy", b"\x89PNG": "png", b"PK\x03\x04": "npz", b"II\x2a\x00": "tif", b"MM\x00\x2a": "tif", b"II\x2b\x00": "tif"}
+_MAGIC = {
+    b"\x93NUMPY": "npy",
+    b"\x89PNG": "png",
+    b"PK\x03\x04": "npz",
+    b"II\x2a\x00": "tif",
+    b"MM\x00\x2a": "tif",
+    b"II\x2b\x00": "tif",
+}
 
 
 class Columns(NamedTuple):
@@ -144,4 +151,3 @@ def ending_of(content: bytes, path: str) -> str:
 
 def _as_extension(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in name.lower())
-

@@ -115,7 +115,10 @@ def test_a_row_without_an_image_is_damage_of_that_row(tmp_path):
     write_parquet(tmp_path / "a.parquet", some, 4, FEATURES)
     found = open_dataset(str(tmp_path / "a.parquet")).read(0, 4)
     assert [isinstance(sample, Damage) for sample in found] == [False, True, True, False]
-    assert found[1].reason == "no image in column photo" and "names elsewhere.png, which is not in the file, nor beside it" in found[2].reason
+    assert (
+        found[1].reason == "no image in column photo"
+        and "names elsewhere.png, which is not in the file, nor beside it" in found[2].reason
+    )
 
 
 def test_images_that_rows_only_name_are_read_from_beside_the_file(tmp_path):
@@ -150,11 +153,15 @@ def test_a_list_of_images_is_one_sample_of_several_members(tmp_path):
 
 
 def test_other_columns_are_members_where_metadata_is_asked_for(tmp_path):
-    some = [{"image": png(i), "label": i, "site": f"ward {i}", "age": 40.5 + i, "mask": {"bytes": png(7), "path": None}} for i in range(4)]
+    some = [
+        {"image": png(i), "label": i, "site": f"ward {i}", "age": 40.5 + i, "mask": {"bytes": png(7), "path": None}}
+        for i in range(4)
+    ]
     write_parquet(tmp_path / "a.parquet", some, 4)
     store = Store()
     plain, whole = (
-        open_parquet("a", store, store.expand(str(tmp_path / "a.parquet")), metadata=metadata).read(2, 3)[0] for metadata in (False, True)
+        open_parquet("a", store, store.expand(str(tmp_path / "a.parquet")), metadata=metadata).read(2, 3)[0]
+        for metadata in (False, True)
     )
     assert set(plain.members) == {"png", "cls"} and set(whole.members) == {"png", "cls", "json", "mask.png"}
     assert json.loads(whole.members["json"]) == {"site": "ward 2", "age": 42.5} and value(whole) == 2

@@ -12,14 +12,12 @@ from ssl_locat.data.stream.plan import Plan, choose_plan, resume_plan
 from ssl_locat.data.stream.stream import TrainStream
 from tests.data.stream.test_plan import Numbers
 
+READS: Counter = Counter()  # of ranges
+
 
 class Counting(Store):
-    """Which ranges were read, and how often."""
-
-    reads: Counter = Counter()
-
     def read(self, url, start, end, stat=None):
-        Counting.reads[url, start, end] += 1
+        READS[url, start, end] += 1
         return super().read(url, start, end, stat)
 
 
@@ -29,7 +27,7 @@ def opened(tmp_path, monkeypatch):
     monkeypatch.setattr("ssl_locat.data.shards.parquet._KEPT_BYTES", 30_000)
     monkeypatch.setattr("ssl_locat.data.stream.read_ahead._AHEAD", 16)  # else the whole next pass is read, of so small a set
     data = write_parquets(tmp_path / "data", [101] * 40, per_group=10)
-    Counting.reads.clear()
+    READS.clear()
     return open_mix(data, store=Counting(), in_groups=True)
 
 
@@ -40,16 +38,23 @@ def test_a_pass_fetches_each_row_group_about_once_for_any_ranks(opened):
     assert dataset.together == 10 and plan.grids == (10,) and plan.lanes <= len(dataset) // 40
     groups = {(file.url, group.start, group.stop) for file in dataset.files for group in file.groups}
     whole = sum(stop - start for _, start, stop in groups)
-    Counting.reads.clear()
+    READS.clear()
     seen = []
     for rank in (0, 1):
-        options = {"memory_bytes": 480_000, "global_batch_size": 16, "rank": rank, "world_size": 2, "start_samples": 0, "workers": 0}
+        options = {
+            "memory_bytes": 480_000,
+            "global_batch_size": 16,
+            "rank": rank,
+            "world_size": 2,
+            "start_samples": 0,
+            "workers": 0,
+        }
         with TrainStream(datasets, plan, fingerprint, as_list, **options) as stream:
             for _, batch in zip(range(len(dataset) // 16 + 1), stream, strict=False):
                 places = [plan.locate(position) for position in batch.positions.tolist()]
                 seen += [sample[1] for sample, (_, _, epoch) in zip(batch.payload, places, strict=True) if epoch == 0]
     assert len(seen) >= 0.98 * len(dataset) and len(set(seen)) == len(seen)
-    fetched = sum(count * (read[2] - read[1]) for read, count in Counting.reads.items() if read in groups)
+    fetched = sum(count * (read[2] - read[1]) for read, count in READS.items() if read in groups)
     # each once; those in which lanes end, and the short ones that lie on no grid, twice; and what is read ahead of the next pass
     assert fetched <= 1.3 * whole, fetched / whole
 
@@ -75,7 +80,10 @@ def _windows(plan: Plan, lane: int) -> tuple[int, int]:
 def test_rows_are_numbered_by_whole_groups_for_training_only(opened, tmp_path):
     (dataset,), _ = opened
     (plain,), _ = open_mix(f"{tmp_path}/data/*.parquet")
-    assert plain.together == 1 and [sample.key for sample in plain.read(97, 102)] == [*(f"row {n}" for n in range(97, 101)), "row 0"]
+    assert plain.together == 1 and [sample.key for sample in plain.read(97, 102)] == [
+        *(f"row {n}" for n in range(97, 101)),
+        "row 0",
+    ]
     assert [sample.key for sample in dataset.read(99, 101)] == ["row 99", "row 0"]  # of the first file, then of the second
     assert sorted(dataset.key_crcs()) == sorted(plain.key_crcs()) and dataset.manifest_hash != plain.manifest_hash
     assert {sample.key for sample in dataset.read(40 * 100, len(dataset))} == {"row 100"}
