@@ -24,7 +24,23 @@ class WeightedShards(Section):
         return value
 
 
-DataSpec = str | list[str] | list[WeightedShards]
+class RasterWindows(Section):
+    """Windows of large TIFFs and slides (data/shards/raster.py)."""
+
+    raster: str | list[str] = Field(description="brace or glob pattern of TIFFs, list of them, or a folder; any fsspec URL")
+    size: int = Field(gt=0, description="side of a window, pixels of its level")
+    stride: int | None = Field(default=None, gt=0, description="pixels from one window to the next; default: `size`")
+    level: int = Field(default=0, ge=0, description="of a pyramid; 0 is the largest")
+    min_tissue: float = Field(default=0, ge=0, le=1, description="share of a window that must be stained tissue (8-bit RGB)")
+    min_data: float = Field(default=0, ge=0, le=1, description="share of a window that must hold data")
+    no_data: float | None = Field(
+        default=None, description="value that `min_data` counts as none, as NaN always is; default: what the file itself names"
+    )
+    weight: float = Field(default=1.0, gt=0, description="as of the other entries")
+    filters: list[str] = Field(default=[], description="as of the other entries")
+
+
+DataSpec = str | list[str] | RasterWindows | list[WeightedShards | RasterWindows]
 
 
 class Cache(Section):
@@ -95,7 +111,7 @@ class Channels(Section):
 
 class Data(Section):
     train: DataSpec = Field(
-        description="unlabelled images: shards (tar or Parquet; brace or glob, any fsspec URL), a folder, or a list of {shards, weight}"
+        description="unlabelled images: shards (tar, Parquet, zip; brace or glob, any fsspec URL), a folder, {raster, size, ...}, or a list of {shards, weight}"
     )
     test: DataSpec | None = Field(default=None, description="labelled images that online probes are measured on")
     validation: DataSpec | None = Field(

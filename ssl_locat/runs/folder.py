@@ -233,7 +233,7 @@ def differences(saved: Any, given: Any, key: str = "") -> Iterator[Difference]:
 
 def _filters(train: Any) -> list[list[str]]:
     """Of each entry of data.train; [] where none has any: a config of before they came has no such key."""
-    entries = train if isinstance(train, list) else []
+    entries = train if isinstance(train, list) else [train]
     found = [list(entry.get("filters") or []) if isinstance(entry, dict) else [] for entry in entries]
     return found if any(found) else []
 

@@ -24,6 +24,7 @@ from ssl_locat.data.shards.folder import FolderDataset
 from ssl_locat.data.shards.lists import check_counts, choose_split, has_splits, is_shard_list, read_shard_list
 from ssl_locat.data.shards.parquet import ENDING as PARQUET
 from ssl_locat.data.shards.parquet import ParquetDataset, open_parquet
+from ssl_locat.data.shards.raster import Options, RasterDataset, open_rasters, options_of
 from ssl_locat.data.shards.shard_index import open_shards, scan_shard, write_sidecars
 from ssl_locat.data.shards.shard_set import ShardDataset
 from ssl_locat.data.shards.tar import COMPRESSED, Damage, RawSample, parse
@@ -41,7 +42,8 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     **{".tbz2": bz2.open, ".xz": lzma.open, ".txz": lzma.open},
 }
 
-AnySet = ShardDataset | FolderDataset | ParquetDataset | ZipDataset
+AnySet = ShardDataset | FolderDataset | ParquetDataset | ZipDataset | RasterDataset
+RASTERS = ("tif", "tiff", "svs", "ndpi", "scn", "btf", "gtiff")
 
 
 def open_dataset(
@@ -135,18 +137,24 @@ def open_mix(
 ) -> tuple[list[AnySet], list[float]]:
     """(datasets, weights) of a `data.train` value: one source, or a list of {shards: ..., weight: ..., filters: ...}.
 
-    A wids list with weights in it is a mix, too; its parts share the weight of their entry. split, in_groups: as for `open_dataset`.
+    An entry {raster: ..., size: ..., ...} stands for windows of large TIFFs (raster.py). A wids list with weights in it is a mix, too; its parts share the weight of their entry. split, in_groups: as for `open_dataset`.
     """
     store = store or Store()
-    parts = spec if isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec) else [{"shards": spec}]
+    listed = [spec] if isinstance(spec, Mapping) else spec
+    parts = (
+        listed if isinstance(listed, list | tuple) and any(isinstance(part, Mapping) for part in listed) else [{"shards": spec}]
+    )
     datasets: list[AnySet] = []
     weights: list[float] = []
     for part in parts:
-        if not isinstance(part, Mapping) or not {"shards"} <= set(part) <= {"shards", "weight", "filters"}:
+        keys = set(part) if isinstance(part, Mapping) else set()
+        raster = {"raster"} <= keys <= {"raster", "weight", "filters", *Options._fields}
+        if not raster and not {"shards"} <= keys <= {"shards", "weight", "filters"}:
             raise ConfigError(
-                f"data.train: {part!r} is not of the form {{shards: PATTERN, weight: NUMBER, filters: [MODULE:NAME]}}; a mix lists only such entries"
+                f"data.train: {part!r} is not of the form {{shards: PATTERN, weight: NUMBER, filters: [MODULE:NAME]}}, nor {{raster: PATTERN, size: "
+                "PIXELS, ...}; a mix lists only such entries"
             )
-        opened = _open_part(part["shards"], store, split, in_groups)
+        opened = [(_open_raster(part, store), 1.0)] if raster else _open_part(part["shards"], store, split, in_groups)
         for dataset, share in opened:
             dataset.filters = Filters(part["filters"]) if part.get("filters") else None
             datasets.append(dataset)
@@ -163,10 +171,24 @@ def _open_part(spec: str | list[str], store: Store, split: str | None, in_groups
     return [(_open_listed(spec, part.counts, store), (part.weight or 1.0) / total) for part in parts]
 
 
+def _open_raster(part: Mapping[str, Any], store: Store) -> RasterDataset:
+    pattern = part["raster"]
+    folder = _as_folder(pattern) if isinstance(pattern, str) and not has_extension(redact(pattern), RASTERS) else None
+    if folder:
+        files = store.walk(folder)
+        found = {join(folder, name): stat for name, stat in files.items() if has_extension(name, RASTERS)}
+        if not found:
+            raise DataError(f"{shown(folder)} holds no rasters ({len(files)} files; they end in {', '.join(RASTERS)})")
+    else:
+        found = store.expand(pattern)
+    name = redact(pattern) if isinstance(pattern, str) else f"{redact(pattern[0])} and {len(pattern) - 1} more"
+    return open_rasters(name, store, found, options_of(part))
+
+
 def write_index(spec: str | list[str]) -> list[str]:
     """Index shards and write `shards.index` into their folders, so that nobody need scan them again; returns the files written."""
     dataset = open_dataset(spec)
-    if isinstance(dataset, ParquetDataset | ZipDataset):
+    if isinstance(dataset, ParquetDataset | ZipDataset | RasterDataset):
         raise DataError(f"{dataset.name}: Parquet files and zip archives have their index at their end: nothing is to be done.")
     if isinstance(dataset, FolderDataset):
         raise DataError(

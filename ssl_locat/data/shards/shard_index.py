@@ -185,7 +185,7 @@ def open_shards(store: Store, found: dict[str, Stat | None], cache_dir: Path | N
         # by URLs without credentials: signatures change, and a cache is no place for them
         names = {url: redact(url) for url in found}
         key = hashlib.blake2b("\n".join(names.values()).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
-        with _locked(cache_dir, key) as path:
+        with locked(cache_dir, key) as path:
             cached = _read_cache(path)
             known |= {
                 url: cached[names[url]]._replace(url=url)
@@ -349,7 +349,7 @@ def _read_cache(path: Path) -> dict[str, Shard]:
 
 
 @contextmanager
-def _locked(folder: Path, name: str) -> Iterator[Path]:
+def locked(folder: Path, name: str) -> Iterator[Path]:
     """Path of an index file in the cache that only one process of this machine builds; the others wait, then find it."""
     try:
         if reason := private.unusable(folder):

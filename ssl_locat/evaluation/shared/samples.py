@@ -99,7 +99,7 @@ def open_spec(spec: str | Path | Sequence[Any], store: Store | None = None, spli
     split: 'train' or 'test': which one of a folder that holds several."""
     store = store or Store()
     parts: list[Any] = [
-        part["shards"] if isinstance(part, dict) else part for part in (spec if isinstance(spec, list) else [spec])
+        part.get("shards") if isinstance(part, dict) else part for part in (spec if isinstance(spec, list) else [spec])
     ]
     urls = list(store.expand(parts)) if all(isinstance(part, str) for part in parts) else []
     if any(map(is_compressed, urls)):
