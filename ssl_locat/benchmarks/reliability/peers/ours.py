@@ -34,7 +34,7 @@ class Reader:
     def __init__(self, job: Job):
         self.job = job
         self.state: dict[str, Any] = json.loads(job.state.read_text()) if job.state else {}
-        spec = [{"shards": self.shards(data), "weight": weight} for data, weight in zip(job.data, job.weights, strict=True)]
+        spec = [self.spec(data, weight) for data, weight in zip(job.data, job.weights, strict=True)]
         # a minute, not five, until a store that does not answer is an outage
         self.datasets, weights = open_mix(spec, store=Store(budget_seconds=60), in_groups=True)
         known = self.state.get("plan")
@@ -44,7 +44,10 @@ class Reader:
         self.start = self.taken = self.state.get("samples_seen", 0)
         self.orders = [self.order(dataset) for dataset in self.datasets]
 
-    def shards(self, data: str) -> Any:
+    def spec(self, data: str, weight: float) -> dict[str, Any]:
+        return {"shards": self.shards(data), "weight": weight}
+
+    def shards(self, data: str) -> list[str]:
         return self.urls(data, FORMAT)
 
     def urls(self, data: str, ending: str) -> list[str]:
