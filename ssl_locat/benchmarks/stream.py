@@ -5,7 +5,7 @@ and with 50 ms to the first byte. Each is timed once it runs steadily: after its
 through a buffer of 1000; what that is worth is a row of its own. CPU-seconds (with those of webdataset's `curl`) tell what is left where
 other work shares the machine, and what a trainer's cores lose. The quick form's data sets are too small for ranges of full size.
 Then resuming: how long from opening the data to the first batch, at 90 % of a pass over 1.28 million samples, and how much that reads.
-Last an index of 100,000 shards of 10,000 samples: opening it, its memory, planning a window.
+Each kind of shard (tar, Parquet, zip, windows of TIFFs) stands beside the library that its users read it with (formats.py). Last an index of 100,000 shards of 10,000 samples: opening it, its memory, planning a window.
 """
 
 import asyncio
@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssl_locat.benchmarks import formats
 from ssl_locat.benchmarks.timing import make_rows
 from ssl_locat.data.shards.index import open_dataset
-from ssl_locat.data.shards.pack import write_shard
 from ssl_locat.data.shards.shard_index import _MAGIC, SIDECAR, read_index
 from ssl_locat.data.shards.shard_set import ShardDataset
+from ssl_locat.data.shards.write import write_shard
 from ssl_locat.data.stores.store import Store
 from ssl_locat.data.stream.plan import choose_plan
 from ssl_locat.data.stream.stream import TrainStream
@@ -56,6 +57,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
             yield f"{name}, local", partial(_local_case, name, root / folder_name, samples, size, repeats)
             for delay in (0.0, 0.05):
                 yield f"{name}, http, {delay} s", partial(_web_case, name, root, folder_name, samples, size, delay, repeats)
+        yield from formats.cases(root / "formats", quick, _in_child)
         yield "shuffle", partial(_shuffle_rows, root / "small", small)
         yield "resume", partial(_resume_rows, root, 100_000 if quick else 1_280_000)
         yield "many shards", partial(_huge_rows, root, 1_000 if quick else 100_000)

@@ -55,8 +55,13 @@ def reference() -> str:
 def _section(schema: type[BaseModel], prefix: str) -> list[str]:
     """A table of the section's own keys, then its sub-sections, depth first."""
     rows, inner = [], []
+    told: set[Any] = set()  # sections that a value may be instead of text: described once
     for name, field in schema.model_fields.items():
         section = _subsection(field.annotation)
+        other = None if section else _alternative(field.annotation)
+        if other and other not in told:
+            inner += _section(other, f"{prefix}{name}.")
+            told.add(other)
         if section is None:
             rows.append(
                 f"| `{prefix}{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field.description or '')} |"
@@ -74,14 +79,22 @@ def _subsection(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType):  # `Cache | None`: a section that may be left out
-        return next((found for part in get_args(annotation) if (found := _subsection(part))), None)
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        return _subsection(parts[0]) if len(parts) == 1 else None
     return None
+
+
+def _alternative(annotation: Any) -> type[BaseModel] | None:
+    """The section that is one of several things which a value may be."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return None
+    return next((found for part in get_args(annotation) if (found := _subsection(part))), None)
 
 
 def _type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return " or ".join(_type(part) for part in arguments if part is not type(None))
+        return " or ".join(dict.fromkeys(_type(part) for part in arguments if part is not type(None)))
     if origin is Annotated:  # a number with bounds
         return _type(arguments[0])
     if origin is Literal:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssl_locat.data.shards.filters import Filters, with_filters
-from ssl_locat.data.shards.raster_pages import Level, read_levels, small_tiff
+from ssl_locat.data.shards.raster_pages import Level, read_levels
 from ssl_locat.data.shards.raster_windows import Windows, decode, grid, judge, level_to_judge, reader
 from ssl_locat.data.shards.shard_index import default_cache_dir, locked
 from ssl_locat.data.shards.tar import Damage, RawSample
@@ -117,8 +117,12 @@ class RasterDataset:
 
     def _sample(self, slide: Slide, place: int, data: bytes) -> RawSample | Damage:
         key, name = self._key(slide, place), redact(slide.url)
+        box = slide.box(place)
+        lengths = self._tiles(slide)[1][slide.level.numbers(*box)].astype(np.int64)
+        ends = np.cumsum(lengths)
+        tiles = [data[end - length : end] for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
         try:
-            values = decode(data, slide.level, slide.box(place))
+            values = decode(tiles, slide.level, box)
         except CorruptSample as error:
             return Damage(key, name, error.reason)
         return RawSample(_member(values, slide.level), key, name)
@@ -148,7 +152,7 @@ class RasterDataset:
             if gone:
                 found.append(Damage(self._key(slide, place), redact(slide.url), gone))
                 continue
-            data = small_tiff(slide.level, slide.box(place), [tiles[tile] for tile in numbers.tolist()])
+            data = b"".join([tiles[tile] for tile in numbers.tolist()])
             # where a tar's crc and place stand: the window and its file
             found.append((data, 0, len(data), place, number))
         return found

@@ -1,7 +1,6 @@
-"""The tiles of a large TIFF: which levels it has, where their tiles lie, and a small TIFF of a few of them.
+"""The tiles of a large TIFF: which levels it has, where their tiles lie, and how one is decoded.
 
-What a window needs is cut out of the file as a TIFF of its own: the header says the same as the large one's, but of these tiles alone. So a
-window travels as bytes, and is decoded where all images are. Tiled and striped files, pyramids as further pages (SVS, GeoTIFF's overviews) or as
+A level is plain values, so that it can be kept and sent: a worker makes tifffile's decoder from the header of a TIFF of one tile. Tiled and striped files, pyramids as further pages (SVS, GeoTIFF's overviews) or as
 SubIFDs (OME), BigTIFF, either byte order; one band a page, or all of them in one. (TIFF 6.0, sections 2 and 15; tifffile reads the headers.)
 """
 
@@ -40,9 +39,10 @@ class Level(NamedTuple):
     samples: int  # of a pixel of a page
     planar: bool  # the samples of a page lie in planes of their own
     order: str  # "<" or ">"
+    compression: int
     bits: int
     kind: str  # numpy's number type
-    tags: tuple[tuple[int, int, int, str], ...]  # (tag, TIFF type, count, bytes as hex) that every small TIFF repeats
+    tags: tuple[tuple[int, int, int, str], ...]  # (tag, TIFF type, count, bytes as hex) that tell how its tiles are to be decoded
     factor: float  # by which it is smaller than the largest level
     no_data: float | None
     alpha: bool  # the fourth sample of RGB is transparency
@@ -196,6 +196,7 @@ def _level(file: Any, pages: list[Any], factor: float) -> tuple[Level, np.ndarra
         page.samplesperpixel,
         planar,
         order,
+        int(page.compression),
         page.bitspersample,
         str(page.dtype.newbyteorder("=")),
         _tags(page, order, extra),
@@ -270,37 +271,25 @@ def _no_data(page: Any) -> float | None:
     return None if value != value else value
 
 
-def small_tiff(level: Level, box: tuple[int, int, int, int], tiles: list[bytes]) -> bytes:
-    """A TIFF of the tiles that a box (x, y, width, height) touches, in the order of `Level.numbers`; b"" for a tile that the file leaves out."""
-    left, right, top, bottom = level.touched(*box)
-    across, down = right - left, bottom - top
-    width = min(level.width, right * level.tile_width) - left * level.tile_width
-    height = min(level.height, bottom * level.tile_height) - top * level.tile_height
-    order, each = level.order, across * down * (level.samples if level.planar else 1)
-    parts = [b"II\x2a\0" if order == "<" else b"MM\0\x2a", struct.pack(f"{order}I", 8)]
-    at = 8
-    for page in range(level.pages):
-        own = tiles[page * each : (page + 1) * each]
-        numbers = {256: width, 257: height}
-        numbers |= {322: level.tile_width, 323: level.tile_height} if level.tiled else {278: level.tile_height}
-        where, length = (324, 325) if level.tiled else (273, 279)
-        entries = [(tag, 4, 1, struct.pack(f"{order}I", value)) for tag, value in numbers.items()]
-        entries += [(tag, kind, count, bytes.fromhex(content)) for tag, kind, count, content in level.tags]
-        entries += [(length, 4, each, struct.pack(f"{order}{each}I", *map(len, own))), (where, 4, each, bytes(4 * each))]
-        entries.sort()
-        long = [(len(content) + 1) // 2 * 2 if len(content) > 4 else 0 for *_, content in entries]
-        data = at + 2 + 12 * len(entries) + 4 + sum(long)
-        starts = np.cumsum([0, *map(len, own)])[:-1] + data
-        after = data + sum(map(len, own)) + (sum(map(len, own)) & 1)
-        places = struct.pack(f"{order}{each}I", *(int(start) if tile else 0 for start, tile in zip(starts, own, strict=True)))
-        head, body, place = [struct.pack(f"{order}H", len(entries))], [], at + 2 + 12 * len(entries) + 4
-        for (tag, kind, count, content), room in zip(entries, long, strict=True):
-            content = places if tag == where else content
-            head.append(struct.pack(f"{order}HHI", tag, kind, count))
-            head.append(struct.pack(f"{order}I", place) if room else content.ljust(4, b"\0"))
-            body.append(content.ljust(room, b"\0") if room else b"")
-            place += room
-        head.append(struct.pack(f"{order}I", after if page + 1 < level.pages else 0))
-        parts += [*head, *body, *own, b"\0" * (after - data - sum(map(len, own)))]
-        at = after
-    return b"".join(parts)
+def tile_header(level: Level) -> bytes:
+    """A TIFF of one tile, without the tile: from its header tifffile tells how such tiles are decoded."""
+    order = level.order
+    numbers = {256: level.width, 257: level.height}
+    numbers |= {322: level.tile_width, 323: level.tile_height} if level.tiled else {278: level.tile_height}
+    planes = level.samples if level.planar else 1
+    where, length = (324, 325) if level.tiled else (273, 279)
+    entries = [(tag, 4, 1, struct.pack(f"{order}I", value)) for tag, value in numbers.items()]
+    entries += [(tag, kind, count, bytes.fromhex(content)) for tag, kind, count, content in level.tags]
+    entries += [(tag, 4, planes, bytes(4 * planes)) for tag in (where, length)]
+    entries.sort()
+    place = 8 + 2 + 12 * len(entries) + 4
+    head, body = [b"II\x2a\0" if order == "<" else b"MM\0\x2a", struct.pack(f"{order}IH", 8, len(entries))], []
+    for tag, kind, count, content in entries:
+        head.append(struct.pack(f"{order}HHI", tag, kind, count))
+        if len(content) <= 4:
+            head.append(content.ljust(4, b"\0"))
+            continue
+        head.append(struct.pack(f"{order}I", place))
+        body.append(content + b"\0" * (len(content) & 1))
+        place += len(body[-1])
+    return b"".join([*head, bytes(4), *body])

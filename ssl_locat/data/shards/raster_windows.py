@@ -1,4 +1,4 @@
-"""Windows of a large TIFF: their pixels out of a small TIFF, and which of them hold tissue or data.
+"""Windows of a large TIFF: their pixels out of its tiles, and which of them hold tissue or data.
 
 Tissue, as pathologists' tools tell it on stained slides: colours, not the grey of glass or ink. Judged on the smallest level on which a window
 still has 16 pixels, tile by tile, so that a slide is never held whole.
@@ -7,13 +7,13 @@ still has 16 pixels, tile by tile, so that a slide is never held whole.
 import io
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ssl_locat.data.images.eight_bits import as_corrupt
-from ssl_locat.data.images.headers import check_bytes
-from ssl_locat.data.shards.raster_pages import COMPRESSIONS, Level, small_tiff
+from ssl_locat.data.shards.raster_pages import COMPRESSIONS, Level, tile_header
 from ssl_locat.errors import CorruptSample, DataError
 
 _SATURATION = 18  # of 255: glass and the noise of its JPEG stay below, eosin above
@@ -42,43 +42,69 @@ def grid(level: Level, size: int, stride: int) -> Windows:
     return Windows(size, stride, max(0, (level.width - size) // stride + 1), max(0, (level.height - size) // stride + 1))
 
 
-def decode(data: bytes, level: Level, box: tuple[int, int, int, int]) -> np.ndarray:
-    """[height, width, bands] of a box, out of the small TIFF of its tiles. CorruptSample for a tile that is damaged."""
+def decode(tiles: list[bytes], level: Level, box: tuple[int, int, int, int]) -> np.ndarray:
+    """[height, width, bands] of a box, out of the tiles that it touches, in the order of `Level.numbers`; b"" for one that the file leaves out.
+    CorruptSample for a tile that is damaged."""
+    x, y, width, height = box
+    left, right, top, bottom = level.touched(*box)
+    across, down = right - left, bottom - top
+    shape = (down * level.tile_height, across * level.tile_width)
+    whole = np.full((*shape, level.pages * level.samples), level.no_data or 0, level.kind)
+    each = 1 if level.planar else level.samples
+    with as_corrupt("a tile"):
+        for place, tile in enumerate(tiles):
+            plane, within = divmod(place, across * down)
+            row, column = divmod(within, across)
+            if tile:
+                _check_tile(tile, level)
+                rows = (
+                    min(level.tile_height, level.height - (top + row) * level.tile_height)
+                    if not level.tiled
+                    else level.tile_height
+                )
+                pixels = _decoder(level, rows)(tile)
+                at_y, at_x = row * level.tile_height, column * level.tile_width
+                target = whole[at_y : at_y + rows, at_x : at_x + level.tile_width, plane * each : plane * each + each]
+                target[...] = pixels.reshape(target.shape)
+    x, y = x - left * level.tile_width, y - top * level.tile_height
+    return np.ascontiguousarray(whole[y : y + height, x : x + width, : level.bands])
+
+
+@lru_cache(maxsize=64)
+def _decoder(level: Level, rows: int) -> Callable[[bytes], np.ndarray]:
+    """Decodes one tile (or a strip of so many rows): tifffile's own, out of the header of a TIFF of that tile alone."""
     import tifffile
 
-    check_bytes(data)
-    x, y, width, height = box
-    left, _, top, _ = level.touched(*box)
-    with as_corrupt("a tile"), tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
-        planes = []
-        for number in range(level.pages):
-            page = file.pages[number].aspage()
-            _check_tiles(data, page, level)
-            values = page.asarray(maxworkers=1)
-            values = values.reshape(level.samples, page.imagelength, page.imagewidth) if level.planar else values
-            values = np.moveaxis(values, 0, 2) if level.planar else values.reshape(page.imagelength, page.imagewidth, -1)
-            planes.append(values)
-        whole = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
-        x, y = x - left * level.tile_width, y - top * level.tile_height
-        return np.ascontiguousarray(whole[y : y + height, x : x + width, : level.bands]).astype(level.kind, copy=False)
+    one = level._replace(width=level.tile_width, height=rows, tile_height=rows, pages=1)
+    file = tifffile.TiffFile(io.BytesIO(tile_header(one)), _multifile=False)
+    page: Any = file.pages[0].aspage()
+    tables = page.jpegtables
+
+    def decoded(tile: bytes) -> np.ndarray:
+        found, _, _ = page.decode(tile, 0, jpegtables=tables, _fullsize=True)
+        if found is None:
+            raise CorruptSample("a tile holds nothing")
+        return np.asarray(found)
+
+    return decoded
 
 
-def _check_tiles(data: bytes, page: object, level: Level) -> None:
-    """Decoders of JPEG make as many pixels as its own header says, and grey ones of what is missing."""
-    kind = COMPRESSIONS[int(page.compression)]  # type: ignore[attr-defined]  # tifffile's page
+def _check_tile(tile: bytes, level: Level) -> None:
+    """Decoders of JPEG make as many pixels as its own header says, and grey ones of what is missing; plain values may be fewer than there is room for."""
+    kind = COMPRESSIONS[level.compression]
+    if kind == "none":
+        row = level.tile_width * (1 if level.planar else level.samples) * level.bits // 8
+        if len(tile) % row or (level.tiled and len(tile) != row * level.tile_height):
+            raise CorruptSample(f"a tile of {len(tile)} bytes where {row * level.tile_height} are needed")
     if kind not in ("JPEG", "JPEG 2000"):
         return
-    for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True):  # type: ignore[attr-defined]
-        tile = data[offset : offset + length]
-        if not tile:
-            continue
-        if kind == "JPEG" and tile.rstrip(b"\0")[-2:] != b"\xff\xd9":
-            raise CorruptSample("a tile is cut short")
-        width, height = _jpeg_size(tile) if kind == "JPEG" else _jpeg_2000_size(tile)
-        if width > level.tile_width or height > level.tile_height:
-            raise CorruptSample(
-                f"a tile of {width} x {height} pixels where there is room for {level.tile_width} x {level.tile_height}"
-            )
+    if kind == "JPEG" and tile.rstrip(b"\0")[-2:] != b"\xff\xd9":
+        raise CorruptSample("a tile is cut short")
+    width, height = _jpeg_size(tile) if kind == "JPEG" else _jpeg_2000_size(tile)
+    if width > level.tile_width or height > level.tile_height:
+        raise CorruptSample(
+            f"a tile of {width} x {height} pixels where there is room for {level.tile_width} x {level.tile_height}"
+        )
 
 
 def _jpeg_size(tile: bytes) -> tuple[int, int]:
@@ -165,9 +191,4 @@ def _data(values: np.ndarray, no_data: float | None) -> np.ndarray:
 
 def reader(level: Level, fetch: Callable[[np.ndarray], list[bytes]]) -> Pixels:
     """Pixels of boxes by the tiles that `fetch` brings."""
-
-    def pixels(x: int, y: int, width: int, height: int) -> np.ndarray:
-        box = (x, y, width, height)
-        return decode(small_tiff(level, box, fetch(level.numbers(*box))), level, box)
-
-    return pixels
+    return lambda x, y, width, height: decode(fetch(level.numbers(x, y, width, height)), level, (x, y, width, height))

@@ -46,15 +46,15 @@ class Directory(NamedTuple):
     ignored: int  # members that belong to no image
 
     def raw_name(self, member: int) -> bytes:
-        return self.names[self.name_ends[member] : self.name_ends[member + 1]]
+        return self.names[self.name_ends.item(member) : self.name_ends.item(member + 1)]
 
     def name(self, member: int) -> str:
         return _text(self.raw_name(member))
 
-    def span(self, sample: int) -> tuple[int, int]:
-        """Bytes of the archive in which a sample lies."""
-        first, last = self.first[sample], self.first[sample + 1] - 1
-        return int(self.offsets[first]), int(self.ends[last])
+    def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Bytes of the archive in which each of the samples lies."""
+        first = self.first[start : stop + 1].astype(np.int64)
+        return list(zip(self.offsets[first[:-1]].tolist(), self.ends[first[1:] - 1].tolist(), strict=True))
 
 
 def read_directory(store: Store, url: str, stat: Stat) -> tuple[Directory, bytes]:
@@ -218,20 +218,21 @@ def _what_is_wrong(entries: list[_Entry], place: int, end: int, seen: set[bytes]
     return ""
 
 
-def unpack(data: bytes, start: int, directory: Directory, member: int) -> bytes:
+def unpack(data: bytes | memoryview, start: int, directory: Directory, member: int) -> bytes:
     """A member out of the bytes of its sample, which begin at byte `start` of the archive. CorruptSample for what is not what the directory says."""
     if member in directory.wrong:
         raise CorruptSample(directory.wrong[member])
-    at, size = int(directory.offsets[member]) - start, int(directory.sizes[member])
+    at, size, length = directory.offsets.item(member) - start, directory.sizes.item(member), directory.packed.item(member)
     if at < 0 or len(data) - at < _LOCAL.size:
         raise CorruptSample("its header is missing")
     magic, *_, named, extra = _LOCAL.unpack_from(data, at)
-    begin = at + _LOCAL.size + named + extra
-    packed = data[begin : begin + int(directory.packed[member])]
-    if magic != b"PK\x03\x04" or data[at + _LOCAL.size : at + _LOCAL.size + named] != directory.raw_name(member):
+    name, begin = at + _LOCAL.size, at + _LOCAL.size + named + extra
+    packed = data[begin : begin + length]
+    if magic != b"PK\x03\x04" or data[name : name + named] != directory.raw_name(member):
         raise CorruptSample("its header is not the one that the directory names")
-    if len(packed) != int(directory.packed[member]):
+    if len(packed) != length:
         raise CorruptSample("its bytes are missing")
+    content = packed
     if directory.deflated[member]:
         machine = zlib.decompressobj(-15)
         try:
@@ -240,11 +241,9 @@ def unpack(data: bytes, start: int, directory: Directory, member: int) -> bytes:
             raise CorruptSample(f"it does not unpack: {error}") from None
         if len(content) != size or not machine.eof:
             raise CorruptSample(f"it does not unpack to the {size} bytes that the directory says")
-    else:
-        content = packed
-    if zlib.crc32(content) != int(directory.crcs[member]):
+    if zlib.crc32(content) != directory.crcs.item(member):
         raise CorruptSample("its bytes are not those that were packed (CRC-32)")
-    return content
+    return bytes(content)
 
 
 def _text(name: bytes) -> str:

@@ -76,33 +76,30 @@ class ZipDataset:
             number = bisect_right(self.ends, start)
             before = self.ends[number] - self.archives[number].samples
             end = min(stop, self.ends[number])
-            directory = self.archives[number].directory
-            sample = start - before
-            while sample < end - before:
-                last = sample + 1  # of one read: neighbours without much between them
-                while last < end - before and directory.span(last)[0] - directory.span(last - 1)[1] <= _GAP:
-                    last += 1
-                found += self._fetch_run(number, sample, last)
-                sample = last
+            spans = self.archives[number].directory.spans(start - before, end - before)
+            first = 0
+            for place in range(1, len(spans) + 1):
+                # one read for neighbours without much between them
+                if place == len(spans) or spans[place][0] - spans[place - 1][1] > _GAP:
+                    found += self._fetch_run(number, start - before + first, spans[first:place])
+                    first = place
             start = end
         return found
 
-    def _fetch_run(self, number: int, first: int, last: int) -> list[tuple | Damage]:
+    def _fetch_run(self, number: int, first: int, spans: list[tuple[int, int]]) -> list[tuple | Damage]:
         archive = self.archives[number]
-        spans = [archive.directory.span(sample) for sample in range(first, last)]
         base, name = spans[0][0], redact(archive.url)
         try:
             data = self.store.read(archive.url, base, spans[-1][1], archive.stat)
         except Gone as error:
             whole = sum(end <= (error.size or 0) for _, end in spans)
-            before = self._fetch_run(number, first, first + whole) if whole else []
-            keys = (_key(archive.directory, sample) for sample in range(first + whole, last))
+            before = self._fetch_run(number, first, spans[:whole]) if whole else []
+            keys = (_key(archive.directory, sample) for sample in range(first + whole, first + len(spans)))
             return before + [Damage(key, name, str(error)) for key in keys]
         # the place of a crc of a tar's key is taken by the sample's number in the archive
-        samples = range(first, last)
         return [
             (data, start - base, end - base, sample, Slot(name, number, start))
-            for sample, (start, end) in zip(samples, spans, strict=True)
+            for sample, (start, end) in enumerate(spans, first)
         ]
 
     def parse(self, entry: tuple | Damage) -> RawSample | Damage:
@@ -110,9 +107,12 @@ class ZipDataset:
             return entry
         data, start, end, sample, slot = entry
         archive = self.archives[slot.number]
-        found = self._sample(archive, sample, bytes(memoryview(data)[start:end]), slot)
-        known = any(member in archive.directory.wrong for member in self._members(archive, sample))
-        if isinstance(found, Damage) and self.remote and not known:
+        found = self._sample(archive, sample, memoryview(data)[start:end], slot)
+        if (
+            isinstance(found, Damage)
+            and self.remote
+            and not any(member in archive.directory.wrong for member in self._members(archive, sample))
+        ):
             # bytes that the store sent once may be wrong: a sample is given up if they come twice
             with suppress(Gone), anew():
                 again = self.store.read(archive.url, slot.at, slot.at + end - start, archive.stat)
@@ -120,9 +120,9 @@ class ZipDataset:
         return with_filters(found, self.filters)
 
     def _members(self, archive: Archive, sample: int) -> range:
-        return range(int(archive.directory.first[sample]), int(archive.directory.first[sample + 1]))
+        return range(archive.directory.first.item(sample), archive.directory.first.item(sample + 1))
 
-    def _sample(self, archive: Archive, sample: int, data: bytes, slot: Slot) -> RawSample | Damage:
+    def _sample(self, archive: Archive, sample: int, data: bytes | memoryview, slot: Slot) -> RawSample | Damage:
         directory, members = archive.directory, {}
         key = _key(directory, sample)
         for member in self._members(archive, sample):
@@ -170,7 +170,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _key(directory: Directory, sample: int) -> str:
-    return _parts(directory.name(int(directory.first[sample])))[0]
+    return _parts(directory.name(directory.first.item(sample)))[0]
 
 
 def _class_folders(archives: list[Archive]) -> tuple[str, list[str]]:

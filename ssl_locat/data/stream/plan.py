@@ -98,10 +98,10 @@ class Plan:
         first = int(chunks.min())
         moved = [self._permute_chunk(number, dataset, epoch) for number in range(first, int(chunks.max()) + 1)]
         places = np.array(moved, dtype=np.int64)[chunks - first] * chunk + within
-        if self._grid(dataset):  # turned, chunks would begin in the middle of what is read as one
-            return places
-        # turning the whole circle by a random step gives a sample new chunk mates in every pass
-        samples: np.ndarray = (places + mix64(self.seed, _ROTATION, dataset, epoch) % size) % size
+        # turning the whole circle by a random step gives a sample new chunk mates in every pass; on a grid, chunks would then begin in the
+        # middle of what is read as one
+        step = 0 if self._grid(dataset) else mix64(self.seed, _ROTATION, dataset, epoch)
+        samples: np.ndarray = (places + step % size) % size
         return samples
 
     def locate(self, position: int) -> tuple[int, int, int]:
