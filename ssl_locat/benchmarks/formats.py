@@ -176,7 +176,8 @@ def _read_rasters(folder: Path) -> Iterator[bytes]:
 
     for path in sorted(folder.glob("*.tif")):
         with tifffile.TiffFile(path) as file:
-            for tile, _, _ in file.pages[0].segments(maxworkers=1):  # type: ignore[union-attr]  # a page, not a frame
+            page: Any = file.pages[0]
+            for tile, _, _ in page.segments(maxworkers=1):
                 buffer = io.BytesIO()
                 np.save(buffer, np.ascontiguousarray(tile[0]))
                 yield buffer.getvalue()

@@ -182,7 +182,7 @@ def _member(values: np.ndarray, level: Level) -> dict[str, bytes]:
     tags = [
         (code, "s", 0, bytes.fromhex(content).rstrip(b"\0").decode("utf-8", "replace"), True) for code, _, _, content in further
     ]
-    contig = {"planarconfig": "contig"} if values.shape[2] > 1 else {}
+    contig: dict[str, Any] = {"planarconfig": "contig"} if values.shape[2] > 1 else {}
     tifffile.imwrite(
         buffer,
         values if values.shape[2] > 1 else values[..., 0],

@@ -131,8 +131,9 @@ def read_levels(store: Store, url: str, stat: Stat) -> list[tuple[Level, np.ndar
         import tifffile
     except ImportError:
         raise UserError("Rasters need tifffile: pip install 'ssl_locat[tiff]'.") from None
+    source: Any = Ranged(store, url, stat)
     try:
-        with tifffile.TiffFile(Ranged(store, url, stat), name=url, _multifile=False) as file:
+        with tifffile.TiffFile(source, name=url, _multifile=False) as file:
             return _levels(file)
     except (CorruptSample, UserError, Outage, Gone):
         raise

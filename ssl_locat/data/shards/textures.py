@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from ssl_locat.data.shards.pack import write_shard
+from ssl_locat.data.shards.write import write_shard
 from ssl_locat.errors import DataError
 from ssl_locat.runs.log import progress as progress_bar
 
