@@ -183,9 +183,9 @@ def _tissue(values: np.ndarray) -> np.ndarray:
 
 def _data(values: np.ndarray, no_data: float | None) -> np.ndarray:
     """Where any band holds a value."""
-    there: np.ndarray = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
+    there: Any = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, bool)
     if no_data is not None:
-        there = np.logical_and(there, values != no_data)
+        there = there & (values != no_data)
     found: np.ndarray = there.any(2)
     return found
 
