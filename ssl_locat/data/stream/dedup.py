@@ -15,6 +15,8 @@ from ssl_locat.data.images.likeness import alignment
 from ssl_locat.data.shards.folder import FolderDataset
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.left_out import write_lists
+from ssl_locat.data.shards.parquet import ParquetDataset
+from ssl_locat.data.shards.shard_set import ShardDataset
 from ssl_locat.data.stream.duplicates import ALIKE, Looks, Pairs, find_pairs, look_at
 from ssl_locat.errors import DataError
 from ssl_locat.runs.log import say
@@ -44,9 +46,10 @@ def dedup_command(
 ) -> None:
     """Print the duplicates of a set, within itself and against another; with `leave_out`, write the list beside the shards."""
     dataset = open_dataset(spec)
-    if leave_out and isinstance(dataset, FolderDataset):
+    if leave_out and not isinstance(dataset, ShardDataset | ParquetDataset):
         raise DataError(
-            f"{dataset.name} is a folder of images: the list lies beside shards. Pack it first: ssl-locat shards pack FOLDER OUT"
+            f"{dataset.name} is {'a folder of images' if isinstance(dataset, FolderDataset) else 'no set of tars or Parquet files'}: the list lies "
+            "beside shards. Pack it first: ssl-locat shards pack FOLDER OUT"
         )
     looks = look_at(dataset, dataset.name, workers=workers)
     found = {"within": _Found(find_pairs(looks, alike=alike), looks, looks)}
@@ -61,7 +64,7 @@ def dedup_command(
         }
     written: list[str] = []
     if leave_out:
-        assert not isinstance(dataset, FolderDataset) and looks.keys
+        assert isinstance(dataset, ShardDataset | ParquetDataset) and looks.keys
         written = write_lists(dataset, ((number, looks.keys[number], gone[number]) for number in sorted(gone)))
     about = {"samples": len(dataset), "left_out": len(gone)} | ({"against": against} if against else {})
     if as_json:

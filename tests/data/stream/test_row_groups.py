@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from shards import as_list, fingerprint, write_parquets
 
@@ -87,6 +88,16 @@ def test_rows_are_numbered_by_whole_groups_for_training_only(opened, tmp_path):
     assert [sample.key for sample in dataset.read(99, 101)] == ["row 99", "row 0"]  # of the first file, then of the second
     assert sorted(dataset.key_crcs()) == sorted(plain.key_crcs()) and dataset.manifest_hash != plain.manifest_hash
     assert {sample.key for sample in dataset.read(40 * 100, len(dataset))} == {"row 100"}
+
+
+def test_a_row_keeps_its_place_for_lists_that_count_file_after_file(opened, tmp_path):
+    (dataset,), _ = opened
+    (plain,), _ = open_mix(f"{tmp_path}/data/*.parquet")
+    rows = np.array([0, 99, 100, 101, 202, 4039])
+    for row, number in zip(rows.tolist(), dataset.numbers_of(rows).tolist(), strict=True):
+        (one,), (other,) = dataset.read(number, number + 1), plain.read(row, row + 1)
+        assert one == other
+    assert (plain.numbers_of(rows) == rows).all()
 
 
 @pytest.mark.parametrize("batch", [64, 256, 1024, 4096])
