@@ -271,6 +271,7 @@ class ParquetDataset:
                 sizes.append(sum(map(len, found.members.values())))
         if sizes:
             self.mean_bytes, self.together, self.rows_per_read = float(np.mean(sizes)), 1, 1
+            self.by_range = False
 
 
 def _usual(rows: list[int]) -> tuple[int, float]:

@@ -311,6 +311,18 @@ def test_fuzzed_headers_are_refused_or_give_damage(tmp_path):
         assert len(dataset.read(0, min(8, len(dataset)))) == min(8, len(dataset))
 
 
+@pytest.mark.parametrize("name", ["patch_120x120x12_contig", "patch_12x120x120_planar", "tile0_64x64x12"])
+def test_windows_of_a_real_satellite_image(name, shared_data):
+    path = shared_data("s2_12band_sample") / f"{name}.tif"
+    dataset = windows({"raster": str(path), "size": 32, "stride": 24})
+    image = tifffile.imread(path)
+    image = np.moveaxis(image, 0, 2) if image.shape[0] == 12 else image
+    assert len(dataset) == ((image.shape[0] - 32) // 24 + 1) ** 2
+    for sample in dataset.read(0, len(dataset)):
+        x, y = place(sample.key)
+        np.testing.assert_array_equal(content(sample), image[y : y + 32, x : x + 32])
+
+
 def test_the_yaml_knows_windows():
     data = Data.model_validate({"train": {"raster": "slides/*.tif", "size": 256, "min_tissue": 0.1}})
     assert data.model_dump()["train"]["min_tissue"] == 0.1

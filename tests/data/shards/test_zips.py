@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from servers import range_server
-from shards import as_list, fingerprint
+from shards import as_list, fingerprint, write_parquets, write_shards
 
 from ssl_locat.data.images.decode import decode_image, find_image, find_label
 from ssl_locat.data.shards.check import check
@@ -105,6 +105,31 @@ def test_zips_obey_the_plan_and_are_read_by_range_from_a_store(tmp_path):
         assert [sample.key for sample in dataset.read(70, 75)] == [f"1_{i:03d}" for i in range(10, 15)]
         assert len(log) == 1 and log[0][1] < 5 * 1100
         assert stream(files) == expected
+
+
+def test_tars_parquet_and_zips_mix(tmp_path):
+    """In their proportions, each sample once a pass of its set, the same for any ranks and workers."""
+    tars = write_shards(tmp_path / "tars", [40, 40])
+    rows = write_parquets(tmp_path / "rows", [100] * 7, per_group=10)
+    write_zip(tmp_path / "a.zip", {f"z{i:03d}.npy": bytes([i]) * 900 for i in range(80)})
+    spec = [{"shards": tars}, {"shards": rows, "weight": 2.0}, {"shards": str(tmp_path / "a.zip")}]
+
+    def stream(workers: int, world: int) -> dict:
+        datasets, weights = open_mix(spec, in_groups=True)
+        plan = choose_plan(datasets, weights, 3, 24)
+        assert plan.grids == (0, 10, 0)
+        found = {}
+        for rank in range(world):
+            options = {"start_samples": 0, "global_batch_size": 24, "workers": workers, "rank": rank, "world_size": world}
+            with TrainStream(datasets, plan, fingerprint, as_list, **options) as batches:
+                for _, batch in zip(range(12), batches, strict=False):
+                    found |= dict(zip(batch.positions.tolist(), batch.payload, strict=True))
+        return found
+
+    expected = stream(0, 1)
+    assert stream(1, 3) == expected and len({crc for _, crc, _ in expected.values()}) == 288
+    kinds = [key[0] for key, _, _ in expected.values()]
+    assert 60 <= kinds.count("0") <= 84 and 60 <= kinds.count("z") <= 84 and 132 <= kinds.count("r") <= 156
 
 
 # archives that lie ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +233,7 @@ def test_zip64_and_archives_behind_other_bytes_are_read(tmp_path, monkeypatch):
 def test_fuzzed_archives_are_refused_or_give_as_many_samples_as_they_say(tmp_path):
     write_zip(tmp_path / "a.zip", {f"{i}.png": png(i) for i in range(12)}, zipfile.ZIP_DEFLATED)
     whole, rng, refused = (tmp_path / "a.zip").read_bytes(), np.random.default_rng(0), 0
-    for _ in range(300):
+    for _ in range(120):
         broken = bytearray(whole)
         for at in rng.integers(len(whole) // 3, len(whole), 3):
             broken[at] = rng.integers(256)
@@ -219,4 +244,4 @@ def test_fuzzed_archives_are_refused_or_give_as_many_samples_as_they_say(tmp_pat
             refused += 1
             continue
         assert len(dataset.read(0, len(dataset))) == len(dataset)
-    assert refused < 200
+    assert refused < 80
