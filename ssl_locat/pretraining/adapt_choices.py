@@ -154,9 +154,12 @@ def _optim(made: Choices, trained_on: int, size: int, start: Start, machine: Mac
         # GB an image in bf16, roughly: 34 bytes a token, a block and a channel for each of two global views, and a quarter for local ones
         per_image = 2.5 * 34 * patches * start.depth * math.sqrt(start.parameters / (12 * start.depth)) / 1e9
         accumulate = 1
-        while batch // accumulate * per_image > 0.6 * machine.gpu_gb and accumulate < batch // 16:
+        # micro-batches of 64 at least: KoLeo and Sinkhorn compare the images of one
+        while batch // accumulate * per_image > 0.6 * machine.gpu_gb and batch // (2 * accumulate) >= 64:
             accumulate *= 2
         made.of("optim.accumulate_steps", accumulate, f"{machine.words}; raise it if the GPU runs out of memory")
+        if batch // accumulate * per_image > 0.6 * machine.gpu_gb:
+            made.of("activation_checkpointing", True, "blocks are computed twice, so that a micro-batch fits into the GPU")
     by_size = next(lr for most, lr in ((10_000, 4e-4), (100_000, 2e-4), (math.inf, 1e-4)) if trained_on <= most)
     made.of("optim.lr", by_size, "at a batch of 256, scaled linearly; the more images, the more steps and the smaller each")
     made.of("precision", "bf16" if gpu else "fp32", machine.words)

@@ -135,6 +135,8 @@ def test_more_images_and_larger_machines_move_more(weights):
         choose(weights, images._replace(count=50_000), large, Machine(24, 8, ""), {}, False, "run").made["backbone.trainable"][0]
         == "lora"
     )
+    small = choose(weights, images._replace(count=50_000), large._replace(depth=24), Machine(16, 8, ""), {}, False, "run").made
+    assert small["optim.global_batch_size"][0] // small["optim.accumulate_steps"][0] >= 64
     rates = [made[count, gpu]["optim.lr"][0] for count in (1000, 50_000, 2_000_000)]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == 3
     # crops are whole patches, within the images; what the command line gives is followed by what depends on it
