@@ -14,7 +14,10 @@ MOST_JUDGED = {True: 5000, False: 1000}  # on a GPU, on a CPU
 JUDGEMENTS = 4  # probes after the start: each more asks for a clearer difference
 CPU_MINUTES = 40.0  # what a run on a CPU may take
 # what keeps the patches near the start's
-HOLDING: list[dict[str, Any]] = [{"name": "gram", "weight": 0.5, "anchor": "teacher"}]
+HOLDING: list[dict[str, Any]] = [
+    {"name": "gram", "weight": 0.5, "anchor": "start"},
+    {"name": "distill", "weight": [0.5, 0.0], "weight_until": 0.5, "anchor": "start", "project": False, "local_crops": False},
+]
 GIVEN = "as given on the command line"
 
 
@@ -188,9 +191,9 @@ def _objectives(made: Choices, batch: int, trained_on: int, start: Start, gpu: b
         why = "a linear head, whose gradient reaches the features from the first step: no warm-up"
     koleo = {"name": "koleo", "weight": 0.1, **({"min_images": batch} if batch < 64 else {})}
     hold = (
-        "the Gram anchor holds the patches to the start's"
+        "the Gram anchor and a pull that fades hold it to the start"
         if holds
-        else "no Gram anchor on a CPU, where it costs a third: give one for dense tasks"
+        else "no anchor on a CPU, where it costs a third: give one for dense tasks"
     )
     made.of(
         "objective", [dino, koleo, *(HOLDING if holds else [])], f"{why}; KoLeo spreads what the start keeps too close; {hold}"

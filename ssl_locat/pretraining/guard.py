@@ -244,7 +244,11 @@ def moved(config: Config) -> str:
     """In words, what was trained."""
     moving = getattr(config.backbone, "trainable", "full")
     last = getattr(config.backbone, "last_blocks", None)
-    return {"full": "all weights", "last": f"the last {last} blocks", "lora": "LoRA adapters, merged"}.get(moving, str(moving))
+    return {
+        "full": "all weights",
+        "last": "the last block" if last == 1 else f"the last {last} blocks",
+        "lora": "LoRA adapters, merged",
+    }.get(moving, str(moving))
 
 
 # --- the end --------------------------------------------------------------------------------------------------------------
