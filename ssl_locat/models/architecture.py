@@ -140,6 +140,11 @@ def _family(state: dict[str, Tensor], options: dict) -> str:
         return "vit_{}_rope_mixed"
     if "cls_token" not in state:
         options |= {"class_token": False, "global_pool": "avg"}
+    if "attn_pool.latent" in state:  # SigLIP: a learned query pools the patches
+        options["global_pool"] = "map"
+        return "vit_base_patch16_siglip_224"
+    if "norm_pre.weight" in state:  # CLIP: a norm before the blocks, no bias in the patches' kernels, eps 1e-5 in every norm
+        return "vit_base_patch16_clip_224"
     if "fc_norm.weight" in state:  # as MAE fine-tunes: mean of the patches, then the norm
         options |= {"global_pool": "avg"}
     elif options.get("global_pool") == "avg" and "norm.weight" in state:

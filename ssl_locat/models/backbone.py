@@ -117,7 +117,9 @@ def is_foreign(model: str) -> bool:
     if Path(path).is_file() and (Path(path).name not in FOLDER_FILES or "name" in options):
         return True
     config = read_json(folder_of(path) / "config.json")
-    return Path(path).is_file() if not config else "architecture" not in config and "model_type" in config
+    if not config:
+        return Path(path).is_file() or Path(path, "open_clip_config.json").is_file()
+    return "architecture" not in config and "model_type" in config
 
 
 def is_run_or_checkpoint(model: str | Path) -> bool:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ssl_locat.errors import CheckpointError, UserError, did_you_mean
 from ssl_locat.models.architecture import HALF, recognise
 from ssl_locat.models.layouts import IMAGENET, Known, convert
+from ssl_locat.models.layouts_clip import OPENAI
 from ssl_locat.models.weights import FOLDER_FILES, read_file
 
 
@@ -50,8 +51,14 @@ def read_foreign(path: Path, given: dict) -> Foreign:
     options, assumed = architecture.options, architecture.assumed
     known = known._replace(layout=known.layout._replace(prefix=architecture.prefix), grid=architecture.grid)
     given.pop("name", None)
+    facts = {**facts, **(facts.get("vision_config") or {})}  # of an image tower beside a text tower
     if "num_attention_heads" in facts:
         options["num_heads"], assumed = facts["num_attention_heads"], ()
+    if known.layout.act_layer:
+        said = _activation(facts)
+        options["act_layer"] = said or known.layout.act_layer
+        if not said and "act_layer" not in given:
+            assumed = (*assumed, f"{known.layout.act_layer}, say act_layer=quick_gelu or gelu otherwise")
     if "num_heads" in given:
         assumed = ()
     if name is not None:  # its own options say what the tensors do not: they go before what is assumed
@@ -65,6 +72,15 @@ def read_foreign(path: Path, given: dict) -> Foreign:
         words, guessed = "as given", False
     chosen = name or architecture.name
     return Foreign(chosen, options, known, tuple(mean or own_mean), tuple(std or own_std), words, guessed, assumed)
+
+
+def _activation(facts: dict) -> str | None:
+    """timm's name of the activation that a config.json or open_clip_config.json names; None where none does."""
+    model = facts.get("model_cfg") or {}
+    if model:
+        return "quick_gelu" if model.get("quick_gelu") else "gelu"
+    name = facts.get("hidden_act")
+    return {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}.get(name, name)
 
 
 def read_known(path: Path) -> tuple[Known, dict]:
@@ -90,6 +106,8 @@ def read_json(path: Path) -> dict:
 
 def beside(file: Path) -> dict:
     """What config.json and preprocessor_config.json say about weights in the same folder; of a file of another name, what its own header says."""
+    if file.name.startswith("open_clip_"):
+        return read_json(file.with_name("open_clip_config.json"))
     if file.name in FOLDER_FILES:
         return {**read_json(file.with_name("config.json")), **read_json(file.with_name("preprocessor_config.json"))}
     return {"header": header(file)} if file.suffix == ".safetensors" else {}
@@ -109,7 +127,7 @@ def normalisation(known: Known, facts: dict, name: str | None, num_classes: int)
     """-> ((mean, std), who says so, whether it is a guess)."""
     if "image_mean" in facts and "image_std" in facts:
         return (facts["image_mean"], facts["image_std"]), "of preprocessor_config.json beside it", False
-    own = facts.get("pretrained_cfg") or {}
+    own = facts.get("pretrained_cfg") or facts.get("preprocess_cfg") or {}
     if "mean" in own and "std" in own:
         return (own["mean"], own["std"]), "of config.json beside it", False
     if facts.get("header"):
@@ -122,4 +140,8 @@ def normalisation(known: Known, facts: dict, name: str | None, num_classes: int)
         return known.layout.normalisation, f"of {known.layout.name}", False
     if known.layout.name == "LocAtViT" and num_classes and "rope.freqs" not in known.state and "pos_embed" in known.state:
         return HALF, "of the release's classifiers", False
+    if "norm_pre.weight" in known.state:
+        return OPENAI, "CLIP's, a guess by the norm before its blocks: the file does not say it", True
+    if "attn_pool.latent" in known.state:
+        return HALF, "SigLIP's, a guess by its pooling: the file does not say it", True
     return IMAGENET, "ImageNet's, a guess: the file does not say it", True

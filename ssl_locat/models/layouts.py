@@ -15,6 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from ssl_locat.errors import CheckpointError
+from ssl_locat.models import layouts_clip
 
 State = dict[str, Tensor]
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -36,6 +37,7 @@ class Layout(NamedTuple):
     )
     pos_resize: str = "timm"  # how the source resizes positional embeddings, see positions.py
     normalisation: tuple | None = None  # (mean, std) that the source trains with, where it has one for all its weights
+    act_layer: str | None = None  # the activation that the source takes unless its config says another; tensors do not show it
 
 
 class Known(NamedTuple):
@@ -198,6 +200,22 @@ def from_transformers_dinov3(state: State) -> State:
     return from_dinov3(join_qkv(state))
 
 
+def from_transformers_clip(state: State) -> State:
+    return join_qkv(layouts_clip.from_transformers(inside_of(state, "embeddings.patch_embedding.weight")))
+
+
+# --- open_clip ------------------------------------------------------------------------------------------------------------------
+
+
+def from_open_clip(state: State) -> State:
+    return layouts_clip.from_open_clip(inside_of(state, "class_embedding"))
+
+
+def from_open_clip_trunk(state: State) -> State:
+    """A tower that open_clip took from timm: its names, behind `visual.trunk.`."""
+    return inside_of(state, "patch_embed.proj.weight")
+
+
 # --- the table -------------------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +247,35 @@ LAYOUTS = (
         pos_resize="transformers",
         normalisation=IMAGENET,
     ),
+    Layout(
+        "transformers CLIPVisionModel",
+        lambda w: ends(
+            w, "embeddings.class_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"
+        ),
+        from_transformers_clip,
+        prefix=1,
+        pos_resize="transformers",
+        normalisation=layouts_clip.OPENAI,
+        act_layer="quick_gelu",
+    ),
+    Layout(
+        "transformers SiglipVisionModel",
+        lambda w: ends(w, "embeddings.patch_embedding.bias", "encoder.layers.0.self_attn.q_proj.weight"),
+        from_transformers_clip,
+        prefix=0,
+        pos_resize="transformers",
+        normalisation=layouts_clip.HALF,
+        act_layer="gelu_tanh",
+    ),
+    Layout(
+        "open_clip",
+        lambda w: ends(w, "class_embedding", "conv1.weight", "transformer.resblocks.0.attn.in_proj_weight"),
+        from_open_clip,
+        prefix=1,
+        normalisation=layouts_clip.OPENAI,
+        act_layer="gelu",
+    ),
+    Layout("open_clip with a tower of timm's", has("visual.trunk.patch_embed.proj.weight"), from_open_clip_trunk),
     Layout(
         "facebookresearch/dinov3",
         lambda w: "storage_tokens" in w.state or "rope_embed.periods" in w.state,

@@ -42,7 +42,9 @@ FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
-)  # where transformers and timm put weights
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)  # where transformers, timm and open_clip put weights
 
 
 def read_file(path: Path) -> Weights:

@@ -91,7 +91,9 @@ def _judge(made: Choices, images: Images, gpu: bool) -> tuple[bool, int]:
 
 
 def _backbone(made: Choices, model: str, start: Start, machine: Machine, trained_on: int, locat: bool) -> None:
-    options = {key: value for key, value in start.options.items() if key not in ("gaug", "prr") or start.has_gaug}
+    # a name of ours for a timm model would attach LocAt unless it is told not to
+    told = start.has_gaug or start.name.startswith("locat_")
+    options = {key: value for key, value in start.options.items() if key not in ("gaug", "prr") or told}
     made.of("backbone.name", start.name, "what MODEL is")
     for key, value in options.items():
         made.of(

@@ -4,7 +4,7 @@
 
 In folds, so that one small set with labels is enough and no training label is needed: neighbours and least squares where images have a
 label, the patches' neighbours (Hummingbird) where they have masks. Folds and memory are drawn from the seed, so that two networks are judged
-alike, image by image: `tallies` keeps what each image added, for a paired interval (shared/intervals.py).
+alike, image by image: `tallies` keeps what each image added, for a paired interval (ssl_locat/intervals/paired.py).
 """
 
 from collections.abc import Mapping
