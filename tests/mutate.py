@@ -1,17 +1,19 @@
 """`make mutate`: would our tests notice if we broke the code? Faults are planted one by one, and the tests that cover them are run.
 
-    python tests/mutate.py measure              which tests run which lines, once: FOLDER/coverage.json
+    python tests/mutate.py measure              which tests call which functions, once: FOLDER/coverage.jsonl
     python tests/mutate.py run [--each 36]      draws, plants, tests; goes on where it stopped: FOLDER/results.jsonl
     python tests/mutate.py show                 what lived, and the table of docs/reliability.md
 
 mutants.py says which faults there are. A server imports torch, timm and pytest once, and nothing of ours; each fault is tested in a process
-forked from it, in a copy of this checkout, by the tests that run its line, quickest first, until one fails. Tests over 20 s and those
+forked from it, in a copy of this checkout, by the tests that run its line, quickest first, until one fails. Tests over 10 s and those
 marked slow are left out, so that what lives here is no proof that nothing would notice. mutants.yaml lists faults that change no behaviour
 and those that we let live, each with the reason.
 """
 
 import argparse
 import ctypes
+import gc
+import inspect
 import json
 import os
 import resource
@@ -19,11 +21,16 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib.util import cache_from_source
 from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 import yaml
@@ -32,12 +39,11 @@ from mutants import AREAS, ROOT, Mutant, drawn, files, matches
 
 SEED = 26
 # CPU-seconds, as measured without a fault: of a test, above which it is left out, and of all tests for one fault
-LONGEST, TOGETHER = 20.0, 20.0
-CALLS = 100  # of a function in a test that are traced
+LONGEST, TOGETHER = 10.0, 10.0
 DEEP = 300.0  # both, for what lived
 # where the tests of the areas lie; others run their lines, too, but cost many times more than they add
 TESTS = (
-    "evaluation/test_metrics.py objectives data/stream data/images/test_crops.py pretraining/test_dino_steps.py runs/test_checkpoint.py "
+    "evaluation/test_metrics.py objectives data/stream data/images/test_crops.py data/images/test_bands.py data/images/test_extras.py pretraining/test_dino_steps.py runs/test_checkpoint.py "
     "runs/test_integrity.py runs/test_power_cut.py export/test_parts.py export/test_export.py pretraining/test_probes.py"
 )
 OPTIONS = [
@@ -57,48 +63,39 @@ EXPLAINED = Path(__file__).with_name("mutants.yaml")
 
 
 class Tracer:
-    """A pytest plugin: which lines of our files each test runs in this process, and the CPU-seconds it takes."""
+    """A pytest plugin: which functions of our files each test calls in this process, and the CPU-seconds it takes."""
 
     def __init__(self, paths: list[str]):
-        self.paths, self.lines, self.calls, self.found = set(paths), {}, Counter(), {}
-        self.fixtures: dict[str, set[int]] = {}  # lines that fixtures ran: shared ones run once, for all tests that ask for them
+        self.paths, self.called, self.found = set(paths), {}, {}
+        self.fixtures: dict[str, set[str]] = {}  # what fixtures called: shared ones run once, for all tests that ask for them
 
     def pytest_runtest_protocol(self, item, nextitem):
-        self.lines, self.calls, self.began = {}, Counter(), _cpu_seconds()
+        self.called, self.began = {}, _cpu_seconds()
         sys.settrace(self._call)
+        threading.settrace(self._call)
 
     def pytest_runtest_logreport(self, report):
-        mine = self.found.setdefault(report.nodeid, {"passed": True, "lines": {}, "seconds": 0.0})
+        mine = self.found.setdefault(report.nodeid, {"passed": True, "called": {}, "seconds": 0.0})
         mine["passed"] &= report.passed
         if report.when == "setup":
-            for path, lines in self.lines.items():
-                self.fixtures.setdefault(path, set()).update(lines)
+            for path, names in self.called.items():
+                self.fixtures.setdefault(path, set()).update(names)
         if report.when == "teardown":
             sys.settrace(None)
             mine["seconds"] = round(_cpu_seconds() - self.began, 3)
-            mine["lines"] = self.lines
+            mine["called"] = self.called
 
     def answer(self) -> dict[str, dict]:
         for one in self.found.values():
-            paths = {**one["lines"], **self.fixtures}
-            one["lines"] = {path: sorted(one["lines"].get(path, set()) | self.fixtures.get(path, set())) for path in paths}
+            paths = {**one["called"], **self.fixtures}
+            one["called"] = {path: sorted(one["called"].get(path, set()) | self.fixtures.get(path, set())) for path in paths}
         return self.found
 
-    def _call(self, frame, event, argument):
-        path = frame.f_code.co_filename
-        if path not in self.paths:
-            return None
-        # what a function has not run in its first calls it hardly will; and a traced line takes ten times as long
-        self.calls[frame.f_code] += 1
-        if self.calls[frame.f_code] > CALLS:
-            return None
-        lines = self.lines.setdefault(path, set())
-
-        def line(frame, event, argument):
-            lines.add(frame.f_lineno)
-            return line
-
-        return line(frame, event, argument)
+    def _call(self, frame, event, argument) -> None:
+        """No word of single lines: those take ten times as long."""
+        code = frame.f_code
+        if code.co_filename in self.paths:
+            self.called.setdefault(code.co_filename, set()).add(code.co_qualname.replace(".<locals>", ""))
 
 
 class Failure:
@@ -120,8 +117,8 @@ def _cpu_seconds() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def in_fork(tree: Path, tests: list[str], plugin, answer, cpu_seconds: float, seconds: float) -> dict:
-    """Run tests of `tree` in a forked process -> {"code", "seconds", "cpu_seconds", **answer(plugin)}; code None if it had to be ended.
+def in_fork(tree: Path, work: Callable[[], dict], cpu_seconds: float, seconds: float) -> dict:
+    """work() in a forked process in `tree` -> what it returns, "seconds" and "cpu_seconds"; {"code": None} instead if it had to be ended.
 
     cpu_seconds: of that process (an endless loop). seconds: by the clock (an endless wait); several times what an idle machine takes."""
     began, answered = time.monotonic(), tree.parent / "answer.json"
@@ -131,13 +128,9 @@ def in_fork(tree: Path, tests: list[str], plugin, answer, cpu_seconds: float, se
         resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_seconds) + 1, int(cpu_seconds) + 5))
         output = os.open(tree.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)
-        os.chdir(tree)
-        os.environ |= {"PYTHONPATH": str(tree), "TMPDIR": str(tree.parent)}
-        tempfile.tempdir = None
-        sys.path[0] = str(tree)
+        enter(tree)
         try:
-            code = pytest.main([*OPTIONS, "--basetemp", str(tree.parent / "pytest"), *tests], [plugin])
-            answered.write_text(json.dumps({"code": int(code), **answer(plugin)}))
+            answered.write_text(json.dumps(work()))
         finally:
             os._exit(0)
     try:
@@ -150,6 +143,17 @@ def in_fork(tree: Path, tests: list[str], plugin, answer, cpu_seconds: float, se
         end(descendants(os.getpid()))  # what it started and did not end is ours by adoption
     spent = {"seconds": round(time.monotonic() - began, 2), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2)}
     return (json.loads(answered.read_text()) if answered.exists() else {"code": None}) | spent
+
+
+def enter(tree: Path) -> None:
+    os.chdir(tree)
+    os.environ |= {"PYTHONPATH": str(tree), "TMPDIR": str(tree.parent)}
+    tempfile.tempdir = None
+    sys.path[0] = str(tree)
+
+
+def main_of(tree: Path, arguments: list[str], plugin: Any) -> int:
+    return int(pytest.main([*OPTIONS, "--basetemp", str(tree.parent / "pytest"), *arguments], [plugin]))
 
 
 def server() -> None:
@@ -203,72 +207,170 @@ def measure(folder: Path) -> None:
         name = str(file.relative_to(tree))
         if name in known:
             continue
-        got = in_fork(tree, [name, "--timeout=900"], Tracer(list(ours)), lambda tracer: {"tests": tracer.answer()}, 900, 3000)
+        tracer = Tracer(list(ours))
+        work = lambda: {"code": main_of(tree, [name, "--timeout=900"], tracer), "tests": tracer.answer()}  # noqa: B023, E731
+        got = in_fork(tree, work, 900, 3000)
         tests = {
             test: {
                 "seconds": one["seconds"],
-                "lines": {str(Path(p).relative_to(tree)): lines for p, lines in one["lines"].items()},
+                "called": {str(Path(p).relative_to(tree)): names for p, names in one["called"].items()},
             }
             for test, one in got.get("tests", {}).items()
-            if one["passed"] and one["lines"]
+            if one["passed"] and one["called"]
         }
         _append(
             path,
             {"file": name, "code": got["code"], "seconds": got["seconds"], "cpu_seconds": got["cpu_seconds"], "tests": tests},
         )
-        print(f"{name}: {len(tests)} tests run lines of ours, code {got['code']}, {got['cpu_seconds']:.0f} CPU-s", flush=True)
+        print(
+            f"{name}: {len(tests)} tests call functions of ours, code {got['code']}, {got['cpu_seconds']:.0f} CPU-s", flush=True
+        )
 
 
 def run(folder: Path, each: int, only: str | None, deep: bool) -> None:
     """Test the drawn faults that have no result yet, a share of each area in turns; `deep`: those that lived, by more tests."""
     tests = {test: one for line in _lines(folder / "coverage.jsonl") for test, one in line["tests"].items()}
-    path = folder / "results.jsonl"
-    known = {line["name"]: line for line in _lines(path)}
-    excused = yaml.safe_load(EXPLAINED.read_text()) or {}
-    draws = [drawn(area, each, SEED) for area in AREAS]
-    todo = [(area, draw[i]) for i in range(each) for area, draw in zip(AREAS, draws, strict=True) if i < len(draw)]
-    # no fault at all, in each area: a test that fails then says nothing of the others
-    todo = [
-        (area, draw[0]._replace(function="CONTROL", after=draw[0].before)) for area, draw in zip(AREAS, draws, strict=True)
-    ] + todo
     server()
     tree = copy_tree(folder)
-    for number, (area, mutant) in enumerate(todo):
+    files = sorted({test.partition("::")[0] for test in tests})
+    campaign = Campaign(tree, folder / "results.jsonl", tests, deep)
+    # functions are exchanged in a process that has collected the tests; what is left needs one that has imported nothing of ours
+    for quick in True, False:
+        campaign.todo = todo_of(folder, each, only, deep, tests, campaign.done if quick else campaign.tested())
+        if quick and not (pid := os.fork()):
+            enter(tree)
+            try:
+                main_of(tree, ["-q", "-s", "--timeout=600", *files], campaign)
+            finally:
+                os._exit(0)
+        if quick:
+            os.waitpid(pid, 0)
+        else:
+            campaign.plant_files()
+
+
+def todo_of(
+    folder: Path, each: int, only: str | None, deep: bool, tests: dict[str, dict], done: set[str]
+) -> list[tuple[str, Mutant]]:
+    """(area, fault) of all that are to be tested now."""
+    known = {line["name"]: line for line in _lines(folder / "results.jsonl")}
+    excused = yaml.safe_load(EXPLAINED.read_text()) or {}
+    draws = [drawn(area, each, SEED) for area in AREAS]
+    # no fault at all, in each area: a test that fails then says nothing of the others
+    todo = [(area, draw[0]._replace(function="CONTROL", after=draw[0].before)) for area, draw in zip(AREAS, draws, strict=True)]
+    todo += [(area, draw[i]) for i in range(each) for area, draw in zip(AREAS, draws, strict=True) if i < len(draw)]
+
+    def wanted(mutant: Mutant) -> bool:
         before = known.get(mutant.name)
         lives = before and not before["state"].startswith("killed") and not before.get("deep")
-        if not (matches(mutant, only) if only else lives if deep else not before):
-            continue
-        if deep and mutant.name in excused.get("equivalent", {}):
-            continue
-        if not any(mutant.path in one["lines"] for one in tests.values()):
-            continue  # its tests are not measured yet: no result
-        result = {"area": area, "name": mutant.name, "line": mutant.line, "deep": deep, **test_one(tree, mutant, tests, deep)}
-        _append(path, result)
-        print(f"{number + 1}/{len(todo)} {result['state']} {result['cpu_seconds']:.0f} CPU-s {mutant.name[:150]}", flush=True)
+        measured = any(mutant.path in one["called"] for one in tests.values())
+        if mutant.name in done or not measured or mutant.name in excused.get("equivalent", {}):
+            return False
+        return matches(mutant, only) if only else bool(lives) if deep else not before
+
+    return [(area, mutant) for area, mutant in todo if wanted(mutant)]
 
 
-def test_one(tree: Path, mutant: Mutant, tests: dict[str, dict], deep: bool) -> dict:
-    chosen, expected = covering(mutant, tests, deep)
-    target = tree / mutant.path
-    source, compiled = target.read_bytes(), Path(cache_from_source(str(target)))
-    try:
-        target.write_bytes(mutant.apply(source))
-        compiled.unlink(missing_ok=True)  # of another fault: told apart by second and size alone
-        told = lambda failure: {"test": failure.test, "words": failure.words}  # noqa: E731
-        got = in_fork(tree, [*chosen, "-x", "--timeout=600"], Failure(), told, 30 + 5 * expected, 120 + 20 * expected)
-    finally:
-        target.write_bytes(source)
-        compiled.unlink(missing_ok=True)
-    state = {0: "survived", None: "killed (time)"}.get(got["code"], "killed")
-    return {"state": state, "tests": len(chosen), "expected": round(expected, 1), **got}
+class Campaign:
+    """Plants faults and keeps the results; a pytest plugin, too, that tests faults where other sessions run their tests."""
+
+    def __init__(self, tree: Path, results: Path, tests: dict[str, dict], deep: bool):
+        self.tree, self.results, self.tests, self.deep = tree, results, tests, deep
+        self.todo: list[tuple[str, Mutant]] = []
+        self.done: set[str] = set()
+        self.began = results.stat().st_size if results.exists() else 0
+
+    def tested(self) -> set[str]:
+        """Names of the faults that have a result by now, also of the forked process."""
+        with suppress(FileNotFoundError), open(self.results) as file:
+            file.seek(self.began)
+            return {json.loads(line)["name"] for line in file}
+        return set()
+
+    def pytest_runtestloop(self, session) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        functions = functions_of({str(self.tree / mutant.path) for _, mutant in self.todo})
+        failure = Failure()
+        session.config.pluginmanager.register(failure)
+
+        def work(chosen: list[str], found: list[tuple[FunctionType, CodeType]]) -> dict:
+            for function, code in found:
+                function.__code__ = code
+            wanted = [items[test] for test in chosen if test in items]
+            for item, following in zip(wanted, [*wanted[1:], None], strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if failure.test:
+                    break
+            return {"code": int(failure.test is not None), "test": failure.test, "words": failure.words}
+
+        for area, mutant in self.todo:
+            found = exchanged(self.tree / mutant.path, mutant, functions)
+            if found or mutant.function == "CONTROL":
+                self.test_one(area, mutant, partial(work, found=found))
+        return True
+
+    def plant_files(self) -> None:
+        for area, mutant in self.todo:
+            failure = Failure()
+
+            def work(chosen: list[str], failure: Failure = failure) -> dict:
+                code = main_of(self.tree, [*chosen, "-x", "--timeout=600"], failure)
+                return {"code": code, "test": failure.test, "words": failure.words}
+
+            self.test_one(area, mutant, work)
+
+    def test_one(self, area: str, mutant: Mutant, work: Callable[[list[str]], dict]) -> None:
+        chosen, expected = covering(mutant, self.tests, self.deep)
+        target = self.tree / mutant.path
+        source, compiled = target.read_bytes(), Path(cache_from_source(str(target)))
+        try:
+            target.write_bytes(mutant.apply(source))  # what tests start by themselves reads it
+            compiled.unlink(missing_ok=True)  # of another fault: told apart by second and size alone
+            got = in_fork(self.tree, lambda: work(chosen), 8 + 3 * expected, 120 + 20 * expected)
+        finally:
+            target.write_bytes(source)
+            compiled.unlink(missing_ok=True)
+        state = {0: "survived", None: "killed (time)"}.get(got["code"], "killed")
+        result = {"area": area, "name": mutant.name, "line": mutant.line, "deep": self.deep, "state": state}
+        _append(self.results, result | {"tests": len(chosen), "expected": round(expected, 1), **got})
+        print(f"{state} {got['cpu_seconds']:.1f} CPU-s {mutant.name[:150]}", file=sys.stderr, flush=True)
+
+
+def functions_of(paths: set[str]) -> dict[str, list[FunctionType]]:
+    """file -> its functions and methods that have been made in this process, but for those within others."""
+    found: dict[str, list[FunctionType]] = {}
+    for one in gc.get_objects():
+        # by type: isinstance asks some objects of torch what they are, which warns
+        if type(one) is FunctionType and one.__code__.co_filename in paths and "<locals>" not in one.__code__.co_qualname:
+            found.setdefault(one.__code__.co_filename, []).append(one)
+    return found
+
+
+def exchanged(target: Path, mutant: Mutant, functions: dict[str, list[FunctionType]]) -> list[tuple[FunctionType, CodeType]]:
+    """Functions that a fault changes, with their new code; none where it lies elsewhere: in a default, in a class, at the file's own level."""
+
+    def codes(code: CodeType) -> Iterator[CodeType]:
+        for inner in code.co_consts:
+            if isinstance(inner, CodeType):
+                yield inner
+                yield from codes(inner) if not inner.co_flags & inspect.CO_OPTIMIZED else ()  # class bodies hold methods
+
+    new = {code.co_qualname: code for code in codes(compile(mutant.apply(target.read_bytes()), str(target), "exec"))}
+    found = ((function, new.get(function.__code__.co_qualname)) for function in functions.get(str(target), []))
+    return [
+        (function, code)
+        for function, code in found
+        # what a function takes from around it is fixed when it is made: `super()` is such a thing
+        if code is not None and code != function.__code__ and code.co_freevars == function.__code__.co_freevars
+    ]
 
 
 def covering(mutant: Mutant, tests: dict[str, dict], deep: bool) -> tuple[list[str], float]:
-    """The quickest tests that run the fault's line; where there are none (it runs at the import, or in a worker process), and for a deep look,
-    those that run anything of its file."""
+    """The quickest tests that call the fault's function; where there are none (it lies in none, or runs in a worker process), and for a deep
+    look, those that call anything of its file."""
     longest, together = (DEEP, DEEP) if deep else (LONGEST, TOGETHER)
-    usable = {test: one for test, one in tests.items() if one["seconds"] <= longest and mutant.path in one["lines"]}
-    exact = {test for test, one in usable.items() if mutant.line in one["lines"][mutant.path]}
+    usable = {test: one for test, one in tests.items() if one["seconds"] <= longest and mutant.path in one["called"]}
+    exact = {test for test, one in usable.items() if mutant.function in one["called"][mutant.path]}
     pool = usable if deep or not exact else exact
     chosen, total = [], 0.0
     for test in sorted(pool, key=lambda test: (test not in exact, usable[test]["seconds"])):
@@ -329,7 +431,7 @@ if __name__ == "__main__":
         "--folder", type=Path, default=ROOT / "build/mutate", help="for the map, the results and a copy of the checkout"
     )
     parser.add_argument("--each", type=int, default=36, help="faults of each area")
-    parser.add_argument("--deep", action="store_true", help="those that lived, by all tests that run anything of their file")
+    parser.add_argument("--deep", action="store_true", help="those that lived, by all tests that call anything of their file")
     parser.add_argument("--only", help="those whose name has this in it, again")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
