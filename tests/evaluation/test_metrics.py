@@ -44,6 +44,14 @@ def test_hungarian_forgives_swapped_classes_and_plain_does_not():
     assert truth_of.tolist() == [1, 0, 2]
 
 
+def test_a_class_of_one_pixel_counts_as_any_other():
+    assert metrics.hungarian_scores(torch.tensor([[1, 0], [0, 3]]))[0] == pytest.approx(100)
+
+
+def test_labels_move_down_by_one_and_what_was_void_stays_void():
+    assert metrics.reduce_zero_label(torch.tensor([0, 1, 2, 254, 255], dtype=torch.uint8)).tolist() == [255, 0, 1, 253, 255]
+
+
 def test_a_class_of_score_zero_is_no_hit():
     scores = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, 0.3]])
     assert metrics.top_hits(scores, torch.tensor([1, 2]), k=3).tolist() == [False, True]

@@ -8,7 +8,7 @@ from torch import nn
 from ssl_locat.errors import CheckpointError, UserError
 from ssl_locat.export.export import WRITTEN, _check_target, _safe, model_card, scores_at
 from ssl_locat.export.parity import TOLERANCE, BothTokens, compare, shapes_of
-from ssl_locat.export.timm_folder import obey_umask, own_name
+from ssl_locat.export.timm_folder import check_timm_target, obey_umask, own_name, write_timm_whole
 from ssl_locat.models.backbone import create_backbone
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -127,6 +127,19 @@ def test_a_model_without_locat_gets_timms_name_and_options():
     for half in ({"gaug": False}, {"prr": False}):
         assert named("locatvit_tiny", create_backbone("locatvit_tiny", **TINY, **half))[0] == "locatvit_tiny"
     assert own_name(nn.Linear(1, 1), "resnet18", {"a": 1}) == ("resnet18", {"a": 1})
+
+
+def test_a_model_is_put_whole_into_a_folder_that_may_be_new_and_keeps_its_other_files(tmp_path):
+    plain, folder = create_backbone("vit_tiny", **TINY), tmp_path / "a/b/out"
+    check_timm_target(folder)
+    write_timm_whole(plain, folder)
+    (folder / "notes.txt").write_text("mine")
+    (tmp_path / "a/b/.out.partial").mkdir()  # of one that was killed
+    write_timm_whole(plain, folder)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "notes.txt"}
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["out"]
+    with pytest.raises(UserError, match=r"notes\.txt is a file\. Give a folder"):
+        check_timm_target(folder / "notes.txt")
 
 
 def test_files_get_what_the_folder_has_and_folders_keep_their_own(tmp_path):

@@ -12,13 +12,13 @@ from torch import nn
 from ssl_locat.benchmarks.timing import peak_bytes
 from ssl_locat.errors import UserError
 from ssl_locat.models.backbone import create_backbone
-from ssl_locat.objectives import Progress, Views
+from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.objectives.heads import DINOHead, Prototypes
 from ssl_locat.objectives.ibot import IBOT
 from ssl_locat.objectives.targets import pair_loss
 from ssl_locat.optim.optim import build_optimizer, clip_gradients, lr_scales, parameter_groups, set_hyperparameters
-from ssl_locat.optim.schedules import LEARNING_RATES, constant_cooldown, cosine, stepwise
+from ssl_locat.optim.schedules import LEARNING_RATES, constant_cooldown, cosine, decayed, stepwise
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 
 
@@ -202,6 +202,26 @@ def test_global_clipping_bounds_the_total_norm():
         parameter.grad = torch.full_like(parameter, 5.0)
     clip_gradients(parameters, 2.0, "global")
     assert math.isclose(torch.cat([parameter.grad for parameter in parameters]).norm().item(), 2.0, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["per_parameter", "global"])
+def test_what_is_small_enough_is_not_clipped_and_zero_clips_nothing(how):
+    for largest, factor in ((100.0, 1.0), (0.0, 1.0)):
+        parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 5.0)
+        assert clip_gradients(parameters, largest, how).item() == pytest.approx(5 * 7**0.5)
+        for parameter in parameters:
+            assert torch.equal(parameter.grad, torch.full_like(parameter, 5.0 * factor))
+
+
+def test_a_decay_begins_at_nothing_and_ends_at_all():
+    assert [decayed(iteration, 100, 20) for iteration in (0, 80, 85, 100, 130)] == [0.0, 0.0, 0.25, 1.0, 1.0]
+    assert decayed(99, 100, 0) == 0.0
+
+
+def test_class_tokens_are_all_that_an_objective_is_given_unless_it_asks():
+    assert Needs() == (False, False, False)
 
 
 def test_biases_and_norms_are_not_decayed():

@@ -98,6 +98,10 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(tmp_path, fused, monkeypatc
             twin = its_optimizer.state[other][key]
             assert torch.equal(value, twin) and value.dtype == twin.dtype and value.shape == twin.shape, key
     assert its_optimizer.param_groups[0]["betas"] == (0.9, 0.95) and its_optimizer.param_groups[0]["name"] == "decayed"
+    for group in its_optimizer.param_groups:
+        group["lr"] = 7.0
+    found.load(found.newest(), {"student": again}, its_optimizer)
+    assert [group["lr"] for group in its_optimizer.param_groups] == [1e-3, 1e-3]
 
 
 def test_pinned_copies_are_made_anew_when_a_frozen_parameter_gets_its_state(tmp_path, monkeypatch):
@@ -116,6 +120,33 @@ def test_pinned_copies_are_made_anew_when_a_frozen_parameter_gets_its_state(tmp_
 def test_last_and_milestones_are_kept(tmp_path):
     saved(tmp_path, 1, 2, 3, 4, 5, 6, 7, keep_last=2, milestone_every=3)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_{n:08d}" for n in (3, 6, 7)]
+
+
+def test_a_save_says_no_word_of_failure_and_other_folders_are_left_alone(tmp_path, caplog):
+    (tmp_path / "checkpoints/step_x1").mkdir(parents=True)
+    checkpointer = saved(tmp_path, 1, 2, keep_last=1)
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert checkpointer.newest().name == "step_00000002" and (tmp_path / "checkpoints/step_x1").exists()
+
+
+def test_a_run_folder_that_was_moved_away_does_not_appear_again(tmp_path):
+    checkpointer = saved(tmp_path / "run", 1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    model, optimizer = build()
+    with pytest.raises(Outage, match="step 2 could not be saved"):
+        checkpointer.save(2, {"student": model}, optimizer, {}, block=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_step_of_another_history_is_set_aside(tmp_path):
+    first = saved(tmp_path, 1, 2)
+    model, optimizer = build()
+    again = Checkpointer(tmp_path)
+    again.load(tmp_path / "checkpoints/step_00000001", {"student": model}, optimizer)
+    again.save(2, {"student": model}, optimizer, {"samples_seen": 99}, block=True)
+    assert again.newest().name == "step_00000002" == first.newest().name
+    assert json.loads((again.newest() / "checkpoint.json").read_text())["meta"] == {"samples_seen": 99}
+    assert (tmp_path / "checkpoints/superseded_step_00000002").exists()
 
 
 def test_damaged_checkpoint_is_passed_over(tmp_path):

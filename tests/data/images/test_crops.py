@@ -1,5 +1,6 @@
 """Multi-crop: deterministic, DINO's distribution, and pixels that equal Pillow and torchvision within the stated differences."""
 
+import random
 import tarfile
 
 import cv2
@@ -11,7 +12,7 @@ from PIL import Image
 from ssl_locat.data.images import crops_device
 from ssl_locat.data.images.crops import JITTER, Crops, MultiCrop, photometric, resized_crop
 from ssl_locat.data.images.decode import decode_image
-from ssl_locat.data.images.draws import JITTER_ORDERS, Draw
+from ssl_locat.data.images.draws import JITTER_ORDERS, Draw, draw_box
 from ssl_locat.errors import ConfigError
 
 PLAIN = Draw(0, 0, 1, 1, False, -1, 1.0, 1.0, 1.0, 0.0, False, 0.0, False)
@@ -164,6 +165,40 @@ def test_operations_are_applied_in_the_drawn_order(photos):
         for operation in order:
             expected = JITTER[operation](expected, list(values.values())[operation])
         assert np.array_equal(photometric(crop, PLAIN._replace(jitter_order=index, **values)), expected)
+
+
+def test_a_box_of_one_row_is_as_good_as_any_and_what_fits_nowhere_is_cut_from_the_middle():
+    numbers = random.Random(0)
+    found = [draw_box(numbers.random, 1, 30, (0.02, 0.1)) for _ in range(50)]
+    assert all((top, height) == (0, 1) for top, _, height, _ in found) and len({left for _, left, _, _ in found}) > 10
+    # torchvision's last resort, for images longer than any box of that area
+    assert draw_box(lambda: 0.5, 1000, 10, (1.0, 1.0)) == (493, 0, 13, 10)
+    assert draw_box(lambda: 0.5, 10, 1000, (1.0, 1.0)) == (0, 493, 10, 13)
+
+
+def test_a_probability_of_zero_means_never():
+    never = MultiCrop(flip_prob=0, jitter_prob=0, gray_prob=0, blur_prob=(0, 0, 0), solarize_prob=(0, 0, 0))
+    for view in range(3):
+        drawn = never._draw_view(lambda: 0.0, view, 20, 20)
+        assert (drawn.flip, drawn.jitter_order, drawn.gray, drawn.sigma, drawn.solarize) == (False, -1, False, 0.0, False)
+
+
+def test_opencv_starts_no_threads_of_its_own():
+    assert cv2.getNumThreads() == 1, "they do not survive the fork of a worker"
+
+
+def test_a_gpu_does_the_colours_unless_told_otherwise_and_a_batch_may_be_one_image():
+    assert MultiCrop(device="cuda").mode == "device-photometric" and MultiCrop().mode == "cpu"
+    crops = MultiCrop(32, 16, 3)
+    batch = crops.finish(crops.collate([crops.cut(noise(40, 40), 0)]), "cpu")
+    assert batch.global_crops.shape == (2, 3, 32, 32) and batch.local_crops.shape == (3, 3, 16, 16)
+
+
+def test_means_of_other_channels_than_the_images_are_refused():
+    crops = MultiCrop(32, 16, 1, mean=(0.5,) * 3, std=(0.5,) * 3)
+    four = np.concatenate([noise(40, 40), noise(40, 40)[..., :1]], axis=2)
+    with pytest.raises(ValueError):
+        crops.finish(crops.collate([crops.cut(four, 0)]), "cpu")
 
 
 def test_wrong_options_say_what_is_valid():

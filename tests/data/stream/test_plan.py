@@ -1,5 +1,6 @@
 """The plan: every sample once per pass, for any sizes; stable for ever; the same for everyone."""
 
+import json
 import tracemalloc
 from collections import Counter
 
@@ -265,6 +266,7 @@ def test_a_checkpoint_restores_the_plan_and_refuses_other_data():
     plan = choose_plan(datasets, [2, 1], 3, 64)
     saved = plan.to_dict()
     assert resume_plan(saved, datasets, [4, 2], 3) == plan
+    assert json.loads(json.dumps(saved)) == saved
     for wrong, words in [
         ((saved, datasets, [2, 1], 4), "seed was 3"),
         ((saved, datasets[:1], [1], 3), "2 datasets"),

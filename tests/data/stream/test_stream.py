@@ -328,6 +328,27 @@ def test_a_handful_of_corrupt_samples_stops_no_run_unless_none_is_tolerated():
         strict.check_budget(10**6)
 
 
+def test_more_than_a_handful_of_corrupt_samples_within_the_budget_stops_no_run(shards, tmp_path):
+    """24 of 241 are: the share is of what was read by then, not of the first batch alone."""
+    path = tmp_path / "q.jsonl"
+    assert len(read(*shards, 480, prepare=reject_some, max_bad=0.25, quarantine_path=path)) == 480
+    assert len(quarantined(path)) > 10
+
+
+def test_only_what_took_no_end_is_never_tried_again(tmp_path):
+    path = tmp_path / "q.jsonl"
+    first = Quarantine(path, 1, 100)
+    first.add([QuarantineEntry(0, "d", 1, "s", "k", "truncated"), QuarantineEntry(1, "d", 2, "s", "k", f"{STUCK} (1 s)")])
+    assert Quarantine(path, 1, 100).stuck == {("d", 2)}
+
+
+def test_the_sample_that_took_no_end_is_the_positions_own_or_the_one_that_stands_in(shards, tmp_path):
+    stream = TrainStream(*shards, fingerprint, as_list, start_samples=0, quarantine_path=tmp_path / "q.jsonl", **SIZES)
+    for number, listed in ((1, 1), (-1, shards[1].locate(0)[1])):
+        assert isinstance(stream._left_out(0, number, 1.0), Outage)
+        assert quarantined(tmp_path / "q.jsonl")[-1]["index"] == listed
+
+
 def test_a_wholly_damaged_window_stops_the_run(shards):
     def never(raw, seed):
         raise CorruptSample("no")
@@ -388,6 +409,39 @@ def test_a_killed_worker_says_what_to_do(shards):
 
 def break_down(raw, seed):
     raise KeyError("a bug of ours")
+
+
+def slow_at_first(raw, seed):
+    time.sleep(0.3 * (torch.utils.data.get_worker_info().id == 0))
+    return fingerprint(raw, seed)
+
+
+def test_a_slow_worker_does_not_change_the_order(shards):
+    expected = read(*shards, 96)
+    with TrainStream(
+        *shards, slow_at_first, as_list, start_samples=0, **SIZES | {"workers": 2, "global_batch_size": 3}
+    ) as stream:
+        batches = list(islice(stream, 6))
+    assert [position for batch in batches for position in batch.positions.tolist()] == list(range(18))
+    assert [sample for batch in batches for sample in batch.payload] == [expected[position] for position in range(18)]
+
+
+def mistaken(raw, seed):
+    raise UserError("a mistake of the user's")
+
+
+def test_an_error_in_a_worker_ends_all_of_them(shards):
+    for prepare, error in ((die, Outage), (mistaken, UserError)):
+        stream = TrainStream(*shards, prepare, as_list, start_samples=0, **SIZES | {"workers": 2})
+        with pytest.raises(error):
+            list(islice(stream, 40))
+        assert not multiprocessing.active_children()
+
+
+def test_workers_start_in_the_way_that_was_asked_for(shards):
+    for asked in ("fork", "forkserver", "spawn"):
+        stream = TrainStream(*shards, fingerprint, as_list, start_samples=0, context=asked, **SIZES | {"workers": 1})
+        assert stream._loader_options["multiprocessing_context"] == asked
 
 
 def test_other_errors_in_workers_keep_their_trace(shards):
