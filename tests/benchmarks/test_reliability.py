@@ -5,10 +5,11 @@ import tarfile
 import time
 import urllib.request
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from ssl_locat.benchmarks.reliability import episodes, samples, scoreboard
+from ssl_locat.benchmarks.reliability import episodes, samples, scoreboard, tables
 from ssl_locat.benchmarks.reliability.cells import CELLS, SAMPLES
 from ssl_locat.benchmarks.reliability.samples import Job
 from ssl_locat.benchmarks.reliability.server import EVERY, failing
@@ -71,23 +72,58 @@ def test_a_shard_is_cut_in_a_sample_or_between_two(tmp_path):
         assert len(archive.getnames()) == sizes[1] // 1024 == 50  # 25 of 48 samples, two files each, two blocks a file
 
 
-def test_cells_are_chosen_by_name_and_told_in_a_table():
-    assert scoreboard.chosen(["webdataset:kill"]) == [("webdataset", "kill")]
+def test_cells_are_chosen_by_name():
+    assert scoreboard.chosen(["webdataset:border"]) == [("webdataset", "border")]
     assert {cell for _, cell in scoreboard.chosen([":cut"])} == {"cut"} and len(scoreboard.chosen([])) > 40
     with pytest.raises(UserError, match="--only webdatasets: expected PEER"):
         scoreboard.chosen(["webdatasets"])
+
+
+def test_results_are_told_in_tables():
     row = {"peer": "grain", "cell": "kill", "passes": 2, "episodes": 10, "expected": 2000, "lost": 1, "repeated": 4, "wrong": 0}
-    row |= {"hangs": 0, "stops": {}, "told": False, "first_batch_seconds": 0.25}
-    table = scoreboard.markdown([row, row | {"cell": "cut", "stops": {"OSError: no": 2}}, row | {"cell": "border"}])
+    row |= {
+        "hangs": 0,
+        "stops": {},
+        "told": False,
+        "first_batch_seconds": 0.25,
+        "kills": 8,
+        "corrupt_delivered": 0,
+        "date": "2026-11-30",
+    }
+    rows = [row, row | {"cell": "cut", "stops": {"OSError: no": 2}}, row | {"cell": "border"}]
+    table = tables.summary(rows)
     assert "| 0.5 / 2 / 0 (n = 10) |" in table and "2 of 2 passes ended with an error (n = 10)" in table
     assert "0.5 / 2 / 0, nothing said (n = 10)" in table  # of damage; that a resume loses some is written in the documentation
     assert "| 0.25 |" in table
+    assert "| `grain:kill` | 10 | 8 | 2000 | 1 | 4 | 0 | 0 | 0 | 0 | no | 0.25 | 2026-11-30 |" in tables.details(rows)
+    assert "- `grain:cut`: `OSError: no`" in tables.stops(rows) and "- grain: not promised" in tables.stops(rows)
+    page = f"above\n{tables.BEGIN}former text\n{tables.END}below\n"
+    filled = tables.fill(page, rows)
+    assert (
+        filled.startswith("above\n")
+        and filled.endswith("below\n")
+        and "former text" not in filled
+        and tables.summary(rows, tables.others()) in filled
+    )
+    assert tables.fill(filled, rows) == filled
 
 
-def test_peers_are_pinned_and_say_what_they_promise():
+def test_peers_are_pinned_and_say_what_they_promise_and_why_a_cell_is_empty():
     for peer, about in scoreboard.PEERS.items():
-        assert set(about) == {"title", "requires", "promises", "link", "cells"} and set(about["cells"]) <= set(CELLS)
+        assert set(about) - {"otherwise"} == {"title", "requires", "promises", "link", "cells"}
         assert all("==" in pin for pin in about["requires"]) and (about["requires"] or peer.startswith("ours"))
+        empty = about.get("otherwise", {})
+        assert {*about["cells"], *empty} == set(CELLS) and not set(about["cells"]) & set(empty), peer
+        assert all(why.startswith(("not promised, ", "not meant for it, ")) for why in empty.values())
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
+    docs = Path(__file__).parents[2] / "docs"
+    rows, page = tables.read(docs / "reliability.jsonl"), (docs / "reliability.md").read_text(encoding="utf-8")
+    assert tables.fill(page, rows) == page, "make them anew, by the command that the page names"
+    assert all(row["cell"] in scoreboard.PEERS[row["peer"]]["cells"] for row in rows)
+    kills = [row for row in rows if row["peer"] == "ours" and row["cell"] in ("kill", "world", "workers", "mix")]
+    assert all(row["lost"] == row["repeated"] == row["wrong"] == row["hangs"] == 0 and not row["stops"] for row in kills)
 
 
 def test_a_pass_of_ours_is_exact_however_it_is_killed(tmp_path):
@@ -95,7 +131,7 @@ def test_a_pass_of_ours_is_exact_however_it_is_killed(tmp_path):
     rows = scoreboard.scoreboard(tmp_path, ["ours:world"], install=False, quick=True)["rows"]
     (row,) = rows
     assert (row["lost"], row["repeated"], row["wrong"], row["hangs"], row["stops"]) == (0, 0, 0, 0, {}), row
-    assert row["expected"] == SAMPLES and row["kills"] == 4 and row["episodes"] == 5
+    assert row["expected"] == SAMPLES and row["kills"] == 9 and row["episodes"] == 10
     assert 0 < row["first_batch_seconds"] < time.time() - began
     # what has a result is not measured again, unless it is asked for by name
-    assert scoreboard.read(tmp_path / "results.jsonl") == rows
+    assert tables.read(tmp_path / "results.jsonl") == rows

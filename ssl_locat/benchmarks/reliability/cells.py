@@ -17,10 +17,10 @@ class Cell(NamedTuple):
 
 
 CELLS = {
-    "kill": Cell("killed, same sizes", ((2, 1),), kills=4),
-    "world": Cell("killed, 2, 1, 3 ranks", ((2, 1), (1, 1), (3, 1)), kills=4),
-    "workers": Cell("killed, 1, 2, 0, 3 workers", ((1, 1), (1, 2), (1, 0), (1, 3)), kills=4),
-    "mix": Cell("a mix of 3 to 1, killed", ((1, 1),), kills=4, weights=(0.75, 0.25)),
+    "kill": Cell("killed, same sizes", ((2, 1),), kills=9),
+    "world": Cell("killed, 2, 1, 3 ranks", ((2, 1), (1, 1), (3, 1)), kills=9),
+    "workers": Cell("killed, 1, 2, 0, 3 workers", ((1, 1), (1, 2), (1, 0), (1, 3)), kills=9),
+    "mix": Cell("a mix of 3 to 1, killed", ((1, 1),), kills=9, weights=(0.75, 0.25)),
     "corrupt": Cell("1 % corrupt pictures", ((1, 2),), corrupt=0.01),
     "cut": Cell("a shard cut in the middle", ((1, 1),), cut="middle"),
     "border": Cell("a shard cut between samples", ((1, 1),), cut="border"),

@@ -1,4 +1,4 @@
-"""Kill, resume, count: `python -m ssl_locat.benchmarks.reliability.episodes PEER CELL FOLDER`, in the environment of the peer.
+"""Kill, resume, count: `python -m ssl_locat.benchmarks.reliability.episodes PEER FOLDER SEED CELL=PASSES...`, in the environment of the peer.
 
 An episode is one start of all ranks (forked from a process that has imported the library: what is measured is no import) which read until
 SIGKILL hits every one of their processes in the middle of a pass, or until the pass is over. What counts as seen is what lies behind the
@@ -6,6 +6,7 @@ newest state that all ranks had saved: the rest was trained for nothing and come
 those of the data that were never seen are lost, those seen more than once repeated, those that are not what their number says wrong.
 """
 
+import gc
 import json
 import os
 import random
@@ -26,7 +27,8 @@ from ssl_locat.benchmarks.reliability.rank import read
 from ssl_locat.benchmarks.reliability.samples import SECOND, Job, cut, is_corrupt, make
 from ssl_locat.benchmarks.reliability.server import failing
 
-SILENCE = 90  # seconds without a new batch that are a hang
+SILENCE = 90  # seconds without a new batch, and without a process that only waits for its turn on a busy machine, that are a hang
+LONGEST = 1800  # seconds without a new batch, whatever the processes do: an endless loop
 # of what libraries print: signs that a loss was told
 SIGNS = ("error", "warn", "corrupt", "damage", "truncat", "unexpected", "invalid", "cannot identify")
 
@@ -64,7 +66,7 @@ def start(peer: str, job: Job, target: int | None) -> Episode:
 
 def _watch(job: Job, target: int | None, ranks: list[int]) -> str | None:
     """Until it is time to kill (None), all ranks ended, one of them failed, or nothing moves any more."""
-    seen, lines, last = job.folder / "seen.0.jsonl", 0, time.monotonic()
+    seen, lines, last, silent, looked = job.folder / "seen.0.jsonl", 0, time.monotonic(), 0.0, time.monotonic()
     ends = [job.folder / f"end.{rank}" for rank in range(job.world)]
     while True:
         # before the files are looked for: what is gone by now has left its word, if it ever will
@@ -79,12 +81,25 @@ def _watch(job: Job, target: int | None, ranks: list[int]) -> str | None:
             return "ended"
         now = seen.read_bytes().count(b"\n") if seen.exists() else 0
         if now > lines:
-            lines, last = now, time.monotonic()
+            lines, last, silent = now, time.monotonic(), 0.0
         if target is not None and lines >= target:
             return None
-        if time.monotonic() - last > SILENCE:
+        if time.monotonic() - looked > 1:
+            silent += 0 if _any_runs(ranks) else 1
+            looked = time.monotonic()
+        if silent > SILENCE or looked - last > LONGEST:
             return "hang"
         time.sleep(0.01)
+
+
+def _any_runs(sessions: list[int]) -> bool:
+    """Whether a process of these sessions computes, or would if it were its turn."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if state == "R" and int(session) in sessions:
+                return True
+    return False
 
 
 def _harvest(job: Job, ended: str | None) -> Episode:
@@ -203,6 +218,7 @@ def play(name: str, cell_name: str, folder: Path, passes: int, seed: int) -> dic
         shutil.rmtree(left) if left.is_dir() else None
     os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"] = str(folder / "cache")
     data = data_of(cell, peer, folder)
+    gc.freeze()  # else a collection in a fork copies most of what it shares with this process
     state = None
     with failing(folder, cell.fault) if cell.fault else nullcontext() as url:
         if url:
@@ -263,5 +279,6 @@ def _without_numbers(line: str) -> str:
 
 
 if __name__ == "__main__":
-    peer, cell, folder, passes, seed = sys.argv[1:]
-    print(json.dumps(play(peer, cell, Path(folder), int(passes), int(seed))))
+    peer, folder, seed, *wanted = sys.argv[1:]
+    for cell, _, passes in (one.partition("=") for one in wanted):
+        print(json.dumps(play(peer, cell, Path(folder) / f"{peer}-{cell}", int(passes), int(seed))), flush=True)

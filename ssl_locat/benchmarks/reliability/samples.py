@@ -112,6 +112,13 @@ def shard_urls(data: str) -> list[str]:
     return [str(path) for path in sorted(Path(data).glob("*.tar"))]
 
 
+def bucket(data: str) -> tuple[str, str]:
+    """Of a folder on a web server: ("http://host:port", "s3://folder"). Reading by range with path-style names is all that a store must do."""
+    url, _, _ = data.partition("#")
+    endpoint, _, name = url.rpartition("/")
+    return endpoint, f"s3://{name}"
+
+
 def cut(folder: Path, ending: str, where: str) -> None:
     """Cut the second file of a data set (tar, mds, bin, arrayrecord) about half-way: "border", where a tar's samples meet; else in a picture."""
     path = sorted(folder.rglob(f"*{ending}"))[1]

@@ -58,6 +58,7 @@ def _serve(folder: Path, fault: str, port) -> None:
             if wanted:
                 self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
             self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
             self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
             self.send_header("Content-Length", str(stop - start))
             self.end_headers()

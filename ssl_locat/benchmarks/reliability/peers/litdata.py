@@ -1,6 +1,7 @@
 """LitData: chunks written by `optimize`, StreamingDataset in its StreamingDataLoader, whose state any world size may load."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingData
 
 from ssl_locat.benchmarks.reliability.samples import PER_SHARD, Job, Sample, batch, decoded, seen
 
+os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # each start would ask PyPI
 FORMAT = ".bin"
 
 
@@ -30,7 +32,9 @@ class Reader:
         if job.world > 1:
             dist.init_process_group("gloo", f"file://{job.folder}/store", rank=job.rank, world_size=job.world)
         parts = [StreamingDataset(data, shuffle=True, seed=3) for data in job.data]
-        dataset = parts[0] if len(parts) == 1 else CombinedStreamingDataset(parts, seed=3, weights=job.weights)
+        # weights go with iterate_over_all=False alone
+        mix: dict[str, Any] = {"seed": 3, "weights": job.weights, "iterate_over_all": False}
+        dataset = parts[0] if len(parts) == 1 else CombinedStreamingDataset(parts, **mix)
         self.loader = StreamingDataLoader(dataset, batch_size=job.own_batch, num_workers=job.workers, collate_fn=collate)
         if job.state:
             self.loader.load_state_dict(json.loads(job.state.read_text()))

@@ -1,6 +1,7 @@
 """MosaicML Streaming: MDS shards with hashes that are checked, StreamingDataset in its StreamingDataLoader; rank 0's state is everyone's."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
-from ssl_locat.benchmarks.reliability.samples import Job, Sample, batch, decoded, seen
+from ssl_locat.benchmarks.reliability.samples import Job, Sample, batch, bucket, decoded, seen
 
 FORMAT = ".mds"
 HASH = "sha1"
@@ -33,7 +34,11 @@ class Reader:
         # what a killed job left behind; on all ranks, as its documentation asks for
         clean_stale_shared_memory()
         options: dict[str, Any] = {"shuffle": True, "shuffle_seed": 3, "batch_size": job.own_batch, "validate_hash": HASH}
-        if len(job.data) == 1:
+        if job.data[0].startswith("http"):
+            endpoint, remote = bucket(job.data[0])
+            os.environ |= {"S3_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
+            dataset = StreamingDataset(remote=remote, local=f"{job.folder}/shards", num_canonical_nodes=1, **options)
+        elif len(job.data) == 1:
             dataset = StreamingDataset(local=job.data[0], num_canonical_nodes=1, **options)
         else:
             streams = [Stream(local=data, proportion=share) for data, share in zip(job.data, job.weights, strict=True)]

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from ssl_locat.data.shards.index import open_mix
 from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.stores.store import Store
-from ssl_locat.data.stream.plan import choose_plan, resume_plan
+from ssl_locat.data.stream.plan import Plan, choose_plan, resume_plan
 from ssl_locat.data.stream.stream import TrainStream
 
 SEED = 3
 write, FORMAT = write_tars, ".tar"
+window_samples = lru_cache(1024)(Plan.window_samples)
 
 
 def prepare(raw: RawSample, seed: int) -> tuple[int, int, int]:
@@ -85,12 +87,13 @@ class Reader:
         """More than is asked of others: each position must show the sample that the plan says; another one counts as wrong.
 
         Where a cut shard left fewer samples, places in the index are no numbers any more; and the pass ends in the middle of a batch."""
-        places = [self.plan.locate(position) for position in positions]
+        slots = [self.plan.slot(position) for position in positions]
         if sum(self.plan.sizes) < self.job.samples:
-            kept = [place for place, (_, _, number_of_pass) in enumerate(places) if number_of_pass == 0]
+            kept = [place for place, slot in enumerate(slots) if slot.epoch == 0]
             return {name: [values[place] for place in kept] for name, values in payload.items()}
-        for place, (dataset, number, _) in enumerate(places):
-            if payload["number"][place] != self.orders[dataset][number] + SECOND * dataset and positions[place] not in damaged:
+        for place, slot in enumerate(slots):
+            number = self.orders[slot.dataset][window_samples(self.plan, *slot[:4])[slot.offset]]
+            if payload["number"][place] != number + SECOND * slot.dataset and positions[place] not in damaged:
                 payload["checksum"][place] = -1
         return payload
 
