@@ -1,13 +1,14 @@
 """Runs in which a part of given weights moves: resumed exactly, in several processes, opened again as the plain model; pulls to the start."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from processes import run_ranks
+from processes import Command, run_ranks
 from tiny_run import losses, write_config
 
 from ssl_locat.config.schema import Objective, load
@@ -184,6 +185,26 @@ def test_memory_counts_what_moves(tiny):
     assert found["lora"].weights < found["full"].weights  # student and teacher have the frozen ones in common
     with_gaug = memory_of(tiny(*MOVES["last"]))
     assert with_gaug.activations == found["full"].activations  # GAug is new, in the first block, too
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("moves", MOVES)
+def test_killed_and_resumed_losses_are_bit_identical(tiny, tmp_path, moves):
+    """SIGKILL in the middle, at a moment that may fall into a save: every step is saved."""
+    pytest.importorskip("peft")
+    longer = ["optim.total_steps=12", "checkpoint.every_steps=1"]
+    expected = _train(tiny(*MOVES[moves], *longer, f"run_dir={tmp_path}/unbroken"))
+    (tmp_path / "broken.yaml").write_text(tiny(*MOVES[moves], *longer, f"run_dir={tmp_path}/broken").to_yaml())
+    process = Command("pretrain", str(tmp_path / "broken.yaml"))
+    until = time.monotonic() + 300
+    while not (tmp_path / "broken/checkpoints/step_00000004").is_dir() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(losses(tmp_path / "broken")) < len(expected)
+    resumed = _train(load(str(tmp_path / "broken.yaml")))
+    assert resumed == expected and len(expected) == 12
 
 
 def _train(config) -> dict[int, float]:
