@@ -168,7 +168,9 @@ def _put_in_adapters(backbone: nn.Module, layers: list[str], rank: int, alpha: f
         ) from None
     # a pattern over whole names: peft matches a list by endings, so that "proj" would also put one beside the patch embedding
     pattern = "|".join(re.escape(name) for name in layers)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern), backbone)
+    # Any: peft's annotation says int, any number serves
+    options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": pattern}
+    inject_adapter_in_model(LoraConfig(**options), backbone)
     for module in backbone.modules():
         if hasattr(module, "qkv_bias_separate") and hasattr(module.qkv, "lora_A"):
             # timm's Eva and BEiT multiply qkv.weight themselves and pass the adapter by, unless told to add their biases apart

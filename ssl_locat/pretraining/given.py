@@ -30,8 +30,8 @@ def sharing(config: Config) -> dict[str, bool]:
 def load_anchors(losses: nn.ModuleDict, config: Config) -> dict[str, nn.Module]:
     """Frozen networks from outside, by the name of the objective; each MODEL is loaded once. `start` is that of backbone.init."""
     loaded: dict[str, nn.Module] = {}
-    wanted = {name: getattr(objective, "anchor", None) for name, objective in losses.items()}
-    wanted = {name: anchor for name, anchor in wanted.items() if anchor not in (None, "teacher")}
+    named = {name: str(getattr(objective, "anchor", None) or "teacher") for name, objective in losses.items()}
+    wanted = {name: anchor for name, anchor in named.items() if anchor != "teacher"}
     for name, anchor in wanted.items():
         if anchor not in loaded:
             loaded[anchor] = load_start(str(config.backbone.init)) if anchor == "start" else load_backbone(anchor)

@@ -9,6 +9,7 @@ from torch import nn
 from ssl_locat.errors import UserError
 from ssl_locat.models.backbone import create_backbone
 from ssl_locat.models.moving import adapters, choose_moving, first_moving_block, merged
+from ssl_locat.models.packing import allow_packing, packed_tokens
 from ssl_locat.models.tokens import features, forward_tokens
 from ssl_locat.optim.optim import lr_scales, parameter_groups
 
@@ -158,3 +159,21 @@ def test_layer_decay_follows_the_blocks(kind, trainable):
             assert scale == (1.0 if inside.startswith(BEHIND) else 0.5**4), name
     grouped = {id(p) for group in parameter_groups(student, 0.5) for p in group["params"]}
     assert grouped == {id(p) for p in student.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["timm ViT", "LocAtViT"])
+def test_adapters_act_in_packed_crops_and_in_compiled_blocks(kind):
+    pytest.importorskip("peft")
+    backbone = make(kind)
+    choose_moving(backbone, "lora", rank=2)
+    for module in adapters(backbone).values():
+        nn.init.normal_(module.lora_B["default"].weight, std=0.05)
+    crops = [images(), images()[..., :16, :16]]
+    with torch.no_grad():
+        apart = [forward_tokens(backbone, one) for one in crops]
+        packed = packed_tokens(allow_packing(copy.deepcopy(backbone)), crops)
+        for one, other in zip(apart, packed, strict=True):
+            torch.testing.assert_close(one.patches, other.patches, rtol=1e-4, atol=1e-5)
+        # captured as one graph, and run without a compiler, which would take most of a minute
+        mlp, x = backbone.blocks[0].mlp, torch.randn(2, 5, 32)
+        torch.testing.assert_close(torch.compile(mlp, backend="eager", fullgraph=True)(x), mlp(x))
