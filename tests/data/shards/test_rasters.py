@@ -95,6 +95,10 @@ def write_pyramid(path, kind: str, image: np.ndarray, **options) -> None:
             file.write(image, subifds=2, metadata={"axes": "YXS"}, **common)
             for step in (2, 4):
                 file.write(image[::step, ::step], subfiletype=1, metadata=None, **common)
+        elif kind == "GeoTIFF":  # overviews are reduced pages
+            file.write(image, metadata=None, **common)
+            for step in (2, 4):
+                file.write(image[::step, ::step], subfiletype=1, metadata=None, **common)
         else:  # Aperio's: a thumbnail in strips, the levels as further pages, a label
             file.write(image, description="Aperio Image Library", metadata=None, **common)
             file.write(image[::8, ::8], photometric="rgb", metadata=None)
@@ -103,7 +107,7 @@ def write_pyramid(path, kind: str, image: np.ndarray, **options) -> None:
             file.write(image[:40, :90], photometric="rgb", subfiletype=1, metadata=None)
 
 
-@pytest.mark.parametrize("kind", ["OME", "SVS"])
+@pytest.mark.parametrize("kind", ["OME", "SVS", "GeoTIFF"])
 def test_levels_of_a_pyramid(tmp_path, kind):
     image = values(3, "uint8")
     write_pyramid(tmp_path / "a.tif", kind, image)
