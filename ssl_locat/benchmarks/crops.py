@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
+from ssl_locat.benchmarks import decoding
 from ssl_locat.benchmarks.timing import make_rows, side_by_side, time_rows
 from ssl_locat.data.images.crops import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
 from ssl_locat.data.images.decode import decode_image
@@ -36,6 +37,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
             ("48 x 48, 2 x 32 + 4 x 16", (32, 16, 4), 32, (48, 48)),
         ):
             yield name, partial(_case, count, side, name, sizes, repeats)
+        yield from decoding.cases(make_jpegs(2 if quick else 8, decoding.SIDE, decoding.SIDE), repeats)
         if torch.cuda.is_available():
             yield "on the device", lambda: _device_rows(make_jpegs(64, 375, 500), repeats)
     finally:

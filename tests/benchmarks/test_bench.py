@@ -8,7 +8,7 @@ import torch
 import typer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_locat.benchmarks import attention, bench, label_free, objectives, slow_step, start, step, timing
+from ssl_locat.benchmarks import attention, bench, crops, decoding, label_free, objectives, slow_step, start, step, timing
 from ssl_locat.cli import commands
 from ssl_locat.errors import UserError
 from ssl_locat.objectives.dino import DINO
@@ -183,6 +183,14 @@ def test_start_measures_processes_and_names_one_that_ends_otherwise(monkeypatch)
     with pytest.raises(RuntimeError, match="ended with 2"):
         start.measure_command("wrong", ["pretrain", "nowhere"], 0, 1)
     assert list(dict(start.cases(True))) == [*start.COMMANDS, "load_backbone"]
+
+
+def test_each_format_is_decoded_beside_its_librarys_reader(monkeypatch):
+    monkeypatch.setattr(decoding, "SIDE", 48)
+    found = [row for _, measure in decoding.cases(crops.make_jpegs(2, 48, 48), repeats=2) for row in measure()]
+    assert [row["variant"] for row in found[1::2]] == ["ours"] * len(decoding.FORMATS)
+    assert all(row["value"] > 0 and row["unit"] == "images/s/core" and row["baseline"] != "ours" for row in found)
+    assert {row["baseline"] for row in found} == {"pillow", "opencv", "numpy", "tifffile", "pydicom"}
 
 
 def test_each_label_free_measure_has_its_row_in_the_step_bench():

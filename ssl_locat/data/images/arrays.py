@@ -27,7 +27,7 @@ class Stored(NamedTuple):
     inverted: bool = False  # the smallest value is white
     names: tuple[str, ...] = ()  # of the N bands, where the file has some
     places: tuple[int, ...] | None = None  # which of the file's bands the N are; None: all of them, in its order
-    count: int | None = None  # how many the file has; None: N
+    total: int | None = None  # how many the file has; None: N
 
 
 def decode_npy(data: bytes, max_pixels: int) -> np.ndarray:

@@ -53,7 +53,9 @@ def stored_dicom(data: bytes, max_pixels: int, pick: Sequence[int | str] | None,
         import pydicom
     except ImportError:
         raise UserError("DICOM images need pydicom: pip install 'ssl_locat[dicom]'.") from None
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # a trace for each decoder that fails: the sample's reason says it
+    theirs = logging.getLogger("pydicom")
+    if theirs.level != logging.CRITICAL:  # setting it empties the caches of all loggers
+        theirs.setLevel(logging.CRITICAL)  # a trace for each decoder that fails: the sample's reason says it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values against the standard, which most scanners write somewhere
         _check_before(data)
@@ -77,7 +79,7 @@ def stored_dicom(data: bytes, max_pixels: int, pick: Sequence[int | str] | None,
         missing=np.stack(missing, axis=2) if missing and missing[0] is not None else None,  # type: ignore[arg-type]  # all or none
         inverted=kind == "MONOCHROME1",
         places=places if _frame_count(dataset) > 1 else None,
-        count=samples * _frame_count(dataset),
+        total=samples * _frame_count(dataset),
     )
 
 
