@@ -39,7 +39,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     if not on_gpu:
         yield "whole job", partial(job_rows, repeats)
     yield "objectives", partial(objectives.rows, 2 if quick else repeats)
-    yield "what moves", partial(moves.rows, 1 if quick else repeats, quick)
+    yield "what moves", partial(moves.rows, 2 if quick else repeats, quick)
     if quick:
         return
     yield "label-free measures", partial(label_free.rows, 3)
