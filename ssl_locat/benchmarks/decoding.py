@@ -7,6 +7,7 @@ float32, with no data filled in: what a network needs, and the library's reader 
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import cv2
 import numpy as np
@@ -67,7 +68,9 @@ def _png8() -> tuple:
 
 def _png16() -> tuple:
     def opencv(data: bytes) -> np.ndarray:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        assert found is not None  # we have just written it
+        return found
 
     return lambda image: cv2.imencode(".png", bands_of(image, 3))[1].tobytes(), opencv, _reading(3)
 
@@ -84,7 +87,7 @@ def _npy() -> tuple:
     return encode, numpy, _reading(MANY)
 
 
-def _tiff(**options: object) -> tuple:
+def _tiff(**options: Any) -> tuple:
     import tifffile as library
 
     def tifffile(data: bytes) -> np.ndarray:
@@ -121,7 +124,7 @@ def _dicom() -> tuple:
     return encode, pydicom, _reading(1, "dicom")
 
 
-FORMATS = {
+FORMATS: dict[str, Callable[..., tuple]] = {
     "JPEG": _jpeg,
     "PNG": _png8,
     "PNG of 3 x 16 bits": _png16,

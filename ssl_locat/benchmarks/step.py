@@ -235,7 +235,7 @@ def part_rows(repeats: int) -> list[dict]:
         # the loop clears it once a step; here it would grow over the repeats
         objective.seen.clear()
 
-    parts = {
+    parts: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "loss, 2 + 8 views": (
             lambda: slow_step.pairwise_loss(student, teacher, objective.center, 0.1, 0.04).backward(),
             our_loss,

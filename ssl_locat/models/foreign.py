@@ -80,7 +80,7 @@ def _activation(facts: dict) -> str | None:
     if model:
         return "quick_gelu" if model.get("quick_gelu") else "gelu"
     name = facts.get("hidden_act")
-    return {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}.get(name, name)
+    return "gelu_tanh" if name in ("gelu_pytorch_tanh", "gelu_new") else name
 
 
 def read_known(path: Path) -> tuple[Known, dict]:
