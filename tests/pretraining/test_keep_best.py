@@ -113,9 +113,9 @@ def broken_run(config, monkeypatch, at: dict[int, str]) -> None:
             del left[step]
             raise Killed
 
-    def measured(self, step):
+    def measured(self, step, *args):
         cut(step, "before its probe")
-        measure(self, step)
+        measure(self, step, *args)
 
     def decided(self):
         decide(self)

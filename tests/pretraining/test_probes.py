@@ -60,10 +60,10 @@ def test_a_run_killed_in_its_last_probe_has_its_export_and_its_summary(textures,
     config = run_config(textures, tmp_path)
     probe, raw = Probes.run, []
 
-    def killed(self, step):
+    def killed(self, step, *args):
         if step == 12:
             raise KeyboardInterrupt
-        probe(self, step)
+        probe(self, step, *args)
         raw.append((tmp_path / "run/probes/raw_pixels.json").stat().st_mtime_ns)
 
     monkeypatch.setattr(Probes, "run", killed)
