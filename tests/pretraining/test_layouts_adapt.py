@@ -269,7 +269,8 @@ def test_a_released_layout_is_adapted_by_one_step_and_differs_by_that_step_alone
         run_command(["adapt", model, str(images), *keys, "backbone.trainable=last", "backbone.last_blocks=1", "run_dir=run"]) == 0
     )
     start, end = load_backbone("run/start"), load_backbone("run/export")
-    assert type(start) is type(end) and start.state_dict().keys() == end.state_dict().keys()
+    backbone_of = {key for key in start.state_dict() if not key.startswith("head.")}  # a classifier of the source's stays behind
+    assert type(start) is type(end) and backbone_of == end.state_dict().keys()
     assert (
         end.pretrained_cfg["mean"] == pytest.approx(backbone.pretrained_cfg["mean"])
         and end.patch_embed.patch_size == backbone.patch_embed.patch_size
