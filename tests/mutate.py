@@ -118,7 +118,8 @@ def _cpu_seconds() -> float:
 
 
 def in_fork(tree: Path, work: Callable[[], dict], cpu_seconds: float, seconds: float) -> dict:
-    """work() in a forked process in `tree` -> what it returns, "seconds" and "cpu_seconds"; {"code": None} instead if it had to be ended.
+    """work() in a forked process in `tree` -> what it returns, "seconds" and "cpu_seconds"; {"code": None} instead if it had to be ended, or
+    {"code": "gone"} if it left without a word: a mistake of this file, and no verdict.
 
     cpu_seconds: of that process (an endless loop). seconds: by the clock (an endless wait); several times what an idle machine takes."""
     began, answered = time.monotonic(), tree.parent / "answer.json"
@@ -139,10 +140,11 @@ def in_fork(tree: Path, work: Callable[[], dict], cpu_seconds: float, seconds: f
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        _, _, usage = os.wait4(pid, 0)
+        _, status, usage = os.wait4(pid, 0)
         end(descendants(os.getpid()))  # what it started and did not end is ours by adoption
     spent = {"seconds": round(time.monotonic() - began, 2), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2)}
-    return (json.loads(answered.read_text()) if answered.exists() else {"code": None}) | spent
+    nothing = {"code": "gone" if os.WIFEXITED(status) else None}
+    return (json.loads(answered.read_text()) if answered.exists() else nothing) | spent
 
 
 def enter(tree: Path) -> None:
@@ -330,7 +332,7 @@ class Campaign:
         finally:
             target.write_bytes(source)
             compiled.unlink(missing_ok=True)
-        state = {0: "survived", None: "killed (time)"}.get(got["code"], "killed")
+        state = {0: "survived", None: "killed (time)", "gone": "no verdict"}.get(got["code"], "killed")
         result = {"area": area, "name": mutant.name, "line": mutant.line, "deep": self.deep, "state": state}
         _append(self.results, result | {"tests": len(chosen), "expected": round(expected, 1), **got})
         print(f"{state} {got['cpu_seconds']:.1f} CPU-s {mutant.name[:150]}", file=sys.stderr, flush=True)
