@@ -30,7 +30,9 @@ def read(peer: str, job: Job, began: float) -> None:
         ended = "ended"
     except BaseException as error:
         traceback.print_exc()
-        ended = f"{type(error).__name__}: {error}"[:300]
+        # of an error that comes from a worker, torch puts the trace between the two
+        lines = str(error).strip().splitlines() or [""]
+        ended = f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}"[:300]
     sys.stdout.flush()
     _write(job.folder / f"end.{job.rank}", ended)
     os._exit(0)
