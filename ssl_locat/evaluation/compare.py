@@ -22,6 +22,7 @@ from ssl_locat.config.schema import Section, parse
 from ssl_locat.config.yaml_files import dump_yaml, load_yaml
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.evaluation.evaluate import check_inputs, fingerprint
+from ssl_locat.evaluation.shared.tallies import read_tallies, write_tallies
 from ssl_locat.intervals.paired import Difference, Tally, difference, interval
 from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import say
@@ -129,7 +130,7 @@ def dry_run(arguments: Sequence[str]) -> None:
     """Check everything and say which rows are at hand."""
     models, config = check(arguments)
     for name, _ in rows_of(models, config):
-        state = "done" if _kept_row(row_file(config, name, models[0])) is not None else "to do"
+        state = "done" if read_tallies(row_file(config, name, models[0])) is not None else "to do"
         say(f"{state:<6} {name}")
     say(dump_yaml(redacted(config.model_dump(mode="json"))).rstrip())
 
@@ -147,35 +148,6 @@ def row_file(config: CompareConfig, name: str, first: str) -> Path:
     model = fingerprint(name) if name not in (PIXELS, UNTRAINED) else f"{name} {fingerprint(first)}"
     about = json.dumps([model, settings], sort_keys=True)
     return Path(config.results) / "rows" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.npz"
-
-
-def _kept_row(path: Path) -> dict[str, Tally] | None:
-    """The tallies of a finished row; None where there is none, or none that can be read: then it is measured again."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            parts = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError):
-        return None
-    names = dict.fromkeys(name.partition("|")[2] for name in parts)
-    return {
-        name: Tally(parts[f"hits|{name}"].astype(float), parts[f"of|{name}"].astype(float))
-        if f"of|{name}" in parts
-        else Tally.of_hits(parts[f"hits|{name}"])
-        for name in names
-    }
-
-
-def _keep_row(path: Path, tallies: Mapping[str, Tally]) -> None:
-    parts: dict[str, Any] = {}
-    for name, tally in tallies.items():
-        parts[f"hits|{name}"] = tally.hits[..., 0].astype(bool) if tally.is_accuracy else tally.hits
-        if not tally.is_accuracy:
-            parts[f"of|{name}"] = tally.of
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    with open(beside, "wb") as file:
-        np.savez_compressed(file, **parts)
-    beside.replace(path)
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
@@ -247,13 +219,13 @@ def _measure(models: list[str], config: CompareConfig, device: "torch.device") -
     found = {}
     for name, _ in rows_of(models, config):
         path = row_file(config, name, models[0])
-        kept = broadcast_object(_kept_row(path) is not None if is_main() else None)
+        kept = broadcast_object(read_tallies(path) is not None if is_main() else None)
         if not kept:
             tallies = _row(name, models[0], config, columns, known, settings, tables if name == models[0] else None, device)
             if is_main():
-                _keep_row(path, tallies)
+                write_tallies(path, tallies)
             barrier()
-        row = _kept_row(path)
+        row = read_tallies(path)
         assert row is not None, f"{path} was written a moment ago"
         found[name] = row
     return leaks, found
