@@ -187,6 +187,7 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
     return 2 if any(item.worth >= STOPPER for item in advice) else 0
 
 
+SCORES_SHARE = 0.4  # of a step's memory, from which scores of prototypes are worth a word
 STOPPER = 100.0  # worth of an advice without which the run fails
 
 
@@ -335,6 +336,10 @@ def _run_section(
         f"First bottleneck: {bottleneck}. Milliseconds an image: "
         + ", ".join(f"{name} {1000 * value:.2f}" for name, value in parts.items()),
     ]
+    at_once = any(o.name in ("dino", "ibot") and not o.options.get("prototype_block") for o in config.objectives)
+    if at_once and counted.scores > max(SCORES_SHARE * counted.total, 1e9):
+        text = f"{counted.scores / 1e9:.2g} of {memory:.2g} GB are scores of prototypes"
+        advice.append(Advice(7, f"{text}: objective.prototype_block=8192 makes them a block at a time, for the same losses."))
     if times.device.type == "cuda":
         available = torch.cuda.get_device_properties(times.device).total_memory / 1e9
         # counted, so with room to spare for fragments and what else the device holds

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_locat.objectives.blocks import BlockScores
 from ssl_locat.runs.distributed import SyncBatchNorm
 
 
@@ -24,8 +25,19 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
         nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # nn.Linear's own
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+    def weight(self) -> Tensor:
+        """[K, dim]."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
+    def forward(self, x: Tensor, block: int = 0) -> Tensor | BlockScores:
+        """[n, dim] -> scores [n, K]; with `block`, what they are made of, so many prototypes at a time."""
+        weight = self.weight()
+        if not block:
+            return F.linear(x, weight)
+        if torch.is_autocast_enabled(x.device.type):  # as the layer itself would
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return BlockScores(x, weight, block)
 
 
 class DINOHead(nn.Module):
@@ -35,6 +47,7 @@ class DINOHead(nn.Module):
         num_layers: of the MLP; 1 is a single linear layer to the bottleneck.
         batch_norm: BatchNorm before each GELU, over all ranks.
         norm_last_layer: see Prototypes.
+        prototype_block: make BlockScores instead of scores, this many prototypes at a time.
     """
 
     def __init__(
@@ -46,8 +59,10 @@ class DINOHead(nn.Module):
         num_layers: int = 3,
         batch_norm: bool = False,
         norm_last_layer: bool = True,
+        prototype_block: int = 0,
     ):
         super().__init__()
+        self.prototype_block = prototype_block
         widths = [embed_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]  # D -> hidden ... -> bottleneck
         layers: list[nn.Module] = []
         for depth, (before, after) in enumerate(pairwise(widths)):
@@ -61,8 +76,10 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(*layers) if num_layers > 1 else layers[0]
         self.last_layer = Prototypes(bottleneck_dim, num_prototypes, norm_last_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | BlockScores:
         """[..., D] -> [..., K]."""
         # [B', bottleneck] of unit length -> [B', K] cosines
-        scores = self.last_layer(F.normalize(self.mlp(x.flatten(0, -2)), dim=-1))
+        scores = self.last_layer(F.normalize(self.mlp(x.flatten(0, -2)), dim=-1), self.prototype_block)
+        if isinstance(scores, BlockScores):
+            return scores._replace(tokens=scores.tokens.unflatten(0, x.shape[:-1]))
         return scores.unflatten(0, x.shape[:-1])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError
 from ssl_locat.objectives import Needs, Progress, Views, required
+from ssl_locat.objectives.blocks import BlockScores, centered_by_blocks, masked_loss_by_blocks, sinkhorn_by_blocks
 from ssl_locat.objectives.heads import DINOHead
 from ssl_locat.objectives.masking import Masking
 from ssl_locat.objectives.prototypes import PrototypeObjective
@@ -36,7 +37,7 @@ class PatchScores(nn.Module):
         self.shared = (head,)
 
     @torch.compiler.disable  # the number of hidden patches changes from batch to batch
-    def forward(self, views: Views) -> tuple[Tensor, Tensor]:
+    def forward(self, views: Views) -> tuple[Tensor | BlockScores, Tensor]:
         """-> scores [M, K], and each hidden patch's weight [M]: 1 / (hidden patches of its crop * crops)."""
         patches, masked = required(views.refined_patches if self.refined else views.patches), required(views.masked)
         hidden = patches.flatten(0, 2).index_select(0, masked)  # [M, D] of T*B*N
@@ -74,6 +75,7 @@ class IBOT(PrototypeObjective):
         super().__init__("ibot", teacher_temp=teacher_temp, teacher_temp_warmup_epochs=teacher_temp_warmup_epochs, **prototypes)
         self.shares_head_of = "dino" if shared_head else None
         self._given = {name: value for name, value in prototypes.items() if name in self.head_options}
+        self._given_stages = self.stages
         self.refined = refined
         self.needs = Needs(patches=not refined, refined_patches=refined, masks=True)
         self.masking = Masking.of("ibot", mask_shape, mask_probability, mask_ratio)
@@ -88,7 +90,11 @@ class IBOT(PrototypeObjective):
                     f"ibot: {name} is {value}, but with shared_head it uses the head of {self.shares_head_of!r}, where it is "
                     f"{owner.head_options[name]}. Leave it out, or set shared_head: false."
                 )
-        self.head_options, self.num_prototypes = owner.head_options, owner.num_prototypes
+        if self._given_stages and self._given_stages != owner.stages:
+            raise ConfigError(
+                f"ibot: active_prototypes with shared_head are those of {self.shares_head_of!r}. Leave them out, or set shared_head: false."
+            )
+        self.head_options, self.num_prototypes, self.stages = owner.head_options, owner.num_prototypes, owner.stages
         if self.center is not None:
             self.center = Center(self.num_prototypes, self.center_momentum)
 
@@ -105,7 +111,7 @@ class IBOT(PrototypeObjective):
         return self.masking.draw(seeds, views, grid)
 
     def forward(
-        self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], progress: Progress
+        self, student: tuple[Tensor | BlockScores, Tensor], teacher: tuple[Tensor | BlockScores, Tensor], progress: Progress
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores [M, K] and weights [M] of the hidden patches, by both networks -> loss [], metrics.
 
@@ -114,6 +120,9 @@ class IBOT(PrototypeObjective):
         """
         (scores, weights), (teacher_scores, _) = student, teacher
         temperature = self.temperature(progress)
+        if isinstance(scores, BlockScores) and isinstance(teacher_scores, BlockScores):
+            return self._by_blocks(scores, teacher_scores, weights, temperature, self.active(progress))
+        assert isinstance(scores, Tensor) and isinstance(teacher_scores, Tensor)  # the networks' heads are of one kind
         if self.center is None:
             log_targets = sinkhorn(teacher_scores, temperature)
         else:
@@ -124,6 +133,19 @@ class IBOT(PrototypeObjective):
         with torch.no_grad():
             entropy = -(targets * log_targets).sum() / max(1, len(targets))  # mean over the M hidden patches; 0 for none
         return loss, {"patch_entropy": entropy}
+
+    def _by_blocks(
+        self, student: BlockScores, teacher: BlockScores, weights: Tensor, temperature: float, active: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same over the first `active` prototypes, of which a block exists at a time."""
+        teacher = teacher.first(active)
+        if self.center is None:
+            targets = sinkhorn_by_blocks(teacher, temperature)
+        else:
+            targets, sums = centered_by_blocks(teacher, self.center.center[:, :active], temperature)
+            self.center.add_sums(sums, len(teacher.tokens))
+        loss, entropy = masked_loss_by_blocks(student.first(active), targets, weights, self.student_temp)
+        return loss, {"patch_entropy": entropy, **self.shown(active, loss)}
 
     def finish_step(self) -> dict[str, Tensor]:
         """Move the centre by the mean over all hidden patches of the step: every micro-batch, every rank."""

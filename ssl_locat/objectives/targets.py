@@ -54,7 +54,12 @@ class Center(nn.Module):
     @torch.no_grad()
     def add(self, scores: Tensor) -> None:
         """scores [n, K] of one micro-batch; the centre itself moves in `finish_step`."""
-        self.seen.append(torch.cat([scores.float().sum(0), scores.new_full((1,), len(scores), dtype=torch.float32)]))
+        self.add_sums(scores.float().sum(0), len(scores))
+
+    @torch.no_grad()
+    def add_sums(self, sums: Tensor, rows: int) -> None:
+        """The same of what `rows` scores sum to, [K]; of the first prototypes alone, where no others are in use."""
+        self.seen.append(torch.cat([sums, sums.new_full((1,), rows)]))
 
     @torch.no_grad()
     def finish_step(self) -> None:
@@ -63,7 +68,8 @@ class Center(nn.Module):
         self.seen.clear()
         count = total[-1:]
         mean = total[:-1] / count.clamp(min=1)
-        self.center.lerp_(torch.where(count > 0, mean, self.center[0])[None], 1 - self.momentum)
+        center = self.center[:, : len(mean)]  # of the prototypes in use
+        center.lerp_(torch.where(count > 0, mean, center[0])[None], 1 - self.momentum)
 
 
 def pair_loss(scores: Tensor, targets: Tensor, temperature: float, same_view: bool = False) -> Tensor:

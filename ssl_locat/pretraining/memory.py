@@ -176,7 +176,12 @@ def _scores(objective: nn.Module, images: int, num_local: int, patches: int) -> 
     # iBOT scores the hidden patches of the two global crops, by both networks; KoLeo and the like score nothing
     hidden = getattr(objective, "hidden_share", None)
     rows = images * (2 + 2 + num_local if hidden is None else 2 * 2 * patches * hidden)
-    return SCORES * rows * getattr(objective, "num_prototypes", 0)
+    prototypes = getattr(objective, "num_prototypes", 0)
+    options = getattr(objective, "head_options", {})
+    if block := options.get("prototype_block"):
+        # block by block (objectives/blocks.py); what remains of all are normalised prototypes of both networks, and the student's gradient
+        return SCORES * rows * min(block, prototypes) + 3 * prototypes * options["bottleneck_dim"]
+    return SCORES * rows * prototypes
 
 
 def _patches(backbone: nn.Module, side: int) -> int:

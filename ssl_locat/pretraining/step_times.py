@@ -13,6 +13,7 @@ from ssl_locat.measure.crop_mode import MODES, choose_mode, cores_of_a_rank, mea
 from ssl_locat.measure.images import DataSample, sample_data
 from ssl_locat.measure.step import StepTimes, measure_step, step_device
 from ssl_locat.objectives import Needs, Progress, Views
+from ssl_locat.objectives.blocks import BlockScores
 from ssl_locat.pretraining.parts import autocasts, build_model, check, mask_seeds, total_loss
 
 
@@ -70,7 +71,8 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
         # [2 + n, B, D]: class tokens of all crops
         views = Views(torch.randn(2 + crops.num_local, images, model.student.backbone.num_features, device=device))
         for head in heads:
-            head(views).sum().backward()
+            scores = head(views)
+            (scores.whole() if isinstance(scores, BlockScores) else scores).sum().backward()
 
     return measure_step(
         model.student,

@@ -46,6 +46,8 @@ TRAINING: list[tuple[str, list[Caption]]] = [
                 "How undecided the teacher's targets are between prototypes, for class tokens and for patches.",
                 "Between a fifth and nine tenths of ln K once the warm-up is over. At ln K targets say nothing, at 0 every image has the same one.",
                 "nats"),
+        Caption("Prototypes in use", ("active_prototypes",), "How many of the prototypes the losses compare with, by objective.active_prototypes.",
+                "Steps where a stage begins; ln K, and with it the loss of guessing, moves with them."),
         Caption("Gradient norm", ("grad_norm",), "Length of the student's gradient before it is clipped.",
                 "Steady within a factor of three after the warm-up, but for single spikes, which are clipped; a level that keeps rising is sick.", "", True),
         Caption("Centre drift", ("center_drift",), "How far the running centre of teacher scores lags behind the batch, in temperatures.",

@@ -205,6 +205,8 @@ def _prototypes(objective: dict, objectives: list[dict]) -> int | None:
     """K, as given or by default; of a shared head DINO's. None for an objective without prototypes."""
     if objective["name"] == "ibot" and objective.get("shared_head"):
         return next((_prototypes(other, objectives) for other in objectives if other["name"] == "dino"), None)
+    if objective.get("active_prototypes"):
+        return None  # another K in each stage
     count = _option(objective, "num_prototypes")
     return count if isinstance(count, int) and count > 1 else None
 

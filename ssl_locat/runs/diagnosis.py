@@ -213,6 +213,9 @@ class Diagnosis:
         std, rank = metrics.get("feature_std"), metrics.get("rankme")
         similarity, drift = metrics.get("patch_cls_similarity"), metrics.get("center_drift")
         ln_k = self.ln_k
+        active = metrics.get("active_prototypes", metrics.get("dino_active_prototypes"))
+        if ln_k and active:  # of those in use at this point (objective.active_prototypes)
+            ln_k = math.log(active)
         if ln_k and entropy is not None:
             flag(
                 "uniform",

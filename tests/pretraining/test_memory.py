@@ -68,6 +68,18 @@ def test_ibots_scores_are_those_of_hidden_patches():
     assert both.scores / dino.scores == pytest.approx((12 + 4 * 196 / 4) / 12)
 
 
+def test_scores_of_blocks_do_not_grow_with_prototypes():
+    counted = [
+        estimate_memory(
+            *on_meta("vit_tiny_patch16_224", dino=DINO(num_prototypes=count, prototype_block=block)), images=64, **CROPS
+        ).scores
+        for count, block in ((65536, 0), (131072, 0), (65536, 8192), (131072, 8192))
+    ]
+    assert counted[1] == 2 * counted[0]
+    # what is added are prototypes: normalised for both networks, and their gradient
+    assert counted[3] - counted[2] == 4 * 3 * 65536 * 256 < 0.5 * (counted[1] - counted[0])
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_hidden_patches_are_as_many_as_counted(shared):
     ibot = IBOT(shared_head=shared)

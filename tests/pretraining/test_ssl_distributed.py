@@ -39,6 +39,13 @@ QUICK = {
 SLOW = {
     # class and patch scores pass through one head in each step
     "shared": (f"[{DINO}, {{name: ibot, {HEAD}, shared_head: true}}, {KOLEO}]", [], 1e-4),
+    # a block at a time, and more prototypes from the third step on
+    "blocks": (
+        f"[{{name: dino, {HEAD}, prototype_block: 12, active_prototypes: [[0, 20], [0.5, 32]]}}, "
+        f"{{name: ibot, {HEAD}, targets: sinkhorn, min_images: 16, prototype_block: 12}}]",
+        [],
+        1e-4,
+    ),
     "distill": (f"{{name: distill, hidden_dim: 32, anchor: '{ANCHOR}'}}", ["precision=bf16"], 1e-2),
     # a dozen steps are skipped, until the loss scale fits
     "half": (f"[{DINO}]", ["precision=fp16", "teacher.precision=fp32", "optim.total_steps=18"], 5e-3),

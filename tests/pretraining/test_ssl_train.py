@@ -207,3 +207,19 @@ def test_an_anchor_that_sees_finer_wants_crops_of_its_own(tiny):
         build_model(tiny(COMBINATIONS["dinov3"]), torch.device("cpu"))
     with pytest.raises(ConfigError, match="anchor_size is 32, global_size 32: an anchor that sees no finer"):
         tiny(COMBINATIONS["dinov3"], "crops.anchor_size=32")
+
+
+@pytest.mark.slow
+def test_prototypes_in_stages_resume_exactly(tiny):
+    """Killed before the stage that begins in the middle, and after it: the same losses, to the last bit."""
+    objective = f"[{{name: dino, {HEAD}, prototype_block: 12, active_prototypes: [[0, 20], [0.5, 32]]}}, {{name: ibot, {HEAD}, prototype_block: 12}}]"
+    length = ["optim.epochs=null", "optim.total_steps=6", "checkpoint.every_steps=1", "checkpoint.keep_last=9"]
+    config = tiny(objective, *length)
+    pretrain(config)
+    whole = losses(config.run_dir)
+    records = read_jsonl(Path(config.run_dir) / "metrics.jsonl")
+    assert [record["dino_active_prototypes"] for record in records] == [20, 20, 20, 32, 32, 32]
+    for step in (2, 3, 4):
+        resumed = config.model_copy(update={"run_dir": f"{config.run_dir}-{step}"})
+        pretrain(resumed, resume=f"{config.run_dir}/checkpoints/step_{step:08d}")
+        assert losses(resumed.run_dir) == {at: loss for at, loss in whole.items() if at > step}
