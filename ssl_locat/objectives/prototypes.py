@@ -93,7 +93,7 @@ class PrototypeObjective(nn.Module):
 
     def shown(self, active: int, loss: Tensor) -> dict[str, Tensor]:
         """What the metrics say of it, where it changes."""
-        return {"active_prototypes": loss.new_full((), active, dtype=torch.float32)} if self.stages else {}
+        return {"active_prototypes": loss.new_full((), float(active))} if self.stages else {}
 
     @property
     def mean_active(self) -> float:
