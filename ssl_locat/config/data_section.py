@@ -1,7 +1,7 @@
 """The `data` section: where the images lie, what they hold, how they are read."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -109,6 +109,50 @@ class Channels(Section):
         return {name: len(value) for name, value in given.items() if isinstance(value, list)}
 
 
+class Metadata(Section):
+    """One thing that members of a sample say beside its image, such as its camera (data/shards/metadata.py); the objective `metadata` reads it."""
+
+    member: str = Field(
+        description="extension of the member: json, camera.txt, ...; the other columns of Parquet are one member json"
+    )
+    key: str | None = Field(
+        default=None, description="within a JSON member, dots between levels; default: the member is the value"
+    )
+    values: list[str] = Field(min_length=2, description="the values that are told apart, as text or numbers; others are unknown")
+    otherwise: Literal["ignore", "corrupt"] = Field(
+        default="ignore",
+        description="where a sample lacks it or holds another value: this one loss leaves it out, or the sample is quarantined",
+    )
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        texts = [as_text(item) for item in value] if isinstance(value, list) else value
+        if not isinstance(texts, list) or None in texts or len(set(texts)) < len(texts):
+            raise ValueError(f"is {value}; expected at least two texts or numbers, each once")
+        return texts
+
+    @field_validator("member")
+    @classmethod
+    def _an_extension(cls, value: str) -> str:
+        return value.lower().lstrip(".")
+
+    @model_validator(mode="after")
+    def _json_has_a_key(self) -> "Metadata":
+        if self.key is None and self.member.rpartition(".")[2] == "json":
+            raise ValueError("the member is JSON: give the key of the value in it, such as key: camera")
+        return self
+
+
+def as_text(value: Any) -> str | None:
+    """A plain value as YAML and JSON both write it; None for null, lists and mappings."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
+    return value.strip() if isinstance(value, str) else None
+
+
 class Data(Section):
     train: DataSpec = Field(
         description="unlabelled images: shards (tar, Parquet, zip; brace or glob, any fsspec URL), a folder, {raster, size, ...}, or a list of {shards, weight}"
@@ -129,6 +173,9 @@ class Data(Section):
         default=None, description="member of a sample that holds the image; default: the first of jpg, jpeg, png, webp, ..."
     )
     label_key: str | None = Field(default=None, description="member that holds the label; default: cls, or the class folder")
+    metadata: dict[str, Metadata] | None = Field(
+        default=None, description="name -> what members say beside the image, for the objective `metadata` (docs/metadata.md)"
+    )
     channels: Channels | None = Field(
         default=None,
         description="of images that are not 8 bits of grey or RGB; default: every image becomes 8 bits, of in_chans channels",

@@ -28,6 +28,7 @@ OBJECTIVES = {
     "patch_cosine": "ssl_locat.objectives.coding_rate:PatchCosine",
     "gram": "ssl_locat.objectives.gram:Gram",
     "distill": "ssl_locat.objectives.distill:Distill",
+    "metadata": "ssl_locat.objectives.metadata:Metadata",
 }
 
 # two ways to say one thing: a file or a command line that gives the one takes the place of a base that gives the other
@@ -382,6 +383,11 @@ class Config(Section):
     def channels(self) -> dict[str, Any] | None:
         """`data.channels` as plain values, for the layers below; None where images are 8 bits."""
         return self.data.channels.model_dump(mode="json") if self.data.channels else None
+
+    @property
+    def metadata_sizes(self) -> dict[str, int]:
+        """Number of values of each field of data.metadata, in its order."""
+        return {name: len(field.values) for name, field in (self.data.metadata or {}).items()}
 
     @property
     def objectives(self) -> list[Objective]:

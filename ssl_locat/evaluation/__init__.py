@@ -17,5 +17,6 @@ PROTOCOLS = {
     "locality": "ssl_locat.evaluation.protocols.locality:evaluate",
     "attention": "ssl_locat.evaluation.protocols.attention:evaluate",
     "efficiency": "ssl_locat.evaluation.protocols.efficiency:evaluate",
+    "metadata": "ssl_locat.evaluation.protocols.metadata:evaluate",
     "unlabelled": "ssl_locat.evaluation.protocols.unlabelled:evaluate",
 }

@@ -13,6 +13,7 @@ from ssl_locat.data.images.crops import MultiCrop, Sample
 from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.filters import filtered
 from ssl_locat.data.shards.kinds import Dataset
+from ssl_locat.data.shards.metadata import fields_of, read_all
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.errors import CorruptSample
 
@@ -33,6 +34,7 @@ class DataSample(NamedTuple):
 def sample_data(datasets: list[Dataset], config: Config, device: torch.device, count: int = 64) -> DataSample:
     """Read, decode and crop `count` samples, spread over the data, as training on `device` would, in this process, timing each part."""
     crops = MultiCrop(**config.crops.model_dump(), device=device.type)
+    fields = fields_of(config.data.model_dump(mode="json")["metadata"])
     damaged, sizes, cut = [], [], []
     formats: Counter[str] = Counter()
     spent = {"read": 0.0, "decode": 0.0, "crop": 0.0}
@@ -48,13 +50,14 @@ def sample_data(datasets: list[Dataset], config: Config, device: torch.device, c
                 damaged.append(f"{sample.shard}: {sample.key}: {sample.reason}")
                 continue
             try:
-                data = find_image(filtered(sample, looked_at).members, config.data.image_key)
+                members = filtered(sample, looked_at).members
+                data = find_image(members, config.data.image_key)
                 began = time.perf_counter()
                 image = decode_image(
                     data, channels=reading(config.channels, config.crops.mean), max_pixels=config.data.max_pixels
                 )
                 decoded = time.perf_counter()
-                cut.append(crops.cut(image, seed=looked_at))
+                cut.append(crops.cut(image, seed=looked_at)._replace(metadata=read_all(fields, members)))
                 spent["decode"] += decoded - began
                 spent["crop"] += time.perf_counter() - decoded
             except CorruptSample as error:

@@ -15,6 +15,8 @@ so that the training loop knows no loss by name. Imported by pretraining and ben
     make_masks(seeds, views, grid) -> bool [views * B, N]          with needs.masks: which patches the student does not see
     shares_head_of: str | None                      name of the objective whose head its own head is given by `share(head)`, and whose
                                                     options it takes by `follow(objective)`
+    needs.metadata                                  forward's `teacher` is then what data.metadata says of the images, int64 [B, M], -1 where nothing; and
+                                                    make_head(embed_dim, metadata={name: number of values}) is told its columns
     anchor, anchor_scale, anchor_every_steps        a frozen third network (student_teacher.Anchor): MODEL, "start" for that of backbone.init, or
                                                     "teacher" for copies of the run's own; forward's `teacher` is then the anchor's Views, and make_head is
                                                     called with the width of its tokens too: make_head(embed_dim, anchor_dim)
@@ -51,6 +53,7 @@ class Needs(NamedTuple):
     patches: bool = False
     refined_patches: bool = False
     masks: bool = False
+    metadata: bool = False
 
 
 class Progress(NamedTuple):

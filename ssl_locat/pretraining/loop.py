@@ -69,14 +69,14 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
 
             for micro in range(optim.accumulate_steps):
                 with monitor.waiting_for_data():
-                    # [2*B, C, H, W], [L*B, C, h, w]; [2*B, C, A, A] for an anchor that sees finer
-                    batch, (global_crops, local_crops, anchor_crops) = next(run.batches)
+                    # [2*B, C, H, W], [L*B, C, h, w]; [2*B, C, A, A] for an anchor that sees finer; [B, M], beside the images
+                    batch, (global_crops, local_crops, anchor_crops, metadata) = next(run.batches)
                 masks = model.make_masks(losses, mask_seeds(config, batch.positions), global_crops)
                 monitor.first_crops.show(global_crops, local_crops, masks and masks.hidden)
                 # gradients cross the network once a step, with the last micro-batch
                 with distributed.gradient_sync(student, now=micro == optim.accumulate_steps - 1):
                     with teacher_autocast:
-                        targets, teacher_tokens = model.targets(global_crops, 2, masks, anchor_crops)
+                        targets, teacher_tokens = model.targets(global_crops, 2, masks, anchor_crops, metadata)
                     with student_autocast:
                         views = student(global_crops, local_crops, 2, masks)
                     loss, parts = total_loss(losses, config, views, targets, at)

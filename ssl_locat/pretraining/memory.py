@@ -58,7 +58,9 @@ def without_memory(config: Config) -> tuple[StudentTeacher, nn.ModuleDict]:
         backbone.pretrained_cfg = {"mean": config.crops.mean, "std": config.crops.std}
         # which of LocAt's parameters `init` brings is not looked up here: all are taken to be new, which is most memory
         freeze(backbone, config, [name for name, _ in backbone.named_parameters() if ".gaug." in name or name.startswith("prr.")])
-        return StudentTeacher(backbone, losses, _anchors(losses, config), **sharing(config)), losses
+        return StudentTeacher(
+            backbone, losses, _anchors(losses, config), **sharing(config), metadata=config.metadata_sizes
+        ), losses
 
 
 def memory_of(config: Config, ranks: int = 1, networks: tuple[StudentTeacher, nn.ModuleDict] | None = None) -> Memory:

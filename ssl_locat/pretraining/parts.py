@@ -19,6 +19,7 @@ from ssl_locat.data.images.decode import decode_image, find_image
 from ssl_locat.data.shards.index import open_mix
 from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.shards.left_out import without_left_out
+from ssl_locat.data.shards.metadata import check_fields, fields_of, read_all
 from ssl_locat.data.shards.selections import Chosen, choose_by_key
 from ssl_locat.data.shards.tar import RawSample
 from ssl_locat.data.shards.textures import make_textures
@@ -34,6 +35,7 @@ from ssl_locat.models.moving import backbone_blocks
 from ssl_locat.models.packing import cannot_pack
 from ssl_locat.models.tokens import input_grid
 from ssl_locat.objectives import Progress
+from ssl_locat.objectives.metadata import check_names
 from ssl_locat.optim.schedules import LEARNING_RATES, cosine, decayed, straight, warmed_up
 from ssl_locat.pretraining.given import freeze, load_anchors, sharing
 from ssl_locat.pretraining.probes import check_probe_data
@@ -96,6 +98,9 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
             "Take compile: true, or parallel: ddp."
         )
     check_backbone(config)
+    for option in config.objectives:
+        if option.name == "metadata":  # before a job waits in a queue for it
+            check_names([*option.options.get("nuisance", ()), *option.options.get("informative", ())], config.metadata_sizes)
     check_probes(config)
     # two commands on a fresh machine: rank 0 makes the images, the others wait
     made = config.data.make
@@ -106,13 +111,18 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
         distributed.barrier()
     budget, cache = 60 * config.data.retry_minutes, config.data.cache
     store = CachedStore(cache.folder, int(cache.max_gb * 1e9), budget_seconds=budget) if cache else Store(budget_seconds=budget)
+    fields = fields_of(config.data.model_dump(mode="json")["metadata"])
     datasets: list[Any] = [range(to_come.num_train)] if to_come else []
     weights = [1.0]
     if not to_come:
-        opened, weights = open_mix(config.data.model_dump()["train"], store=store, split="train", in_groups=True)
+        opened, weights = open_mix(
+            config.data.model_dump()["train"], store=store, split="train", in_groups=True, metadata=bool(fields)
+        )
         datasets = [without_left_out(dataset) for dataset in opened]
         if config.data.held_out:
             datasets = [without_held_out(datasets, config.data.held_out)]
+        if is_main():
+            check_fields(fields, datasets)
     if config.data.epoch_samples is None and len(datasets) > 1:
         raise ConfigError(
             "data.train mixes several data sets: say how many samples count as an epoch, such as data.epoch_samples=1281167."
@@ -296,6 +306,7 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
         load_anchors(losses, config),
         pack_crops=config.backbone.pack_crops is True,
         **sharing(config),
+        metadata=config.metadata_sizes,
     ).to(device)
     if config.backbone.init_heads and config.backbone.init and not checkpoint:
         load_heads(model, config.backbone.init)
@@ -386,9 +397,12 @@ class Prepare:
             "channels": reading(data.channels.model_dump(mode="json") if data.channels else None, crops.mean),
             "max_pixels": data.max_pixels,
         }
+        self.fields = fields_of(data.model_dump(mode="json")["metadata"])
 
     def __call__(self, sample: RawSample, seed: int) -> Sample:
-        return self.crops.cut(decode_image(find_image(sample.members, self.image_key), **self.options), seed)
+        metadata = read_all(self.fields, sample.members)  # first: a sample that is refused for it need not be decoded
+        cut = self.crops.cut(decode_image(find_image(sample.members, self.image_key), **self.options), seed)
+        return cut._replace(metadata=metadata) if metadata else cut
 
 
 def autocasts(config: Config, device: torch.device) -> tuple[torch.autocast, torch.autocast]:

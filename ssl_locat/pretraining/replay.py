@@ -39,11 +39,11 @@ def replay(config: Config, path: Path) -> None:
     for network in ("teacher", "student"):
         _watch(getattr(model, network), network, broken)
     crops = MultiCrop(**config.crops.model_dump(), device=device.type)
-    global_crops, local_crops, anchor_crops = crops.finish(payload, device)
+    global_crops, local_crops, anchor_crops, metadata = crops.finish(payload, device)
     masks = model.make_masks(losses, mask_seeds(config, range(len(meta["keys"]))), global_crops)  # not those of that step
     teacher_autocast, student_autocast = autocasts(config, device)
     with teacher_autocast:
-        targets, _ = model.targets(global_crops, 2, masks, anchor_crops)
+        targets, _ = model.targets(global_crops, 2, masks, anchor_crops, metadata)
     with student_autocast:
         views = model.student(global_crops, local_crops, 2, masks)
     loss, metrics = total_loss(losses, config, views, targets, Progress(meta["step"], 0.0, 1.0))

@@ -50,11 +50,11 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
         return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in collated.items()}
 
     def step(collated: dict[str, Tensor]) -> None:
-        images, local, larger = crops.finish(collated, device)
+        images, local, larger, metadata = crops.finish(collated, device)
         # two global crops an image
         masks = model.make_masks(losses, mask_seeds(config, range(len(images) // 2)), images)
         with teacher_autocast:
-            targets, _ = model.targets(images, 2, masks, larger)
+            targets, _ = model.targets(images, 2, masks, larger, metadata)
         with student_autocast:
             views = model.student(images, local, 2, masks)
         loss, _ = total_loss(losses, config, views, targets, at)

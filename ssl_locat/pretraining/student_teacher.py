@@ -137,6 +137,7 @@ class StudentTeacher(nn.Module):
         pack_crops: the student's crops of both sizes go through in one pass (models/packing.py); the teacher sees one size only.
         share_frozen: what does not move of the backbone is one tensor in memory for student, teacher and snapshots.
         mask_token_moves: else it stays 0, so that no gradient goes through frozen blocks for its sake.
+        metadata: name -> number of values of each field of data.metadata, for objectives that read them.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class StudentTeacher(nn.Module):
         pack_crops: bool = False,
         share_frozen: bool = False,
         mask_token_moves: bool = True,
+        metadata: dict[str, int] | None = None,
     ):
         super().__init__()
         anchors = anchors or {}
@@ -157,7 +159,8 @@ class StudentTeacher(nn.Module):
                 f"{type(backbone).__name__} merges its patches from stage to stage, so that masked ones cannot be told apart at its end; "
                 "losses on masked patches (ibot) need a ViT"
             )
-        heads = make_heads(backbone, objectives, anchors)
+        heads = make_heads(backbone, objectives, anchors, metadata)
+        self.read_metadata = [name for name, objective in objectives.items() if objective.needs.metadata]
         self.student = Network(backbone, heads, needs)
         if self.student.mask_token is not None:
             self.student.mask_token.requires_grad_(mask_token_moves)
@@ -187,17 +190,23 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def targets(
-        self, global_crops: Tensor, num_global: int, masks: Masks | None = None, anchor_crops: Tensor | None = None
+        self,
+        global_crops: Tensor,
+        num_global: int,
+        masks: Masks | None = None,
+        anchor_crops: Tensor | None = None,
+        metadata: Tensor | None = None,
     ) -> tuple[dict[str, Any], Tokens]:
-        """What each objective compares the student with: the teacher's head's output, or its anchor's views; and the teacher's tokens.
+        """What each objective compares the student with: the teacher's head's output, its anchor's views, or metadata; and the teacher's tokens.
 
-        anchor_crops: the global crops with more pixels, for anchors that see them so."""
+        anchor_crops: the global crops with more pixels, for anchors that see them so. metadata: int64 [B, M], of the images."""
         outputs, tokens = self.teacher(global_crops, None, num_global, masks, with_tokens=True)
         seen: dict[int, Views] = {}
         for name, anchor in (*self.anchors.items(), *self.snapshots.items()):
             if id(anchor) not in seen:
                 seen[id(anchor)] = anchor(global_crops, num_global, tokens.grid, anchor_crops)
             outputs[name] = seen[id(anchor)]
+        outputs |= dict.fromkeys(self.read_metadata, metadata)
         return outputs, tokens
 
     def make_masks(self, objectives: nn.ModuleDict, seeds: list[int], global_crops: Tensor) -> Masks | None:
@@ -224,7 +233,9 @@ class StudentTeacher(nn.Module):
         torch._foreach_lerp_([teacher for teacher, _ in pairs], [student for _, student in pairs], 1 - momentum)
 
 
-def make_heads(backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str, nn.Module]) -> nn.ModuleDict:
+def make_heads(
+    backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str, nn.Module], metadata: dict[str, int] | None = None
+) -> nn.ModuleDict:
     """One head per objective, by name; those that share another's are given it."""
     heads = nn.ModuleDict()
     for name, objective in objectives.items():
@@ -232,9 +243,9 @@ def make_heads(backbone: nn.Module, objectives: nn.ModuleDict, anchors: dict[str
         anchor = anchors.get(name, backbone)
         widths = (anchor.num_features,) if getattr(objective, "anchor", None) else ()
         # patches may be narrower than the class token (Jumbo's is as wide as six): told to those that ask
-        patches = {"patch_dim": patch_width(backbone), "anchor_patch_dim": patch_width(anchor)}
+        told = {"patch_dim": patch_width(backbone), "anchor_patch_dim": patch_width(anchor), "metadata": metadata or {}}
         asked = inspect.signature(objective.make_head).parameters
-        heads[name] = objective.make_head(backbone.num_features, *widths, **{k: patches[k] for k in patches if k in asked})
+        heads[name] = objective.make_head(backbone.num_features, *widths, **{k: told[k] for k in told if k in asked})
     for name, objective in objectives.items():
         owner = getattr(objective, "shares_head_of", None)
         if owner and owner not in heads:

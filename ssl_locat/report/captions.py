@@ -37,6 +37,8 @@ TRAINING: list[tuple[str, list[Caption]]] = [
         Caption("SimDINO, patches", ("patch_cosine",), "Cosine of hidden patches with the teacher's; as a loss, with the sign turned.", "Towards agreement."),
         Caption("Gram loss", ("gram",), "How far similarities between patches differ from those of the anchor, an earlier teacher.",
                 "Small and steady; jumps where the anchor is renewed."),
+        Caption("Metadata loss", ("metadata",), "Cross-entropy of what is known beside the images, as a small head reads it from class tokens; summed over fields.",
+                "Of what informs: a fall. Of a nuisance: up to the level of guessing, ln of the number of values.", "nats"),
         Caption("Distillation loss", ("distill",), "Distance of the student's features from the anchor's.", "A steady fall."),
         Caption("Distillation, class tokens", ("cls",), "Distance of the student's class tokens from the anchor's.", "A steady fall."),
         Caption("Distillation, patches", ("patches",), "Distance of the student's patch tokens from the anchor's.", "A steady fall."),
@@ -101,6 +103,10 @@ SCORES: list[Caption] = [
             "Above the start's, which is its line.", "%"),
     Caption("held-out k-NN", ("knn",), "Share of held-out images that the others' labels classify rightly, by neighbours.", "Above the start's.", "%"),
     Caption("held-out linear", ("linear",), "Likewise by a linear classifier in closed form.", "Above the start's.", "%"),
+    Caption("metadata read by neighbours", ("read_knn",), "Share of images whose value (camera, site) neighbours tell, mean over values.",
+            "Of a nuisance: near chance. Of what informs: rising.", "%"),
+    Caption("metadata read linearly", ("read_linear",), "Likewise by a linear classifier in closed form.", "Of a nuisance: near chance.", "%"),
+    Caption("metadata above chance", ("above_chance",), "What the better of both readers is above guessing.", "Of a nuisance: near 0.", "points"),
     Caption("mean accuracy", ("mean_accuracy",), "Share of pixels that are right, mean over classes.", "Rising.", "%"),
     Caption("pixel accuracy", ("pixel_accuracy",), "Share of all pixels that are right.", "Rising.", "%"),
     Caption("locality", ("locality",), "Cosine of a patch with its eight neighbours, last block and each layer.", "Above 0, below 1."),
@@ -131,6 +137,8 @@ NO_CURVES = {
     "quarantined",
     "train_images",
     "test_images",
+    "unknown",
+    "chance",
 }  # counts that say where and on what
 _SCORE_OF = {name: caption for caption in SCORES for name in caption.names}
 

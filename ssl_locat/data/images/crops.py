@@ -46,6 +46,7 @@ class Sample(NamedTuple):
 
     pixels: list[np.ndarray]  # uint8, or float32 on the same scale: its crops; in mode "device" the whole image alone
     draws: np.ndarray  # float32 [V, FIELDS], and columns of extras.py where an option asks for such
+    metadata: tuple[int, ...] = ()  # of data.metadata, in its order: the number of the value, -1 where it is unknown
 
 
 class Crops(NamedTuple):
@@ -54,6 +55,7 @@ class Crops(NamedTuple):
     global_crops: Tensor  # float [2 * B, C, H, W]
     local_crops: Tensor | None  # float [num_local * B, C, h, w]
     anchor_crops: Tensor | None = None  # float [2 * B, C, A, A]: the global crops again, cut larger
+    metadata: Tensor | None = None  # int64 [B, M], of the images: `Sample.metadata`; None without data.metadata
 
 
 class Group(NamedTuple):
@@ -182,12 +184,13 @@ class MultiCrop:
         """B samples -> a flat dict of tensors, view-major.
 
         "global" uint8 [2 * B, H, W, C], "local" [num_local * B, h, w, C], "anchor" [2 * B, A, A, C]; with photometric work left, their draws
-        too; in mode "device" padded images and "draws" [B, V, FIELDS] instead.
+        too; in mode "device" padded images and "draws" [B, V, FIELDS] instead. "metadata" int64 [B, M] where samples have some.
         """
         draws = torch.from_numpy(np.stack([sample.draws for sample in samples]))
+        metadata = {"metadata": torch.tensor([sample.metadata for sample in samples])} if samples[0].metadata else {}
         if self.mode == "device":
-            return _stack_images([sample.pixels[0] for sample in samples]) | {"draws": draws}
-        payload, start = {}, 0
+            return _stack_images([sample.pixels[0] for sample in samples]) | {"draws": draws} | metadata
+        payload, start = dict(metadata), 0
         for group in self.groups:
             stop = start + group.views.stop - group.views.start
             payload[group.name] = _stack_views([sample.pixels[start:stop] for sample in samples])
@@ -202,7 +205,8 @@ class MultiCrop:
             finished = self._finish_images(payload, torch.device(device))
         else:
             finished = {group.name: self._finish_views(payload, group.name, device) for group in self.groups}
-        return Crops(finished["global"], finished.get("local"), finished.get("anchor"))
+        metadata = payload["metadata"].to(device, non_blocking=True) if "metadata" in payload else None
+        return Crops(finished["global"], finished.get("local"), finished.get("anchor"), metadata)
 
     def _finish_views(self, payload: dict[str, Tensor], name: str, device: torch.device | str) -> Tensor:
         pixels = payload[name].to(device, non_blocking=True).permute(0, 3, 1, 2)

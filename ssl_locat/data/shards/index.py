@@ -133,11 +133,11 @@ def _open_listed(spec: str, promised: dict[str, int], store: Store, cache_dir: P
 
 
 def open_mix(
-    spec: Any, *, store: Store | None = None, split: str | None = None, in_groups: bool = False
+    spec: Any, *, store: Store | None = None, split: str | None = None, in_groups: bool = False, metadata: bool = False
 ) -> tuple[list[AnySet], list[float]]:
     """(datasets, weights) of a `data.train` value: one source, or a list of {shards: ..., weight: ..., filters: ...}.
 
-    An entry {raster: ..., size: ..., ...} stands for windows of large TIFFs (raster.py). A wids list with weights in it is a mix, too; its parts share the weight of their entry. split, in_groups: as for `open_dataset`.
+    An entry {raster: ..., size: ..., ...} stands for windows of large TIFFs (raster.py). A wids list with weights in it is a mix, too; its parts share the weight of their entry. split, in_groups, metadata: as for `open_dataset`.
     """
     store = store or Store()
     listed = [spec] if isinstance(spec, Mapping) else spec
@@ -154,7 +154,7 @@ def open_mix(
                 f"data.train: {part!r} is not of the form {{shards: PATTERN, weight: NUMBER, filters: [MODULE:NAME]}}, nor {{raster: PATTERN, size: "
                 "PIXELS, ...}; a mix lists only such entries"
             )
-        opened = [(_open_raster(part, store), 1.0)] if raster else _open_part(part["shards"], store, split, in_groups)
+        opened = [(_open_raster(part, store), 1.0)] if raster else _open_part(part["shards"], store, split, in_groups, metadata)
         for dataset, share in opened:
             dataset.filters = Filters(part["filters"]) if part.get("filters") else None
             datasets.append(dataset)
@@ -162,11 +162,13 @@ def open_mix(
     return datasets, weights
 
 
-def _open_part(spec: str | list[str], store: Store, split: str | None, in_groups: bool) -> list[tuple[AnySet, float]]:
+def _open_part(
+    spec: str | list[str], store: Store, split: str | None, in_groups: bool, metadata: bool
+) -> list[tuple[AnySet, float]]:
     """(dataset, share of the entry's weight): several only for a wids list that weights them."""
     parts = read_shard_list(store, spec) if isinstance(spec, str) and is_shard_list(spec) else []
     if isinstance(spec, list) or all(part.weight is None for part in parts) or len(parts) < 2:
-        return [(open_dataset(spec, store=store, split=split, in_groups=in_groups), 1.0)]
+        return [(open_dataset(spec, store=store, split=split, in_groups=in_groups, metadata=metadata), 1.0)]
     total = sum(part.weight or 1.0 for part in parts)
     return [(_open_listed(spec, part.counts, store), (part.weight or 1.0) / total) for part in parts]
 

@@ -133,19 +133,22 @@ def labelled_images(
     workers: int | None,
     train_fraction: float = 1.0,
     seed: int = 0,
+    label: Callable[[dict[str, bytes]], int] | None = None,
+    metadata: bool = False,
 ) -> Pass:
     """data.train or data.test (`name`), resized and centre-cropped, normalised as the backbone was trained; this process reads its share.
 
-    train_fraction: of each class's images that are read.
+    train_fraction: of each class's images that are read. label: of a sample's members, in place of their class. metadata: the other columns of
+    Parquet are among these, too.
     """
     split(data, name)
     mean, std = normalisation(backbone)
     view = partial(centre_view, size=image_size, resize=resize_size or default_resize(image_size), mean=mean, std=std)
-    dataset = open_split(data, name)
+    dataset = open_split(data, name, metadata)
     positions = None
     if train_fraction < 1:
         positions = label_subset(read_labels(dataset, data, workers), train_fraction, seed)
-    prepare = LabelledImage(view, data, channels_of(backbone))
+    prepare = LabelledImage(view, data, channels_of(backbone), label=label)
     return Pass(dataset, prepare, positions, batch_size=batch_size, workers=workers, max_bad=data.get("max_bad") or 0.0)
 
 

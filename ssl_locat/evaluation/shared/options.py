@@ -35,6 +35,10 @@ BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number
 Counts = Annotated[Sequence[Count], Field(min_length=1, description="a list of whole numbers of at least 1")]
 Positives = Annotated[Sequence[Positive], Field(min_length=1, description="a list of numbers above 0")]
 Flags = Annotated[Sequence[Flag], Field(min_length=1, description="a list of true and false")]
+Plain = Annotated[
+    Sequence[Annotated[str | int | float | bool, Field(union_mode="left_to_right")]],
+    Field(min_length=2, description="a list of at least two texts or numbers"),
+]
 Shards = Annotated[
     str | Path | Annotated[Sequence[str], Field(min_length=1)] | Annotated[Sequence[WeightedShards], Field(min_length=1)],
     Field(description="shards or a folder as text, a list of such, or a list of {shards, weight}"),

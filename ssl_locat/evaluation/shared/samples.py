@@ -93,10 +93,12 @@ def open_store(data: Mapping[str, Any]) -> Store:
     return CachedStore(cache["folder"], int(cache.get("max_gb", 50) * 1e9), budget) if cache else Store(budget)
 
 
-def open_spec(spec: str | Path | Sequence[Any], store: Store | None = None, split: str | None = None) -> Joined:
+def open_spec(
+    spec: str | Path | Sequence[Any], store: Store | None = None, split: str | None = None, metadata: bool = False
+) -> Joined:
     """A DATA spec as one dataset (a mix is one after the other); compressed shards, which training refuses, are read as well.
 
-    split: 'train' or 'test': which one of a folder that holds several."""
+    split: 'train' or 'test': which one of a folder that holds several. metadata: the other columns of Parquet, too."""
     store = store or Store()
     parts: list[Any] = [
         part.get("shards") if isinstance(part, dict) else part for part in (spec if isinstance(spec, list) else [spec])
@@ -106,12 +108,12 @@ def open_spec(spec: str | Path | Sequence[Any], store: Store | None = None, spli
         if any(part.get("filters") for part in (spec if isinstance(spec, list) else []) if isinstance(part, dict)):
             raise DataError("filters are not run on compressed shards: repack them (ssl-locat shards pack SHARDS OUT)")
         return Joined([CompressedShard(url, store) if is_compressed(url) else open_dataset(url, store=store) for url in urls])
-    return Joined([without_left_out(dataset) for dataset in open_mix(spec, store=store, split=split)[0]])
+    return Joined([without_left_out(dataset) for dataset in open_mix(spec, store=store, split=split, metadata=metadata)[0]])
 
 
-def open_split(data: Mapping[str, Any], name: str) -> Joined | Chosen:
+def open_split(data: Mapping[str, Any], name: str, metadata: bool = False) -> Joined | Chosen:
     """`data.train` or `data.test`, or those of its samples that data.train_images or data.test_images keep, chosen by their keys."""
-    return some(open_spec(data[name], open_store(data), name), data.get(f"{name}_images"))
+    return some(open_spec(data[name], open_store(data), name, metadata), data.get(f"{name}_images"))
 
 
 def set_name(dataset: Dataset) -> str:
@@ -161,7 +163,7 @@ def same_classes(train: Joined | Chosen, test: Joined | Chosen) -> None:
 class LabelledImage:
     """What a worker makes of a sample: (view of the image, label). view(image [H, W, C], seed) -> tensor [C, h, w].
 
-    Raises DataError for a label beyond `num_classes`, which no quarantine should hide.
+    label: of a sample's members, in place of `find_label`. Raises DataError for a label beyond `num_classes`, which no quarantine should hide.
     """
 
     def __init__(
@@ -170,12 +172,14 @@ class LabelledImage:
         data: Mapping[str, Any],
         channels: Bands | int = 3,
         num_classes: int | None = None,
+        label: Callable[[dict[str, bytes]], int] | None = None,
     ):
+        self.label = label
         self.view, self.channels, self.num_classes = view, channels, num_classes
         self.image_key, self.label_key = data.get("image_key"), data.get("label_key")
 
     def __call__(self, raw: RawSample, seed: int) -> tuple[Tensor, int]:
-        label = find_label(raw.members, self.label_key)
+        label = find_label(raw.members, self.label_key) if self.label is None else self.label(raw.members)
         if self.num_classes is not None and label >= self.num_classes:
             raise DataError(
                 f"{raw.shard}: {raw.key}: the label is {label}, but data.num_classes is {self.num_classes}: labels must be "

@@ -236,7 +236,7 @@ def test_device_resize_equals_pillow(photos):
 @pytest.mark.parametrize("mode", ["device-photometric", "device"])
 def test_modes_give_the_same_crops(photos, mode):
     images = photos * 6
-    expected, ours = (finished(each, images, anchor_size=96) for each in ("cpu", mode))
+    expected, ours = (finished(each, images, anchor_size=96)[:3] for each in ("cpu", mode))
     for a, b in zip(expected, ours, strict=True):
         difference = (a - b).abs()
         assert difference.mean() < 1.0
@@ -291,7 +291,7 @@ def test_device_hue_equals_torchvisions_within_its_eight_bits(photos):
 def test_a_gpu_gives_the_same_crops(photos, mode):
     crops = MultiCrop(64, 24, 3, anchor_size=96, mode=mode)
     payload = crops.collate([crops.cut(image, seed) for seed, image in enumerate(photos * 6)])
-    for a, b in zip(crops.finish(payload, "cpu"), crops.finish(payload, "cuda"), strict=True):
+    for a, b in zip(crops.finish(payload, "cpu")[:3], crops.finish(payload, "cuda")[:3], strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=0.05, rtol=0)
 
 

@@ -34,7 +34,8 @@ def test_order_and_values(mode, device, late):
     training reads crops that were dropped long ago, wrong ones if the next batches took their memory."""
     crops = MultiCrop(32, 16, 2, anchor_size=48, mode=mode)
     images = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), np.uint8)
-    payloads = [crops.collate([crops.cut(images[2 * n + k], 2 * n + k) for k in (0, 1)]) for n in range(6)]
+    cut = [crops.cut(image, seed)._replace(metadata=(seed, -1)) for seed, image in enumerate(images)]
+    payloads = [crops.collate(cut[2 * n : 2 * n + 2]) for n in range(6)]
     if device == "cuda":
         payloads = [{name: tensor.pin_memory() for name, tensor in payload.items()} for payload in payloads]
     stream = iter([SimpleNamespace(payload=payload, number=number) for number, payload in enumerate(payloads)])

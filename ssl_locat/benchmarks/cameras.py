@@ -1,0 +1,86 @@
+"""A planted bias: images as four cameras would have taken them, three of which see the training set, each mostly its own classes.
+
+    python -m ssl_locat.benchmarks.cameras 'TRAIN-*.tar' 'TEST-*.tar' FOLDER       # write the sets; docs/metadata.md says what was measured with them
+
+What features of an unseen camera's images are worth, and whether they tell the camera, can then be measured with truth known:
+
+    FOLDER/train.tar      training images; camera A, B or C, with probability `bias` the one that its class has most; json: {"camera": ...}
+    FOLDER/unseen.tar     test images by camera D
+    FOLDER/read.tar       training images by A, B or C, drawn evenly: the bank that a camera is read from
+    FOLDER/asked.tar      test images likewise: the queries
+"""
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from ssl_locat.data.images.decode import decode_image, find_image, find_label
+from ssl_locat.data.shards.index import open_mix
+from ssl_locat.data.shards.tar import RawSample
+from ssl_locat.data.shards.write import write_shard
+from ssl_locat.runs.log import say
+from ssl_locat.seeds import mix64
+
+
+class Camera(NamedTuple):
+    gain: tuple[float, float, float]  # of red, green, blue
+    gamma: float = 1.0
+    blur: float = 0.0  # pixels
+    noise: float = 0.0  # standard deviation, of 0..1
+
+
+CAMERAS = {
+    "A": Camera((1.15, 1.0, 0.85)),
+    "B": Camera((0.85, 1.0, 1.15), blur=0.8),
+    "C": Camera((1.05, 0.85, 1.05), gamma=0.85, noise=0.03),
+    "D": Camera((0.95, 1.1, 0.95), gamma=1.15, blur=0.4, noise=0.01),
+}
+SEEN = ("A", "B", "C")
+
+
+def plant(train: str, test: str, folder: str | Path, bias: float = 0.6, seed: int = 0) -> dict[str, int]:
+    """Write the four sets; set -> how many images. Two seeds draw other cameras for the same images."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = {
+        "train": (train, lambda label, draw: SEEN[label % 3] if draw.random() < bias else draw.choice(SEEN)),
+        "unseen": (test, lambda label, draw: "D"),
+        "read": (train, lambda label, draw: draw.choice(SEEN)),
+        "asked": (test, lambda label, draw: draw.choice(SEEN)),
+    }
+    return {
+        name: write_shard(folder / f"{name}.tar", _seen(source, choose, mix64(seed, number)))
+        for number, (name, (source, choose)) in enumerate(sets.items())
+    }
+
+
+def _seen(source: str, choose, seed: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+    (dataset,), _ = open_mix(source)
+    for number in range(len(dataset)):
+        raw = dataset.read(number, number + 1)[0]
+        assert isinstance(raw, RawSample), raw
+        draw, label = random.Random(mix64(seed, number)), find_label(raw.members)
+        name = choose(label, draw)
+        pixels = taken(decode_image(find_image(raw.members)), CAMERAS[name], mix64(seed, number, 1))
+        _, png = cv2.imencode(".png", pixels[..., ::-1])
+        yield raw.key, {"png": png.tobytes(), "cls": b"%d" % label, "json": json.dumps({"camera": name}).encode()}
+
+
+def taken(image: np.ndarray, camera: Camera, seed: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> the same, as this camera would show it."""
+    pixels = image.astype(np.float32) / 255
+    if camera.blur:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), camera.blur)
+    pixels = np.clip(pixels * np.array(camera.gain, np.float32), 0, 1) ** camera.gamma
+    pixels += np.random.default_rng(seed).normal(0, camera.noise, pixels.shape)
+    return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    say(json.dumps(plant(*sys.argv[1:4])))
