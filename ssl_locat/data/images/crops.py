@@ -156,9 +156,10 @@ class MultiCrop:
             whole, image = False, image.astype(np.float32)  # gains of a few percent would be lost in whole values
         if self.mode == "device":
             return Sample([image], table)
+        # all are cut before any is changed: the image stays in the core's cache meanwhile
+        parts = [[resized_crop(image, draw, group.size) for draw in draws[group.views]] for group in self.groups]
         crops: list[np.ndarray] = []
-        for group in self.groups:
-            cut = [resized_crop(image, draw, group.size) for draw in draws[group.views]]
+        for group, cut in zip(self.groups, parts, strict=True):
             if self.turns:
                 cut = [turned(crop, row) for crop, row in zip(cut, table[group.views], strict=True)]
             if self.mode == "cpu" and whole:
