@@ -292,10 +292,12 @@ def judged(
     for name in models[1:] or models:
         ours, theirs = rows[name], rows[first]
         whole = difference([theirs[c] for c in columns], [ours[c] for c in columns], margin=config.margin, seed=config.seed)
+        each = {c: difference([theirs[c]], [ours[c]], margin=config.margin, seed=config.seed) for c in columns}
         differences[name] = {
             "all": _plain(whole),
-            "columns": {c: _plain(difference([theirs[c]], [ours[c]], margin=config.margin, seed=config.seed)) for c in columns},
-            "sentence": sentence(name, first, whole, len(columns)),
+            "columns": {c: _plain(one) for c, one in each.items()},
+            "fallen": fallen(each),
+            "sentence": sentence(name, first, whole, each),
         }
         # with images left out as damaged, numbers in the set are not rows of the tallies
         if 0 < len(leaked) < whole.images - 1 and not config.data.max_bad:
@@ -326,12 +328,23 @@ def _plain(found: Difference) -> dict[str, Any]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in found._asdict().items()}
 
 
-def sentence(name: str, first: str, found: Difference, columns: int) -> str:
-    """What may be said, and what would decide it."""
+def fallen(columns: Mapping[str, Difference]) -> list[str]:
+    """Columns that fell beyond their own noise: a mean that rose must not hide them."""
+    return [name for name, found in columns.items() if found.verdict == "harmed"]
+
+
+def sentence(name: str, first: str, found: Difference, columns: Mapping[str, Difference]) -> str:
+    """What may be said, what it does not hold for, and what would decide it."""
     size = f"{found.value:+.2f} points ({found.low:+.2f} to {found.high:+.2f}, 95 %)"
-    over = f" on average over {columns} columns" if columns > 1 else ""
+    over = f" on average over {len(columns)} columns" if len(columns) > 1 else ""
     draws = f" and {found.draws} draws of labels" if found.draws > 1 else ""
-    what = f"{name} against {first}: {found.verdict}, {size}{over}, by {found.images:,} test images{draws}."
+    worse = fallen(columns) if len(columns) > 1 else []
+    # "helped" alone would promise a gain to whoever uses the column that fell
+    verdict = "helped on average, not everywhere" if worse and found.verdict == "helped" else found.verdict
+    what = f"{name} against {first}: {verdict}, {size}{over}, by {found.images:,} test images{draws}."
+    if worse:
+        fell = ", ".join(f"{c} {columns[c].value:+.2f} ({columns[c].low:+.2f} to {columns[c].high:+.2f})" for c in worse)
+        what = f"{what} Fell beyond the noise: {fell}."
     if found.verdict in ("helped", "harmed"):
         return what
     if found.images_to_decide:

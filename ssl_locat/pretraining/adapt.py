@@ -52,7 +52,9 @@ def machine_of(on: str | None) -> Machine:
     if torch.cuda.is_available():
         gb = torch.cuda.get_device_properties(0).total_memory / 1e9
         return Machine(gb, cores, f"this machine ({torch.cuda.get_device_name(0)}, {gb:.0f} GB)")
-    return Machine(0.0, cores, "this machine, without a GPU,")
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.12 and later
+    bf16 = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
+    return Machine(0.0, cores, "this machine, without a GPU,", bf16)
 
 
 @contextmanager

@@ -153,3 +153,20 @@ def test_test_images_that_training_has_seen_do_not_decide(tmp_path):
     _, config = compare.load_compare([MODEL, "data.train=a", "data.test=b"])
     found = compare.judged(["a", "b"], rows, config, leaks)["differences"]["b"]
     assert found["all"]["verdict"] == "helped" and found["without_leaks"]["value"] == 0
+
+
+def test_a_mean_that_rose_does_not_hide_a_column_that_fell():
+    rng = np.random.default_rng(0)
+    base = rng.random(600) < 0.7
+    better, worse = base | (rng.random(600) < 0.6), base & (rng.random(600) > 0.1)
+    rows = {
+        "a": {"knn 100 %": Tally.of_hits(base), "linear 100 %": Tally.of_hits(base)},
+        "b": {"knn 100 %": Tally.of_hits(better), "linear 100 %": Tally.of_hits(worse)},
+        "c": {"knn 100 %": Tally.of_hits(better), "linear 100 %": Tally.of_hits(better)},
+    }
+    _, config = compare.load_compare([MODEL, "data.train=a", "data.test=b"])
+    found = compare.judged(["a", "b", "c"], rows, config, None)["differences"]
+    assert found["b"]["all"]["verdict"] == "helped" and found["b"]["fallen"] == ["linear 100 %"]
+    assert "helped on average, not everywhere" in found["b"]["sentence"]
+    assert "Fell beyond the noise: linear 100 % -" in found["b"]["sentence"]
+    assert found["c"]["fallen"] == [] and "c against a: helped, +" in found["c"]["sentence"]

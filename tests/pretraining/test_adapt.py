@@ -135,6 +135,8 @@ def test_more_images_and_larger_machines_move_more(weights):
         choose(weights, images._replace(count=50_000), large, Machine(24, 8, ""), {}, False, "run").made["backbone.trainable"][0]
         == "lora"
     )
+    assert made[1000, gpu]["precision"][0] == "bf16" and made[1000, cpu]["precision"][0] == "fp32"
+    assert choose(weights, images, start, cpu._replace(bf16=True), {}, False, "run").made["precision"][0] == "bf16"
     small = choose(weights, images._replace(count=50_000), large._replace(depth=24), Machine(16, 8, ""), {}, False, "run").made
     assert small["optim.global_batch_size"][0] // small["optim.accumulate_steps"][0] >= 64
     rates = [made[count, gpu]["optim.lr"][0] for count in (1000, 50_000, 2_000_000)]

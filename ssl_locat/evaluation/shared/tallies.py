@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def read_tallies(path: str | Path) -> dict[str, Tally] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             parts = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, BadZipFile):  # a cut file is no zip any more
         return None
     return {
         name: Tally(parts[f"hits|{name}"].astype(float), parts[f"of|{name}"].astype(float))
