@@ -319,8 +319,14 @@ class Config(Section):
     crops: Crops = Crops()
     optim: Optim
     teacher: Teacher = Teacher()
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="of the networks; losses and weights stay fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="of the networks; losses and weights stay fp32. auto: what some steps at the first start measure to be faster, fp32 or the 16-bit type "
+        "that the machine multiplies (GPUs: bf16, on Volta and Turing fp16; CPUs: bf16 where they have it); the run keeps it",
+    )
+    tf32: bool = Field(
+        default=False,
+        description="products of fp32 matrices on NVIDIA GPUs (Ampere and later) with 10 bits of mantissa instead of 23: faster",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
     compile: bool | Literal["cuda-graphs"] = Field(

@@ -152,6 +152,7 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
     from ssl_locat.measure.images import sample_data
     from ssl_locat.measure.step import step_device
     from ssl_locat.pretraining.parts import check
+    from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
     from ssl_locat.pretraining.step_times import decide_crops, step_times
 
     # here or by torchrun: what one process does is measured, and a profile says how many there will be
@@ -164,10 +165,14 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
         datasets, weights, length = check(config, ranks)
     micro_batch = config.optim.global_batch_size // (ranks * config.optim.accumulate_steps)
     crops = []
+    if config.precision == "auto":
+        with progress("measuring precisions"):
+            precision, why = decide_precision(config, step_device(config.device), micro_batch)
+        config, crops = with_precision(config, precision), [f"precision auto: {precision} ({why})"]
     if config.crops.mode == "auto":
         with progress("measuring crops"):
             config, why = decide_crops(config, datasets, step_device(config.device), micro_batch)
-        crops = [f"crops.mode auto: {config.crops.mode} ({why})"]
+        crops.append(f"crops.mode auto: {config.crops.mode} ({why})")
     with progress("reading a sample"):
         sample = sample_data(datasets, config, step_device(config.device))
     advice = _data_advice(config, sample, datasets)

@@ -75,7 +75,7 @@ def memory_of(config: Config, ranks: int = 1, networks: tuple[StudentTeacher, nn
         local_size=crops.local_size,
         num_local=crops.num_local,
         anchor_size=crops.anchor_size,
-        precision=config.precision,
+        precision="fp32" if config.precision == "auto" else config.precision,  # the most that it can be
         parallel=config.parallel,
         world_size=ranks,
         activation_checkpointing=config.activation_checkpointing,

@@ -15,6 +15,7 @@ from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, save
 from ssl_locat.runs.checkpoint import Checkpointer
 from ssl_locat.runs.diagnosis import load_replay
 from ssl_locat.runs.distributed import setup
+from ssl_locat.runs.folder import read_config
 
 
 def replay(config: Config, path: Path) -> None:
@@ -24,6 +25,8 @@ def replay(config: Config, path: Path) -> None:
     """
     payload, meta = load_replay(path)
     device = setup(config.device)
+    if config.precision == "auto":  # what the run decided
+        config = config.model_copy(update={"precision": read_config(config.run_dir).precision})
     newest = Checkpointer(config.run_dir).newest()
     model, losses = build_model(config, device, newest)
     if newest:

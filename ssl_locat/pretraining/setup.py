@@ -35,6 +35,7 @@ from ssl_locat.pretraining.parts import (
     rates,
     saved_modules,
 )
+from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
 from ssl_locat.pretraining.probes import Probes
 from ssl_locat.pretraining.step_times import decide_crops, with_crop_mode
 from ssl_locat.runs import distributed
@@ -58,6 +59,7 @@ class Run:
         self.began = time.monotonic()
         self.folder, self.resume = Path(config.run_dir), resume
         self.device = distributed.setup(config.device)
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.tf32 else "ieee"
         self.datasets, self.weights, self.length = check(config, world_size())
         # rank 0 holds the lock, the others wait until it has it: a second job on this folder ends here
         self.claim = RunFolder(self.folder) if is_main() else None
@@ -68,13 +70,28 @@ class Run:
         # before config.yaml is written: a refused resume leaves it as it was
         self.origin = find_origin(config, self.checkpointer, self.datasets, self.weights, resume, tuple(allow))
         self.start_from = self.origin.checkpoint
-        self.config = self._decide_packing(self._decide_crops(self.origin.config))
+        # the precision first: crops and packing are measured in it
+        self.config = self._decide_packing(self._decide_crops(self._decide_precision(self.origin.config)))
         if self.claim:
             if not self.start_from:
                 self.claim.require_same_settings(self.config)
             self.claim.write(self.config)
         self._build_model()
         self._resume()
+
+    def _decide_precision(self, config: Config) -> Config:
+        """`precision: auto` becomes what the checkpoint or config.yaml says since the first start, else what all ranks measure and rank 0 decides."""
+        if config.precision != "auto":
+            return config
+        kept = self._kept_config() if is_main() else None
+        precision = distributed.broadcast_object(kept.precision if kept and kept.precision != "auto" else None)
+        why = "as at the first start of this run"
+        if precision is None:
+            ranks_share = config.optim.global_batch_size // (world_size() * config.optim.accumulate_steps)
+            precision, why = decide_precision(config, self.device, ranks_share)
+        if is_main():
+            log.info("precision auto: %s (%s)", precision, why)
+        return with_precision(config, precision)
 
     def _decide_crops(self, config: Config) -> Config:
         """`crops.mode: auto` becomes what the checkpoint or config.yaml says since the first start, else what rank 0 measures: crops of one

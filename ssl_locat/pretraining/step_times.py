@@ -15,6 +15,7 @@ from ssl_locat.measure.step import StepTimes, measure_step, step_device
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.blocks import BlockScores
 from ssl_locat.pretraining.parts import autocasts, build_model, check, mask_seeds, total_loss
+from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
 
 
 def usable_workers(config: Config, ranks: int = 1) -> int:
@@ -91,6 +92,9 @@ def expected_seconds(config: Config) -> tuple[float, int]:
     sample = sample_data(datasets, config, step_device(config.device), 32)
     # one micro-batch, as the run will have it
     assert sample.payload is not None  # some of these images were read before
+    if config.precision == "auto":
+        batch = config.optim.global_batch_size // config.optim.accumulate_steps
+        config = with_precision(config, decide_precision(config, step_device(config.device), batch)[0])
     times = step_times(config, sample.payload, config.optim.global_batch_size // config.optim.accumulate_steps)
     per_image = seconds_per_image(config, sample, times)
     return per_image * length.steps_per_epoch * config.optim.global_batch_size, length.steps_per_epoch

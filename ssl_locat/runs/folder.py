@@ -221,7 +221,7 @@ def differences(saved: Any, given: Any, key: str = "") -> Iterator[Difference]:
     """Each setting of two configs, as plain values, that is another one and matters for what is learned."""
     if key == "data.train" and (before := _filters(saved)) != (now := _filters(given)):
         yield Difference(key, f"filters {before}", f"filters {now}")  # what they make of a sample is no matter of where it lies
-    if key in MAY_CHANGE:
+    if key in MAY_CHANGE or (key == "precision" and given == "auto"):  # auto: as it was
         return
     if isinstance(saved, dict) and isinstance(given, dict):
         # in the order of the file, and what is only in one of them, too
