@@ -3,7 +3,7 @@
 The start is evaluated as step 0 by the run's own probes (RUN/start holds it). At the end one checkpoint, the best of those that the probe
 `held_out` measured, is compared with the start on the same labelled images: a paired interval, whose level is raised for the number of
 checkpoints that were looked at (Bonferroni: 1 - 0.05 / m), since the best of m is the best by luck, too. It is better if the whole interval of
-the mean figure lies above 0 (guard.margin), and no single figure's lies below. All of it follows from files of the run, so that a run which
+the mean figure lies above 0 (guard.margin), and no single figure's, at FALL_LEVEL, lies below. All of it follows from files of the run, so that a run which
 was killed and resumed decides as one that was not.
 """
 
@@ -35,6 +35,9 @@ from ssl_locat.text.shown import redacted
 log = logging.getLogger(__name__)
 
 UNVERIFIED = "not verified by labels"
+FALL_LEVEL = (
+    0.8  # of one figure's interval when it falls: a loss is believed sooner than a gain, for the start is what the user had
+)
 
 
 # --- the start ------------------------------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def _judge(config: Config, results: Mapping[str, Sequence[Mapping[str, Any]]], i
     names = list(before)
     # the same images and folds: paired, image by image
     overall = difference([before[n] for n in names], [after[n] for n in names], margin=guard.margin, level=level)
-    columns = {name: difference([before[name]], [after[name]], margin=guard.margin, level=LEVEL) for name in names}
+    columns = {name: difference([before[name]], [after[name]], level=FALL_LEVEL) for name in names}
     fallen = [name for name, one in columns.items() if one.verdict == "harmed"]
     better = overall.verdict == "helped" and not fallen
     exported = f"step {best.step}" if better else "start" if guard.otherwise == "start" else None
@@ -118,7 +121,7 @@ def _judge(config: Config, results: Mapping[str, Sequence[Mapping[str, Any]]], i
         "start": _figures(first),
         "best": {"step": best.step, **_figures(chosen)},
         "difference": _plain(overall, looked_at, level),
-        "columns": {name: _plain(one, 1, LEVEL) for name, one in columns.items()},
+        "columns": {name: _plain(one, 1, FALL_LEVEL) for name, one in columns.items()},
         "verdict": "helped" if better else "harmed" if overall.verdict == "harmed" else "no difference that this data can show",
         "verified_by": verified_by(config, overall.images, names),
         "exported": exported,
@@ -195,7 +198,12 @@ def sentence(found: Mapping[str, Any], fallen: Sequence[str], saw_test: bool) ->
         return f"Better than the start by more than the noise: step {best['step']} ({how}). It is exported.{test}"
     ends = "The start is exported, unchanged." if found["exported"] else "Nothing is exported, as guard.otherwise=refuse asks."
     if fallen:
-        return f"Not better than the start: {', '.join(fallen)} fell (best: step {best['step']}, {how}). {ends}{test}"
+        falls = ", ".join(
+            f"{name} fell ({c['value']:+.2f}, {c['low']:+.2f} to {c['high']:+.2f} at {100 * c['level']:.4g} %)"
+            for name, c in found["columns"].items()
+            if name in fallen
+        )
+        return f"Not better than the start: {falls} (best: step {best['step']}, {how}). {ends}{test}"
     if found["verdict"] == "harmed":
         return f"Worse than the start, also at its best, step {best['step']} ({how}). {ends}{test}"
     return f"Nothing better than the start was found: no difference that this data can show (best: step {best['step']}, {how}). {ends}{test}"

@@ -153,7 +153,9 @@ def test_labelled_training_images_are_held_out(weights, textures):
     assert seen.labelled and seen.validation is None and seen.side == 32
     many = seen._replace(count=3000)
     made = choose(weights, many, start, Machine(0, 2, ""), {}, False, "run").made
-    assert made["data.held_out"][0] == 300 and "probes.held_out" in made
+    assert made["data.held_out"][0] == 1000 and "probes.held_out" in made
+    few = choose(weights, many._replace(count=600), start, Machine(0, 2, ""), {}, False, "run").made
+    assert few["data.held_out"][0] == 200
     unlabelled = choose(weights, many._replace(labelled=False), start, Machine(0, 2, ""), {}, False, "run").made
     assert "probes.held_out" not in unlabelled and "probes.unlabelled" in unlabelled
 

@@ -65,7 +65,7 @@ def moving_names(backbone) -> set[str]:
     return {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("moves", MOVES)
+@pytest.mark.parametrize("moves", ["lora", pytest.param("last", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_unbroken_one_and_opens_as_the_plain_model(tiny, tmp_path, moves):
     if moves == "lora":
         pytest.importorskip("peft")
