@@ -271,7 +271,7 @@ def _stream(config: Config, ranks: int) -> dict:
     opened = time.perf_counter() - began
     batch, memory = config.optim.global_batch_size, round(config.data.read_memory_gb * 2**30)
     plan = choose_plan(datasets, weights, config.seed, batch, memory)
-    crops = MultiCrop(**config.crops.model_dump() | {"mode": "cpu"})
+    crops = MultiCrop(**config.crops.options() | {"mode": "cpu"})
     size: dict[str, Any] = {
         "global_batch_size": batch,
         "world_size": ranks,

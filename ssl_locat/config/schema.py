@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ssl_locat.config.crops_section import Crops as Crops
 from ssl_locat.config.data_section import Data as Data
 from ssl_locat.config.mistakes import explain
-from ssl_locat.config.section import AtLeast0, Positive, Share
+from ssl_locat.config.section import AtLeast0, Share
 from ssl_locat.config.section import Options as Options
 from ssl_locat.config.section import Section as Section
 from ssl_locat.config.signatures import check_options
@@ -100,93 +101,7 @@ class Objective(Options):
         return first + (last - first) * min(share / self.weight_until, 1.0)
 
 
-# The defaults of crops, optimiser and teacher are those of DINO (arXiv:2104.14294, section 3.2, and the options of its main_dino.py).
-class Crops(Section):
-    global_size: int = Field(default=224, gt=0, description="pixels")
-    local_size: int = Field(default=96, gt=0, description="pixels")
-    num_local: int = Field(default=8, ge=0)
-    anchor_size: int | None = Field(
-        default=None,
-        gt=0,
-        description="pixels: the global crops again, cut from the image at this size, for an objective's anchor that sees finer (anchor_scale)",
-    )
-    global_scale: tuple[float, float] = Field(default=(0.4, 1.0), description="fraction of the image's area")
-    local_scale: tuple[float, float] = Field(default=(0.05, 0.4), description="fraction of the image's area")
-    mode: Literal["auto", "cpu", "device-photometric", "device"] = Field(
-        default="auto", description="what the CPU does and what the device does"
-    )
-    flip_prob: float = Field(default=0.5, ge=0, le=1, description="horizontal flip")
-    # hue turns the colour circle by up to this share of it, either way: half is all of it
-    jitter: tuple[AtLeast0, AtLeast0, AtLeast0, Annotated[float, Field(ge=0, le=0.5)]] = Field(
-        default=(0.4, 0.4, 0.2, 0.1), description="brightness, contrast, saturation, hue"
-    )
-    jitter_prob: float = Field(default=0.8, ge=0, le=1)
-    gray_prob: float = Field(default=0.2, ge=0, le=1)
-    blur_prob: tuple[Share, Share, Share] = Field(
-        default=(1.0, 0.1, 0.5), description="global crop 1, global crop 2, local crops"
-    )
-    blur_sigma: tuple[Positive, Positive] = Field(default=(0.1, 2.0), description="pixels of the crop")
-    solarize_prob: tuple[Share, Share, Share] = Field(
-        default=(0.0, 0.2, 0.0), description="global crop 1, global crop 2, local crops"
-    )
-    vertical_flip_prob: float = Field(default=0.0, ge=0, le=1, description="for images that have no up, such as aerial ones")
-    turn_prob: float = Field(default=0.0, ge=0, le=1, description="a turn by 90, 180 or 270 degrees, for images that have no up")
-    band_jitter: tuple[AtLeast0, AtLeast0] = Field(
-        default=(0.2, 0.05),
-        description="each channel by itself: factor 1 +- the first, then +- the second added (channels in 0..1)",
-    )
-    band_jitter_prob: float = Field(default=0.0, ge=0, le=1)
-    band_drop_prob: float = Field(
-        default=0.0, ge=0, lt=1, description="of each channel, to be replaced by its mean; never of all"
-    )
-    stretch: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        default=0.02, description="percentile stretch: largest share of a crop's values cut at either end, each channel by itself"
-    )
-    stretch_prob: float = Field(default=0.0, ge=0, le=1)
-    noise_sigma: tuple[AtLeast0, AtLeast0] = Field(
-        default=(0.0, 0.05), description="of Gaussian noise, least and greatest (channels in 0..1)"
-    )
-    noise_prob: float = Field(default=0.0, ge=0, le=1)
-    hed_jitter: float = Field(
-        default=0.05, ge=0, description="haematoxylin, eosin and DAB each: factor 1 +- this, then +- this added; RGB of histology"
-    )
-    hed_prob: float = Field(default=0.0, ge=0, le=1)
-    # ImageNet's, which released weights expect; `ssl-locat init` measures others
-    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="of the channels in 0..1, one for each")
-    std: tuple[Positive, ...] = Field(default=(0.229, 0.224, 0.225), description="likewise")
-
-    @field_validator("global_scale", "local_scale")
-    @classmethod
-    def _a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1] <= 1:
-            raise ValueError(f"is {list(value)}; expected [smallest, largest] with 0 < smallest <= largest <= 1")
-        return value
-
-    @model_validator(mode="after")
-    def _anchor_sees_finer(self) -> "Crops":
-        if self.anchor_size is not None and self.anchor_size <= self.global_size:
-            raise ValueError(
-                f"anchor_size is {self.anchor_size}, global_size {self.global_size}: an anchor that sees no finer than the student sees its "
-                "global crops; leave anchor_size out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _colours_need_rgb(self) -> "Crops":
-        if len(self.mean) != len(self.std):
-            raise ValueError(f"mean has {len(self.mean)} numbers and std {len(self.std)}; give one of each for every channel")
-        if len(self.mean) != 3 and (self.gray_prob or self.jitter[2] or self.jitter[3]):
-            raise ValueError(
-                f"grey, saturation and hue are made of RGB, the images have {len(self.mean)} channels: set gray_prob: 0.0 and the last two "
-                f"of jitter to 0, as in [{self.jitter[0]}, {self.jitter[1]}, 0.0, 0.0]"
-            )
-        if len(self.mean) != 3 and self.hed_prob:
-            raise ValueError(
-                f"hed_prob is {self.hed_prob}: stains are taken apart in RGB, the images have {len(self.mean)} channels"
-            )
-        return self
-
-
+# The defaults of optimiser and teacher are those of DINO (arXiv:2104.14294, section 3.2, and the options of its main_dino.py).
 class Optim(Section):
     """AdamW or Muon. Progress is counted in samples; epochs and steps are derived."""
 
@@ -356,6 +271,13 @@ class Config(Section):
     def _home(cls, value: str) -> str:
         return os.path.expanduser(value)  # no shell sees what stands in a YAML
 
+    @field_validator("crops", mode="before")
+    @classmethod
+    def _stages_alone(cls, value: Any) -> Any:
+        if isinstance(value, list) and not value:
+            raise ValueError("is an empty list; expected stages, each with `until`, or the settings of crops")
+        return {"stages": value} if isinstance(value, list) else value
+
     @field_validator("objective")
     @classmethod
     def _names_differ(cls, value: Objective | list[Objective]) -> Objective | list[Objective]:
@@ -377,6 +299,17 @@ class Config(Section):
                 raise ValueError(f"data.channels.{key} lists {count} channels, but backbone.in_chans is {channels}")
         if (show := self.data.channels and self.data.channels.show) and not all(0 <= place < channels for place in show):
             raise ValueError(f"data.channels.show is {list(show)}; the channels are numbered 0 to {channels - 1}")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Config":
+        parts = self.optim.accumulate_steps
+        for number, stage in enumerate(self.crops.stages, start=1):
+            if stage.batch_size and stage.batch_size % parts:
+                raise ValueError(
+                    f"crops.stages: batch_size of stage {number} is {stage.batch_size}, not divisible by optim.accumulate_steps {parts}; the nearest "
+                    f"that are: {', '.join(map(str, near_multiples(stage.batch_size, parts)))}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -285,7 +285,7 @@ def _probe_lines(config: Config, length: "Length", datasets: "Sequence[Dataset]"
     if validation := data["judged"]["test"] if config.data.validation else None:
         sizes["validation"] = len(open_split({**data, "test": validation}, "test"))
     found = costs(config, length.steps_per_epoch, length.total_steps, sizes)
-    decoded, forwards = shares(config, found, length.total_steps)
+    decoded, forwards = shares(config, found, length.total_samples)
     each = "; ".join(f"{cost.name} {cost.times} times {_count(cost.images, 'image')}" for cost in found)
     lines = [
         f"Probes: {each}. That is {100 * decoded:.1f} % of the images that training decodes, {100 * forwards:.1f} % of its forward passes"
@@ -302,7 +302,9 @@ def _run_section(
     import torch
 
     from ssl_locat.pretraining.memory import memory_of
-    from ssl_locat.pretraining.step_times import seconds_per_image, shares_cores, usable_workers
+    from ssl_locat.pretraining.operations import operations_of_stages
+    from ssl_locat.pretraining.stages import in_words, told
+    from ssl_locat.pretraining.step_times import seconds_of_run, shares_cores, usable_workers
 
     advice = []
     workers = usable_workers(config, ranks)
@@ -310,9 +312,9 @@ def _run_section(
     # seconds an image: workers share the one, the device does the other
     feed, model = loader / workers, times.transfer + times.step
     alone = shares_cores(config, times)
-    speed = ranks / seconds_per_image(config, sample, times, ranks)
-    total = length.total_steps * config.optim.global_batch_size
-    seconds = total / speed
+    flop = operations_of_stages(config) if config.crops.stages else [1.0]
+    seconds = seconds_of_run(config, sample, times, ranks, length, flop)
+    speed = length.total_samples / seconds
     parts = {
         "reading": sample.read_seconds / workers,
         "decode": sample.decode_seconds / workers,
@@ -334,6 +336,7 @@ def _run_section(
     lines = [
         f"{length.total_steps:,} steps of {config.optim.global_batch_size} images = {_count(ranks, 'rank')} x {config.optim.accumulate_steps} accumulated x {micro_batch}; "
         f"{length.steps_per_epoch:,} steps an epoch",
+        *in_words(told(config, length.total_samples, flop)),
         f"{config.backbone.name}: {times.backbone_params / 1e6:.2f} M parameters, heads {times.head_params / 1e6:.2f} M; {config.precision} on {times.device}",
         f"Memory per rank: about {memory:.2g} GB by count ({counted.words()})",
         f"Measured on this machine: model {1 / model:.0f} images/s per rank, loader {workers / loader:.0f} images/s with {_count(workers, 'worker')}",

@@ -33,7 +33,7 @@ class DataSample(NamedTuple):
 
 def sample_data(datasets: list[Dataset], config: Config, device: torch.device, count: int = 64) -> DataSample:
     """Read, decode and crop `count` samples, spread over the data, as training on `device` would, in this process, timing each part."""
-    crops = MultiCrop(**config.crops.model_dump(), device=device.type)
+    crops = MultiCrop(**config.crops.options(), device=device.type)
     fields = fields_of(config.data.model_dump(mode="json")["metadata"])
     damaged, sizes, cut = [], [], []
     formats: Counter[str] = Counter()

@@ -61,7 +61,7 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
         while not run.finished:
             # all that is random or scheduled is a function of (seed, step, rank): the same again after a resume
             torch.manual_seed(mix64(config.seed, run.step, rank()))  # stochastic depth
-            rate, at = run.rates(), run.progress()
+            rate, at, images = run.rates(), run.progress(), run.stage.batch
             set_hyperparameters(optimizer, rate.lr, rate.weight_decay)
             metrics: dict[str, Tensor] = {}
             positions: list[int] = []
@@ -96,9 +96,9 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
                 metrics.update(objective.finish_step())
             model.update_teacher(rate.momentum)  # after the student moved, not before
             model.renew_snapshots(losses, run.step + 1)
-            run.step, run.samples_seen = run.step + 1, run.samples_seen + optim.global_batch_size
+            run.step, run.samples_seen = run.step + 1, run.samples_seen + images
 
-            monitor.log(metrics, rate, positions, teacher_tokens)
+            monitor.log(metrics, rate, images, positions, teacher_tokens)
             stopped, done = stop.agreed(run.checkpointer.wish()), run.step == length.total_steps
             if stopped or done or stop.wish or run.saves_at(run.step):
                 with monitor.paused("save", config.checkpoint.every_steps):

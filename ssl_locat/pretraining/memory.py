@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ssl_locat import objectives
+from ssl_locat.config.crops_section import Stage
 from ssl_locat.config.schema import Config
 from ssl_locat.models.backbone import create_backbone, split_options
 from ssl_locat.models.moving import backbone_blocks, first_moving_block
@@ -64,13 +65,20 @@ def without_memory(config: Config) -> tuple[StudentTeacher, nn.ModuleDict]:
 
 
 def memory_of(config: Config, ranks: int = 1, networks: tuple[StudentTeacher, nn.ModuleDict] | None = None) -> Memory:
-    """Memory of one step of this config on each of `ranks` processes. networks: `without_memory` of it, where it is made already."""
-    model, losses = networks or without_memory(config)
-    crops = config.crops
+    """Memory of one step of this config on each of `ranks` processes, in the stage that takes most. networks: `without_memory` of it, where it is made
+    already."""
+    networks = networks or without_memory(config)
+    return max(
+        (_memory_of_stage(config, ranks, stage, *networks) for stage in config.crops.resolved()), key=lambda found: found.total
+    )
+
+
+def _memory_of_stage(config: Config, ranks: int, stage: Stage, model: StudentTeacher, losses: nn.ModuleDict) -> Memory:
+    crops = stage.crops
     return estimate_memory(
         model,
         losses,
-        images=config.optim.global_batch_size // (ranks * config.optim.accumulate_steps),
+        images=(stage.batch_size or config.optim.global_batch_size) // (ranks * config.optim.accumulate_steps),
         global_size=crops.global_size,
         local_size=crops.local_size,
         num_local=crops.num_local,

@@ -18,6 +18,7 @@ from ssl_locat.models.tokens import Tokens
 from ssl_locat.pretraining.first_crops import FirstCrops
 from ssl_locat.pretraining.parts import Rates
 from ssl_locat.pretraining.setup import Run
+from ssl_locat.pretraining.stages import work
 from ssl_locat.runs import distributed
 from ssl_locat.runs.diagnosis import feature_std, not_finite, patch_cls_similarity, save_replay
 from ssl_locat.runs.distributed import rank, world_size
@@ -37,6 +38,9 @@ class Monitor:
         self.usage = Usage(run.device)
         looks = torch.tensor(float(self.usage.looks_at_gpu), device=run.device)
         self.usage.looks_at_gpu = bool(distributed.all_reduce_mean_(looks) == 1)  # all ranks log the same numbers
+        self.stage = run.stage.number
+        if run.stage_flop:
+            bar.work = work(run.stages, run.step, run.samples_seen, run.length.total_samples, run.stage_flop)
         self.own_losses: list[tuple[int, Tensor, list]] = []  # (step, this rank's loss, positions), since the last look at them
 
     @contextmanager
@@ -47,15 +51,15 @@ class Monitor:
             yield
         self.bar.pause(time.monotonic() - began, kind, every)
 
-    def log(self, metrics: dict[str, Tensor], rate: Rates, positions: list, teacher_tokens: Tokens) -> None:
-        """At the end of a step. metrics: scalars of this rank; teacher_tokens: of the last micro-batch's global crops.
+    def log(self, metrics: dict[str, Tensor], rate: Rates, images: int, positions: list, teacher_tokens: Tokens) -> None:
+        """At the end of a step of so many images. metrics: scalars of this rank; teacher_tokens: of the last micro-batch's global crops.
 
         Raises Diverged if a loss was not finite, or if a collapse named in `stop_on` was seen."""
         run, config = self.run, self.run.config
         # tokens of all patches: worth a look once per transfer, not once a step
         if (run.step - 1) % config.log.every_steps == 0:
             metrics.update(collapse_metrics(teacher_tokens))
-        images_per_second, data_wait = self.speed.after(config.optim.global_batch_size)
+        images_per_second, data_wait = self.speed.after(images)
         numbers = {
             "images_per_second": images_per_second,
             "data_wait": data_wait,
@@ -77,6 +81,18 @@ class Monitor:
             for warning in run.diagnosis.check(record, record["step"], run.length.total_steps):
                 log.warning("%s", warning)
                 run.events.add("warning", step=record["step"], name=warning.kind, message=warning.message, advice=warning.advice)
+        if run.stage.number != self.stage:
+            self.stage = run.stage.number
+            self.speed.restart()  # of images of another size
+            crops, batch = run.stage.crops, run.stage.batch
+            sizes = {
+                "global_size": crops.global_size,
+                "local_size": crops.local_size,
+                "num_local": crops.num_local,
+                "batch": batch,
+            }
+            log.info("step %d: stage %d begins: %s", run.step, self.stage + 1, sizes)
+            run.events.add("stage", step=run.step, number=self.stage + 1, **sizes)
         shown = {"loss": written[-1]["loss"], "images/s": round(written[-1]["images_per_second"])} if written else {}
         self.bar.update(1, **shown)
 
@@ -149,11 +165,10 @@ def stop_at_nan(own_losses: list, run: Run) -> None:
     if bad is None:
         return
     step, _, positions = own_losses[bad]
-    taken = [run.stream.take(int(position)) for position in positions]
     # positions make the same crops again: nothing of a batch need be kept in case it goes wrong
-    keys = [key for key, _ in taken]
+    keys, payload = run.stream.again([int(position) for position in positions])
     path = run.folder / "replay" / f"step_{step:08d}_rank_{rank()}.safetensors"
-    replay = save_replay(path, run.crops.collate([sample for _, sample in taken]), step=step, rank=rank(), keys=keys)
+    replay = save_replay(path, payload, step=step, rank=rank(), keys=keys)
     error = not_finite(step, rank(), {"loss": values[bad]}, keys, replay)
     run.events.add("diverged", step=step, message=str(error))
     raise error

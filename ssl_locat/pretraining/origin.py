@@ -17,7 +17,7 @@ from ssl_locat.config.schema import Config, check_allow
 from ssl_locat.data.shards.kinds import Dataset
 from ssl_locat.data.stream.plan import Plan, resume_plan
 from ssl_locat.errors import CheckpointError, ConfigError, UserError
-from ssl_locat.pretraining.parts import Since, check_backbone, rates, run_length
+from ssl_locat.pretraining.parts import Since, check_backbone, run_length, scheduled
 from ssl_locat.runs import distributed
 from ssl_locat.runs.checkpoint import Checkpointer
 from ssl_locat.runs.folder import Difference, differences, saved_config
@@ -70,7 +70,7 @@ def find_origin(
         _require_same_parts(path, changes)
         check_backbone(config)
     since = Since(**marker["since"]) if marker.get("since") else None
-    before = rates(saved, run_length(saved, datasets), marker["samples_seen"], since)
+    before = scheduled(saved, run_length(saved, datasets), marker["samples_seen"], since)
     if config.optim.schedule not in ("restart", "decay"):
         since = None
     elif since is None or any(change.key.startswith(SCHEDULED) for change in changes):

@@ -1,5 +1,6 @@
 """The parts of a pretraining run, made from its config: data and length, rates, model and losses, how they are distributed, the summed loss."""
 
+import itertools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,6 +40,7 @@ from ssl_locat.objectives.metadata import check_names
 from ssl_locat.optim.schedules import LEARNING_RATES, cosine, decayed, straight, warmed_up
 from ssl_locat.pretraining.given import freeze, load_anchors, sharing
 from ssl_locat.pretraining.probes import check_probe_data
+from ssl_locat.pretraining.stages import crop_sizes, stage_at, stages_of, steps_left
 from ssl_locat.pretraining.start_heads import load_heads
 from ssl_locat.pretraining.student_teacher import Network, StudentTeacher
 from ssl_locat.runs import distributed
@@ -85,8 +87,11 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
     Raises:
         UserError: with what is wrong and how to mend it.
     """
-    batch = config.optim.global_batch_size
-    micro_batch_size(batch, ranks, config.optim.accumulate_steps)
+    micro_batch_size(config.optim.global_batch_size, ranks, config.optim.accumulate_steps)
+    for number, stage in enumerate(config.crops.stages, start=1):
+        if stage.batch_size:
+            what = f"batch_size of stage {number} of crops"
+            micro_batch_size(stage.batch_size, ranks, config.optim.accumulate_steps, what)
     if config.optim.name == "muon" and config.parallel == "fsdp" and ranks > 1:
         raise ConfigError(
             "optim.name is muon and parallel fsdp: Muon orthogonalises whole matrices, of which each rank holds a part. Take parallel=ddp, or "
@@ -165,7 +170,10 @@ def run_length(config: Config, datasets: list[Dataset]) -> Length:
             f"step. Give at least {1 / steps_per_epoch:.2g}, or optim.total_steps."
         )
     total_steps = config.optim.total_steps or max(1, round((config.optim.epochs or 0) * steps_per_epoch))
-    length = Length(epoch_samples, steps_per_epoch, total_steps, total_steps * batch)
+    total_samples = total_steps * batch
+    # as many images with stages of another batch size: then in another number of steps
+    steps = steps_left(stages_of(config, total_samples), 0, total_samples)
+    length = Length(epoch_samples, steps_per_epoch, steps, total_samples)
     if (decay := decay_steps(config, length)) > total_steps:
         raise ConfigError(
             f"optim.decay_epochs is {config.optim.decay_epochs:g}, {decay:g} steps: longer than the run, which has {total_steps:,}. Give at most "
@@ -175,7 +183,17 @@ def run_length(config: Config, datasets: list[Dataset]) -> Length:
 
 
 def rates(config: Config, length: Length, samples_seen: int, since: Since | None = None) -> Rates:
-    """Learning rate, weight decay and teacher momentum at this point, functions of the samples seen.
+    """Learning rate, weight decay and teacher momentum of the step that begins here, functions of the samples seen.
+
+    In a stage with k times the batch: k times the lr (the linear rule again), and the momentum to the power of k, so that the teacher looks back over as
+    many images as before (arXiv:2307.13813, EMA scaling rule)."""
+    factor = stage_at(stages_of(config, length.total_samples), samples_seen).batch / config.optim.global_batch_size
+    found = scheduled(config, length, samples_seen, since)
+    return found if factor == 1 else Rates(factor * found.lr, found.weight_decay, found.momentum**factor)
+
+
+def scheduled(config: Config, length: Length, samples_seen: int, since: Since | None = None) -> Rates:
+    """The rates for steps of optim.global_batch_size.
 
     `cosine`: DINO's schedules over the whole run; `constant_cooldown`: so, but for the lr (optim/schedules.py). `restart`: the same ones,
     warm-up included, from `since` to the end. `wsd` (warm-up-stable-decay, arXiv:2404.06395): warm-up of the lr, then all three stay at
@@ -257,13 +275,12 @@ def check_backbone(config: Config) -> None:
         freeze(backbone, config)
         if config.backbone.pack_crops is True and (reason := why_not_packed(config, backbone)):
             raise ConfigError(f"backbone.pack_crops is true, but {reason}. Set it to auto or false.")
-        for name in ("global_size", "local_size") if config.crops.num_local else ("global_size",):
-            size = getattr(config.crops, name)
+        for name, size, where in crop_sizes(config):
             try:
                 backbone.patch_embed(torch.empty(1, len(config.crops.mean), size, size))
             except (AssertionError, RuntimeError) as error:
                 raise ConfigError(
-                    f"crops.{name} is {size} pixels, which {config.backbone.name} does not take: {error} Sides are multiples of the patch size."
+                    f"crops.{name} is {size} pixels{where}, which {config.backbone.name} does not take: {error} Sides are multiples of the patch size."
                 ) from None
 
 
@@ -299,7 +316,8 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
         backbone.new_parameters = init_weights(backbone, config.backbone.init)
     freeze(backbone, config, backbone.new_parameters)
     losses = objectives.build(config.objectives)
-    objectives.check_batch(losses, config.optim.global_batch_size // config.optim.accumulate_steps)
+    batches = [stage.batch_size or config.optim.global_batch_size for stage in config.crops.resolved()]
+    objectives.check_batch(losses, min(batches) // config.optim.accumulate_steps)
     model = StudentTeacher(
         backbone,
         losses,
@@ -318,9 +336,11 @@ def build_model(config: Config, device: torch.device, checkpoint: Path | None = 
 
 def check_anchor_crops(model: StudentTeacher, config: Config) -> None:
     """ConfigError where an anchor sees larger crops than any that are cut: enlarged ones would show it nothing finer."""
-    side, cut = config.crops.global_size, config.crops.anchor_size or config.crops.global_size
-    grid = input_grid(model.student.backbone, torch.empty(0, len(config.crops.mean), side, side, device="meta"))
-    for name, anchor in (*model.anchors.items(), *model.snapshots.items()):
+    sides = [stage.crops.global_size for stage in config.crops.resolved()]
+    anchors = [*model.anchors.items(), *model.snapshots.items()]
+    for side, (name, anchor) in itertools.product(sides, anchors):
+        cut = config.crops.anchor_size or side
+        grid = input_grid(model.student.backbone, torch.empty(0, len(config.crops.mean), side, side, device="meta"))
         if (wanted := max(anchor.size(grid))) > cut:
             raise ConfigError(
                 f"{name}: with anchor_scale {anchor.scale:g} its anchor sees crops of {wanted} pixels, but the largest that are cut have {cut}. "
@@ -434,11 +454,12 @@ def describe(config: Config, model: StudentTeacher, length: Length, datasets: li
     """One paragraph at the start: what runs, on what, how long."""
     backbone = sum(parameter.numel() for parameter in model.student.backbone.parameters())
     heads = sum(parameter.numel() for parameter in model.student.heads.parameters())
-    batch, scaled = config.optim.global_batch_size, config.optim.lr * config.optim.global_batch_size / 256
+    batches, scaled = {stage.batch for stage in stages_of(config, 1)}, config.optim.lr * config.optim.global_batch_size / 256
+    batch = " to ".join(map(str, sorted({min(batches), max(batches)})))
     moving = sum(parameter.numel() for parameter in model.student.backbone.parameters() if parameter.requires_grad)
     share = "" if config.backbone.trainable == "full" else f", of which {moving / 1e6:.2f} M move ({config.backbone.trainable})"
     return (
         f"{config.backbone.name} ({backbone / 1e6:.2f} M parameters{share}, heads {heads / 1e6:.2f} M) on {device} x {world_size()}, {config.precision}; "
         f"{sum(map(len, datasets)):,} images; {length.total_steps:,} steps of {batch} ({length.steps_per_epoch:,} an epoch), "
-        f"lr {scaled:.3g}"
+        f"lr {scaled:.3g}" + (f"; {len(config.crops.stages)} stages of crops" if config.crops.stages else "")
     )

@@ -52,7 +52,9 @@ def measure_steps(
     The optimiser is left out: it works in float32 whatever the networks do."""
     model, losses = build_model(config, device)
     crops, channels = config.crops, len(config.crops.mean)
-    clock = time.perf_counter if device.type == "cuda" else time.process_time  # other work on these cores would delay the one or the other
+    clock = (
+        time.perf_counter if device.type == "cuda" else time.process_time
+    )  # other work on these cores would delay the one or the other
 
     def seconds(precision: str, images: int) -> float:
         large, small = (

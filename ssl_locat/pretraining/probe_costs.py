@@ -32,7 +32,7 @@ def limits(config: Config, steps_per_epoch: int, total_steps: int) -> dict[str, 
         options = options or {}
         passes = _passes(options.get("protocol", name), options)
         decoded = (
-            SHARE * total_steps * config.optim.global_batch_size / (len(probes) * times(config, steps_per_epoch, total_steps))
+            SHARE * samples(config, steps_per_epoch, total_steps) / (len(probes) * times(config, steps_per_epoch, total_steps))
         )
         allowed = decoded * min(1.0, training_forwards(config) / forward(config, options))
         test = min(MOST, max(FEWEST["test"], allowed / 3))
@@ -65,11 +65,19 @@ def costs(config: Config, steps_per_epoch: int, total_steps: int, sizes: dict[st
     return found
 
 
-def shares(config: Config, found: list[ProbeCost], total_steps: int) -> tuple[float, float]:
-    """(of the images decoded, of the forward FLOPs) that all probes take, relative to the training's."""
-    trained = total_steps * config.optim.global_batch_size
+def shares(config: Config, found: list[ProbeCost], trained: int) -> tuple[float, float]:
+    """(of the images decoded, of the forward FLOPs) that all probes take, relative to the training's. trained: images of the whole run."""
     decoded = sum(cost.times * cost.images for cost in found) / trained
     return decoded, sum(cost.times * cost.forwards for cost in found) / (trained * training_forwards(config))
+
+
+def samples(config: Config, steps_per_epoch: int, total_steps: int) -> int:
+    """Images of the whole run."""
+    if any(
+        stage.batch_size for stage in config.crops.stages
+    ):  # steps of several sizes: only the length that was asked for counts images
+        total_steps = config.optim.total_steps or max(1, round((config.optim.epochs or 0) * steps_per_epoch))
+    return total_steps * config.optim.global_batch_size
 
 
 def period(config: Config, steps_per_epoch: int, total_steps: int) -> int:
@@ -85,9 +93,13 @@ def times(config: Config, steps_per_epoch: int, total_steps: int) -> int:
 
 
 def training_forwards(config: Config) -> float:
-    """Forward passes of an image in training, in passes of a global crop: two of the teacher, two and the local ones of the student."""
-    crops = config.crops
-    return 4 + crops.num_local * (crops.local_size / crops.global_size) ** 2
+    """Forward passes of an image in training, in passes of a global crop: two of the teacher, two and the local ones of the student.
+    Of a run with stages the mean, in passes of the last stage's crop."""
+    found, begins, side = 0.0, 0.0, config.crops.global_size
+    for until, crops, _ in config.crops.resolved():
+        of_an_image = 4 * (crops.global_size / side) ** 2 + crops.num_local * (crops.local_size / side) ** 2
+        found, begins = found + (until - begins) * of_an_image, until
+    return found
 
 
 def forward(config: Config, options: dict[str, Any]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssl_locat.config.schema import Config
-from ssl_locat.data.images.crops import MultiCrop
+from ssl_locat.data.images.crops import StagedCrops
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.optim import build_optimizer
 from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, saved_modules, total_loss
@@ -41,7 +41,7 @@ def replay(config: Config, path: Path) -> None:
     broken: list[str] = []
     for network in ("teacher", "student"):
         _watch(getattr(model, network), network, broken)
-    crops = MultiCrop(**config.crops.model_dump(), device=device.type)
+    crops = StagedCrops([stage.crops.options() for stage in config.crops.resolved()], device.type)
     global_crops, local_crops, anchor_crops, metadata = crops.finish(payload, device)
     masks = model.make_masks(losses, mask_seeds(config, range(len(meta["keys"]))), global_crops)  # not those of that step
     teacher_autocast, student_autocast = autocasts(config, device)

@@ -12,15 +12,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ssl_locat.config.schema import Config
-from ssl_locat.data.images.crops import MultiCrop
+from ssl_locat.data.images.crops import StagedCrops
 from ssl_locat.data.stream.plan import choose_plan
 from ssl_locat.data.stream.prefetch import prefetch
-from ssl_locat.data.stream.stream import TrainStream
+from ssl_locat.data.stream.stream import Part, TrainStream
 from ssl_locat.errors import Outage, disk_error_message
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.optim import build_optimizer
 from ssl_locat.pretraining.choices import Choices
 from ssl_locat.pretraining.guard import keep_start, load_start
+from ssl_locat.pretraining.operations import operations_of_stages
 from ssl_locat.pretraining.origin import find_origin, launcher, may_be_missing
 from ssl_locat.pretraining.packing_choice import decide_packing, with_packing
 from ssl_locat.pretraining.parts import (
@@ -37,6 +38,7 @@ from ssl_locat.pretraining.parts import (
 )
 from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
 from ssl_locat.pretraining.probes import Probes
+from ssl_locat.pretraining.stages import RunStage, in_words, stage_at, stages_of, steps_left, stretches, told
 from ssl_locat.pretraining.step_times import decide_crops, with_crop_mode
 from ssl_locat.runs import distributed
 from ssl_locat.runs.checkpoint import Checkpointer
@@ -150,6 +152,7 @@ class Run:
         """Counters, plan and state of the checkpoint, or those of a fresh start."""
         config = self.config
         self.step, self.samples_seen, self.restarts = 0, 0, 0
+        self.stages = stages_of(config, self.length.total_samples)
         self.diagnosis = Diagnosis(diagnosed_prototypes(self.losses), fatal=config.stop_on, has=traits(config))
         if self.start_from:
             may_differ = may_be_missing(self.origin.changes)
@@ -158,8 +161,8 @@ class Run:
             self.step, self.samples_seen = saved["step"], meta["samples_seen"]
             self.restarts = 0 if self.origin.new_branch else meta["restarts"] + 1
             # steps of another batch size may lie behind
-            left = -(-(self.length.total_samples - self.samples_seen) // config.optim.global_batch_size)
-            self.length = self.length._replace(total_steps=self.step + max(0, left))
+            left = steps_left(self.stages, self.samples_seen, self.length.total_samples)
+            self.length = self.length._replace(total_steps=self.step + left)
             for name, anchor in self.model.snapshots.items():
                 if may_differ and f"snapshot.{name}.".startswith(
                     may_differ
@@ -186,6 +189,11 @@ class Run:
         """Whether no step is left: the last one is done, or `stop_when` has seen enough."""
         return self.step >= self.length.total_steps or bool(self.choices.enough)
 
+    @property
+    def stage(self) -> RunStage:
+        """Of the step that comes next: its crops and its batch size."""
+        return stage_at(self.stages, self.samples_seen)
+
     def rates(self) -> Rates:
         """Of the step that comes next."""
         return rates(self.config, self.length, self.samples_seen, self.origin.since)
@@ -193,8 +201,21 @@ class Run:
     def _decay_from(self) -> int | None:
         """The step at which the decay begins, for the report; None for a run without."""
         length = decay_steps(self.config, self.length, self.origin.since)
-        left = (self.length.total_samples - self.samples_seen) / self.config.optim.global_batch_size
-        return round(self.step + left - length) if length else None
+        if not length:
+            return None
+        begins = self.length.total_samples - length * self.config.optim.global_batch_size
+        return self._step_at(begins)
+
+    def _step_at(self, samples: float) -> int:
+        """The step that begins when so many samples are seen, or next to that."""
+        if samples <= self.samples_seen:
+            return round(self.step - (self.samples_seen - samples) / self.stage.batch)
+        step = self.step
+        for stage, first, steps in stretches(self.stages, self.samples_seen, self.length.total_samples):
+            if samples < first + steps * stage.batch:
+                return round(step + (samples - first) / stage.batch)
+            step += steps
+        return step
 
     def progress(self) -> Progress:
         """Where the objectives stand at the step that comes next."""
@@ -217,6 +238,7 @@ class Run:
             world_size=world_size(),
             checkpoint=str(self.start_from or ""),
             launcher=launcher(),
+            **self._told(),
         )
         if origin.new_branch:
             self.events.add("branch", step=self.step, parent=str(self.start_from), changes=[str(c) for c in origin.changes])
@@ -230,14 +252,16 @@ class Run:
         if len(self.datasets) > 1:
             shares = (f"{data.name} {share:.3f}" for data, share in zip(self.datasets, self.plan.shares, strict=True))
             log.info("shares of the mix: %s", ", ".join(shares))
-        self.crops = MultiCrop(**config.crops.model_dump(), device=self.device.type)
+        self.crops = StagedCrops([stage.crops.options() for stage in self.stages], self.device.type)
+        now, *later = self._parts()
         self.stream = TrainStream(
             self.datasets,
             self.plan,
-            Prepare(self.crops, config.data),
-            self.crops.collate,
+            now.prepare,
+            now.collate,
             start_samples=self.samples_seen,
-            global_batch_size=config.optim.global_batch_size,
+            global_batch_size=now.global_batch_size,
+            later=later,
             accumulate_steps=config.optim.accumulate_steps,
             rank=rank(),
             world_size=world_size(),
@@ -256,6 +280,24 @@ class Run:
             trackers=tuple(config.log.trackers),
             config=config.model_dump(mode="json"),
         )
+
+    def _told(self) -> dict[str, list]:
+        """The stages, for events.jsonl and so for the report; nothing for a run without, and on other ranks."""
+        self.stage_flop = operations_of_stages(self.config) if len(self.stages) > 1 and is_main() else []
+        if not self.stage_flop:
+            return {}
+        stages = told(self.config, self.length.total_samples, self.stage_flop)
+        for line in in_words(stages):
+            log.info("%s", line)
+        return {"stages": [stage._asdict() for stage in stages]}
+
+    def _parts(self) -> list[Part]:
+        """How the stream is cut and prepared from here on: a part for each stage that is left."""
+        found = []
+        for stage, first, _ in stretches(self.stages, self.samples_seen, self.length.total_samples):
+            crops = self.crops.stages[stage.number]
+            found.append(Part(first, stage.batch, Prepare(crops, self.config.data), crops.collate))
+        return found
 
     def probe(self) -> None:
         """Evaluate the teacher's backbone at this step, and decide by it. Its checkpoint is saved before, so that a run that is killed

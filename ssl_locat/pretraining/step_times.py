@@ -14,8 +14,9 @@ from ssl_locat.measure.images import DataSample, sample_data
 from ssl_locat.measure.step import StepTimes, measure_step, step_device
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.blocks import BlockScores
-from ssl_locat.pretraining.parts import autocasts, build_model, check, mask_seeds, total_loss
+from ssl_locat.pretraining.parts import Length, autocasts, build_model, check, mask_seeds, total_loss
 from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
+from ssl_locat.pretraining.stages import stages_of, stretches
 
 
 def usable_workers(config: Config, ranks: int = 1) -> int:
@@ -30,6 +31,17 @@ def seconds_per_image(config: Config, sample: DataSample, times: StepTimes, rank
     return feed + model if shares_cores(config, times) else max(feed, model)
 
 
+def seconds_of_run(config: Config, sample: DataSample, times: StepTimes, ranks: int, length: Length, flop: list[float]) -> float:
+    """Of a whole run, without probes. A stage's steps take as much less than the measured ones, the last stage's, as they cost less FLOP (of an
+    image in each stage: operations.py); loading is taken to be the same in all."""
+    seconds = 0.0
+    for stage, _, steps in stretches(stages_of(config, length.total_samples), 0, length.total_samples):
+        share = flop[stage.number] / flop[-1]
+        there = times._replace(transfer=times.transfer * share, step=times.step * share)
+        seconds += steps * stage.batch * seconds_per_image(config, sample, there, ranks) / ranks
+    return seconds
+
+
 def shares_cores(config: Config, times: StepTimes) -> bool:
     """Whether loading takes its time from training: on a CPU, and without workers."""
     return config.data.workers == 0 or times.device.type == "cpu"
@@ -41,7 +53,7 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
     On a CPU as many images as make a step of a second or so."""
     device = step_device(config.device)
     model, losses = build_model(config, device)
-    crops = MultiCrop(**config.crops.model_dump(), device=device.type)
+    crops = MultiCrop(**config.crops.options(), device=device.type)
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-6)
     teacher_autocast, student_autocast = autocasts(config, device)
     at = Progress(0, 0.0, 1.0)

@@ -5,6 +5,8 @@ import math
 from contextlib import suppress
 from typing import NamedTuple
 
+import numpy as np
+
 from ssl_locat.config.schema import objective_target
 from ssl_locat.config.signatures import keyword_defaults
 from ssl_locat.errors import UserError
@@ -20,6 +22,7 @@ MARKED = {
     "resume": "resumed",
     "preempt": "preempted",
     "requeue": "requeued",
+    "stage": "next stage",
     "stop": "ended by its rule",
     "warning": "warning",
     "diverged": "diverged",
@@ -35,14 +38,19 @@ class Axis(NamedTuple):
     key: str
     label: str
 
-    def per_step(self, run: Run) -> float:
-        return run.last["samples_seen"] / max(run.last["step"], 1) if self.key == "samples_seen" else 1
+    def at(self, run: Run, step: float) -> float:
+        """Where a step lies: steps of one run may have several batch sizes."""
+        if self.key == "step" or not run.metrics:
+            return step
+        steps = [0, *(record["step"] for record in run.metrics)]
+        return float(np.interp(step, steps, [0, *(record["samples_seen"] for record in run.metrics)]))
 
 
 def curves(runs: list[Run]) -> list[tuple[str, list[Chart]]]:
     """(heading, charts) in the order of the page; headings without charts are left out."""
     # with another batch size, the same step means another number of images
-    batches = {run.metrics[0]["samples_seen"] / max(run.metrics[0]["step"], 1) for run in runs if run.metrics}
+    ends = [record for run in runs if run.metrics for record in (run.metrics[0], run.metrics[-1])]
+    batches = {record["samples_seen"] / max(record["step"], 1) for record in ends} if len(runs) > 1 else set()
     axis = Axis("step", "step") if len(batches) <= 1 else Axis("samples_seen", "images seen")
     sections = [("Scores", _scores(runs, axis)), *((heading, _training(runs, axis, found)) for heading, found in TRAINING)]
     sections.append(("Other numbers", _training(runs, axis, _unknown(runs))))
@@ -58,17 +66,20 @@ def curves(runs: list[Run]) -> list[tuple[str, list[Chart]]]:
 def marks(run: Run, axis: Axis) -> list[Mark]:
     """What stands on the curves of a run: its events, its decay and its kept checkpoints, across all of them. With a `curve` a mark is a
     ring on that metric's curves: where a kept checkpoint was the best."""
-    scale = axis.per_step(run)
     found = [
-        Mark(event["step"] * scale, MARKED[event["kind"]]) for event in run.events if event["kind"] in MARKED and "step" in event
+        Mark(axis.at(run, event["step"]), MARKED[event["kind"]])
+        for event in run.events
+        if event["kind"] in MARKED and "step" in event
     ]
     begins = [event["decay_from"] for event in run.events if event.get("decay_from") is not None]
     if begins and begins[-1] < run.last["step"]:
-        found.append(Mark(begins[-1] * scale, "decay begins"))
+        found.append(Mark(axis.at(run, begins[-1]), "decay begins"))
     for choice, best in read_best(run.path).items():
         measure = best.of()
         record = next((record for record in run.probes.get(measure.probe, []) if record["step"] == best.step), {})
-        found += [Mark(best.step * scale, f"best {choice}", curve) for curve in dict.fromkeys(("", measure.named_in(record)))]
+        found += [
+            Mark(axis.at(run, best.step), f"best {choice}", curve) for curve in dict.fromkeys(("", measure.named_in(record)))
+        ]
     return found
 
 
@@ -125,7 +136,7 @@ def _scores(runs: list[Run], axis: Axis) -> list[Chart]:
     for number, run in enumerate(runs):
         for probe, records in run.probes.items():
             for name in sorted({name for record in records for name in record} - NO_CURVES):
-                points = [(r["step"] * axis.per_step(run), r[name]) for r in records if isinstance(r.get(name), int | float)]
+                points = [(axis.at(run, r["step"]), r[name]) for r in records if isinstance(r.get(name), int | float)]
                 points = [(x, y) for x, y in points if math.isfinite(y)]
                 if not points:
                     continue

@@ -55,6 +55,9 @@ def sentence(event: dict[str, Any]) -> str:
             if "parent" in event
             else f"Settings were changed on purpose: {changes}."
         )
+    if kind == "stage":
+        local = f" and {event.get('num_local')} of {event.get('local_size')}" if event.get("num_local") else ""
+        return f"Stage {event.get('number', '?')} of crops began{at}: 2 of {event.get('global_size', '?')}{local} pixels, {event.get('batch', '?')} images a step."
     if kind == "probe":
         seconds = f" in {event['seconds']:g} s" if isinstance(event.get("seconds"), int | float) else ""
         return f"Probed {event.get('name', 'the teacher')}{at}{seconds}."

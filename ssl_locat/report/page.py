@@ -134,8 +134,33 @@ def _facts(run: Run) -> dict[str, Any]:
         "name": run.name,
         "about": _about(run),
         "cards": [card for card in cards if card[1]],
+        "stages": stages(run),
         "findings": [(fact, _sentence(advice)) for fact, advice in found if fact or advice],
     }
+
+
+def stages(run: Run) -> list[tuple[str, ...]]:
+    """A row for each stage of crops, as the last start counted them, and what they cost beside the last stage's crops; [] for a run without."""
+    told: list[dict[str, Any]] = next((event["stages"] for event in reversed(run.events) if event.get("stages")), [])
+    if not told:
+        return []
+    rows = []
+    for one in told:
+        local = f" + {one['num_local']} x {one['local_size']}" if one["num_local"] else ""
+        numbers = (
+            f"{one['step']:,}",
+            f"{one['steps']:,}",
+            f"{one['samples']:,}",
+            f"{one['batch']:,}",
+            f"2 x {one['global_size']}{local}",
+        )
+        rows.append((str(one["number"] + 1), *numbers, f"{one['flop'] / 1e9:.3g}"))
+    done, samples = sum(one["samples"] * one["flop"] for one in told), sum(one["samples"] for one in told)
+    share = f"{done / (samples * told[-1]['flop']):.2g} of the last stage's throughout"
+    return [
+        *rows,
+        ("all", "", f"{sum(one['steps'] for one in told):,}", f"{samples:,}", "", "", f"{done / samples / 1e9:.3g} ({share})"),
+    ]
 
 
 def _sentence(advice: str) -> str:

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -133,6 +133,7 @@ class _Bar:
         self.began = time.monotonic()
         self.counted_from: int | None = None  # what was done when the rate's clock began
         self.pauses: dict[str, tuple[int, float]] = {}  # kind -> its period, and the seconds of the last one
+        self.work: Callable[[int], float] = float  # what so many cost, where they differ: the ETA goes by it
 
     def pause(self, seconds: float, kind: str = "", every: int | None = None) -> None:
         """Time that was no work: kept out of the rate. `every`: this kind of pause comes again at each multiple of it, and at the end."""
@@ -164,7 +165,9 @@ class _Bar:
             unit = self.unit or "it"
             parts.append(f"{rate:.3g} {unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{unit.removesuffix('s')}")
             if self.total and self.done < self.total:
-                parts.append(f"ETA {duration((self.total - self.done) / rate + self._pauses_to_come(self.total))}")
+                left = self.work(self.total) - self.work(self.done)
+                seconds = elapsed * left / (self.work(self.done) - self.work(from_here))
+                parts.append(f"ETA {duration(seconds + self._pauses_to_come(self.total))}")
         return "  ".join(parts)
 
     def _pauses_to_come(self, total: int) -> float:

@@ -22,8 +22,7 @@ from ssl_locat.evaluation.shared.seg_datasets import LAYOUTS
 from ssl_locat.models.attention import forced_backend
 from ssl_locat.models.backbone import create_backbone, load_backbone, split_options
 from ssl_locat.models.registry import TWINS
-from ssl_locat.objectives.blocks import BlockScores
-from ssl_locat.pretraining.parts import build_model
+from ssl_locat.pretraining.operations import operations_of_run
 from ssl_locat.runs.log import say
 from ssl_locat.tables.schema import Job, TableConfig, TrainingJob, all_jobs, load_table, training_of
 from ssl_locat.tables.table import cell_file, check, finished, where
@@ -225,43 +224,7 @@ def cost_of_training(table: TableConfig, job: TrainingJob) -> float | None:
     config = job.config()
     steps_per_epoch = max(1, (config.data.epoch_samples or count[0]) // config.optim.global_batch_size)
     steps = config.optim.total_steps or max(1, round((config.optim.epochs or 0) * steps_per_epoch))
-    return steps * config.optim.global_batch_size * operations_of_an_image(config)
-
-
-def operations_of_an_image(config: Config) -> float:
-    """FLOP that one image costs a pretraining: the teacher on two global crops, the student forward and backward on all crops."""
-    with torch.device("meta"):
-        model, losses = build_model(
-            config.model_copy(update={"backbone": config.backbone.model_copy(update={"init": None})}), torch.device("meta")
-        )
-    crops, channels = config.crops, len(config.crops.mean)
-    large = torch.empty(2, channels, crops.global_size, crops.global_size, device="meta")
-    small = torch.empty(crops.num_local, channels, crops.local_size, crops.local_size, device="meta") if crops.num_local else None
-    with FlopCounterMode(display=False) as counter, forced_backend("sdpa"), sdpa_kernel(SDPBackend.MATH):
-        targets, _ = model.targets(large, 2, None)
-        views = model.student(large, small, 2, None)
-        for name, objective in losses.items():  # what the loss would multiply, with the prototypes that are in use on average
-            targets[name], views[name] = (multiplied(outputs[name], objective) for outputs in (targets, views))
-        torch.stack([value.sum() for value in tensors_of(views)]).sum().backward()
-    return float(counter.get_total_flops())
-
-
-def multiplied(output: Any, objective: nn.Module) -> Any:
-    """A head's output with the scores that it leaves to the loss (objectives/blocks.py); once, as if no block were computed again."""
-    if isinstance(output, BlockScores):
-        return output.first(round(objective.mean_active)).whole()
-    if isinstance(output, tuple) and isinstance(output[0], BlockScores):
-        return multiplied(output[0], objective), *output[1:]
-    return output
-
-
-def tensors_of(views: Any) -> list[torch.Tensor]:
-    """Every tensor with a gradient in what the student's heads give: tensors, or tuples and mappings of such."""
-    if isinstance(views, torch.Tensor):
-        return [views] if views.requires_grad else []
-    if isinstance(views, dict):
-        views = list(views.values())
-    return [tensor for item in views for tensor in tensors_of(item)] if isinstance(views, list | tuple) else []
+    return steps * config.optim.global_batch_size * operations_of_run(config)
 
 
 def spec_of(config: Config) -> str:

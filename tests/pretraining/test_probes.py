@@ -29,7 +29,7 @@ def test_probes_of_the_shipped_recipes_cost_at_most_a_twentieth(recipe, divisor)
     steps_per_epoch = max(1, (config.data.epoch_samples or sizes["train"]) // config.optim.global_batch_size)
     steps = config.optim.total_steps or round(config.optim.epochs * steps_per_epoch)
     found = costs(config, steps_per_epoch, steps, sizes)
-    decoded, forwards = shares(config, found, steps)
+    decoded, forwards = shares(config, found, steps * config.optim.global_batch_size)
     assert 0 < decoded <= SHARE and 0 < forwards <= SHARE
     assert all(cost.images >= 1000 for cost in found)  # and still tell something
 

@@ -14,7 +14,7 @@ three box blurs that approximate it (2 on average at most). tests/data/images/te
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -63,7 +63,8 @@ class Group(NamedTuple):
 
     name: str  # in a payload
     views: slice  # of an image's draws
-    size: int  # pixels
+    cut: int  # pixels, as they are cut
+    size: int  # pixels, as the networks see them: fewer where only low frequencies are kept
     finer: float  # pixels for each of the size that the draws' blur is meant for
 
     def draws(self, table: Tensor) -> Tensor:
@@ -78,6 +79,8 @@ class MultiCrop:
 
     Args:
         global_size, local_size: pixels, square.
+        low_frequencies_of: pixels of (global, local) crops as they are cut and coloured, of whose spectrum the lowest frequencies make crops of
+            `global_size` and `local_size` (EfficientTrain++); None: they are cut at these sizes.
         anchor_size: pixels of a third kind, for a frozen anchor that sees finer than the student: the two global crops, their boxes cut from
             the image at this size, with the same colours, so that they show what enlarged crops have lost.
         global_scale, local_scale: fraction of the image's area that a crop covers, (lowest, highest).
@@ -88,6 +91,7 @@ class MultiCrop:
         device: type of the device that `finish` will be given; only read by "auto".
         mean, std: of the normalisation, for channels in 0..1; as many as the images have channels. Saturation, hue and grey are made
             of RGB: with another number of channels they do nothing.
+        stage: number that `collate` adds to its payload, where a run has several of these (`StagedCrops`).
         extra: options of extras.Extras, by name.
 
     Images are uint8, or float32 on the scale of 0..255 (bands.py), which stay float: nothing is rounded or clipped.
@@ -102,6 +106,7 @@ class MultiCrop:
         local_scale: tuple[float, float] = (0.05, 0.4),
         *,
         anchor_size: int | None = None,
+        low_frequencies_of: tuple[int, int] | None = None,
         flip_prob: float = 0.5,
         jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
         jitter_prob: float = 0.8,
@@ -113,6 +118,7 @@ class MultiCrop:
         device: str = "cpu",
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        stage: int | None = None,
         **extra: Any,
     ):
         if mode not in MODES:
@@ -120,12 +126,13 @@ class MultiCrop:
         for name, (low, high) in {"global_scale": global_scale, "local_scale": local_scale}.items():
             if not 0 < low <= high <= 1:
                 raise ConfigError(f"crops.{name} is [{low}, {high}]; expected two fractions of the area, 0 < low <= high <= 1")
-        self.num_local = num_local
-        self.groups = [Group("global", slice(0, 2), global_size, 1.0)]
+        self.num_local, self.stage = num_local, stage
+        cut_global, cut_local = low_frequencies_of or (global_size, local_size)
+        self.groups = [Group("global", slice(0, 2), cut_global, global_size, 1.0)]
         if num_local:
-            self.groups.append(Group("local", slice(2, 2 + num_local), local_size, 1.0))
+            self.groups.append(Group("local", slice(2, 2 + num_local), cut_local, local_size, 1.0))
         if anchor_size:
-            self.groups.append(Group("anchor", slice(0, 2), anchor_size, anchor_size / global_size))
+            self.groups.append(Group("anchor", slice(0, 2), anchor_size, anchor_size, anchor_size / cut_global))
         self.global_scale, self.local_scale = (global_scale[0], global_scale[1]), (local_scale[0], local_scale[1])
         self.flip_prob, self.gray_prob = flip_prob, gray_prob
         self.jitter, self.jitter_prob = tuple(jitter), jitter_prob
@@ -157,7 +164,7 @@ class MultiCrop:
         if self.mode == "device":
             return Sample([image], table)
         # all are cut before any is changed: the image stays in the core's cache meanwhile
-        parts = [[resized_crop(image, draw, group.size) for draw in draws[group.views]] for group in self.groups]
+        parts = [[resized_crop(image, draw, group.cut) for draw in draws[group.views]] for group in self.groups]
         crops: list[np.ndarray] = []
         for group, cut in zip(self.groups, parts, strict=True):
             if self.turns:
@@ -189,9 +196,10 @@ class MultiCrop:
         """
         draws = torch.from_numpy(np.stack([sample.draws for sample in samples]))
         metadata = {"metadata": torch.tensor([sample.metadata for sample in samples])} if samples[0].metadata else {}
+        payload = metadata if self.stage is None else {"stage": torch.tensor(self.stage), **metadata}
         if self.mode == "device":
-            return _stack_images([sample.pixels[0] for sample in samples]) | {"draws": draws} | metadata
-        payload, start = dict(metadata), 0
+            return payload | _stack_images([sample.pixels[0] for sample in samples]) | {"draws": draws}
+        start = 0
         for group in self.groups:
             stop = start + group.views.stop - group.views.start
             payload[group.name] = _stack_views([sample.pixels[start:stop] for sample in samples])
@@ -205,17 +213,17 @@ class MultiCrop:
         if self.mode == "device":
             finished = self._finish_images(payload, torch.device(device))
         else:
-            finished = {group.name: self._finish_views(payload, group.name, device) for group in self.groups}
+            finished = {group.name: self._finish_views(payload, group, device) for group in self.groups}
         metadata = payload["metadata"].to(device, non_blocking=True) if "metadata" in payload else None
         return Crops(finished["global"], finished.get("local"), finished.get("anchor"), metadata)
 
-    def _finish_views(self, payload: dict[str, Tensor], name: str, device: torch.device | str) -> Tensor:
-        pixels = payload[name].to(device, non_blocking=True).permute(0, 3, 1, 2)
+    def _finish_views(self, payload: dict[str, Tensor], group: Group, device: torch.device | str) -> Tensor:
+        pixels = payload[group.name].to(device, non_blocking=True).permute(0, 3, 1, 2)
         crops = torch.empty(pixels.shape, device=pixels.device).copy_(pixels)
         if self.mode == "device-photometric":
             whole = pixels.dtype == torch.uint8
-            crops = crops_device.photometric(crops, payload[f"{name}_draws"], whole, self._mean_of_extras())
-        return self._normalize(crops)
+            crops = crops_device.photometric(crops, payload[f"{group.name}_draws"], whole, self._mean_of_extras())
+        return low_frequencies(self._normalize(crops), group.size)
 
     def _finish_images(self, payload: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         numbers = sorted(name.removeprefix("rows.") for name in payload if name.startswith("rows."))
@@ -226,11 +234,11 @@ class MultiCrop:
         finished = {}
         for group in self.groups:
             draws = group.draws(payload["draws"])
-            crops = crops_device.assemble(buckets, crops_device.to_device(draws, device), group.size)
+            crops = crops_device.assemble(buckets, crops_device.to_device(draws, device), group.cut)
             table = draws.transpose(0, 1).flatten(0, 1)
             crops = turn_all(crops, table) if self.turns else crops
             crops = crops_device.photometric(crops, table, buckets[0][0].dtype == torch.uint8, self._mean_of_extras())
-            finished[group.name] = self._normalize(crops)
+            finished[group.name] = low_frequencies(self._normalize(crops), group.size)
         return finished
 
     def _normalize(self, crops: Tensor) -> Tensor:
@@ -254,6 +262,37 @@ class MultiCrop:
         low, high = self.blur_sigma
         sigma = low + uniform() * (high - low) if uniform() < self.blur_prob[view] else 0.0
         return Draw(*box, flip, order, *factors, gray, sigma, uniform() < self.solarize_prob[view])
+
+
+class StagedCrops:
+    """The crops of a run's stages, in their order: `stages[n]` cuts and collates those of stage n; `finish` reads from the payload whose it is."""
+
+    def __init__(self, stages: Sequence[dict[str, Any]], device: str = "cpu"):
+        """stages: options of MultiCrop of each."""
+        several = len(stages) > 1
+        self.stages = [
+            MultiCrop(**options, device=device, stage=number if several else None) for number, options in enumerate(stages)
+        ]
+
+    def finish(self, payload: dict[str, Tensor], device: torch.device | str) -> Crops:
+        stage = int(payload["stage"]) if "stage" in payload else 0  # on the CPU always: nothing waits for it
+        return self.stages[stage].finish(payload, device)
+
+
+def low_frequencies(crops: Tensor, size: int) -> Tensor:
+    """float [N, C, H, H] -> [N, C, size, size]: the middle of the spectrum, on the same scale of values; the crops themselves at their own size.
+
+    EfficientTrain++ (arXiv:2405.08768, section 3.1): unlike an average over pixels nothing above the new limit is mixed in, and all below it is kept.
+    """
+    side = crops.shape[-1]
+    if side == size:
+        return crops
+    spectrum = torch.fft.fftshift(torch.fft.fft2(crops), dim=(-2, -1))
+    first = side // 2 - size // 2  # the constant part lies at side // 2, and must lie at size // 2
+    spectrum = spectrum[..., first : first + size, first : first + size]
+    # both transforms sum over pixels, of which there are fewer now
+    smaller: Tensor = torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real * (size / side) ** 2
+    return smaller
 
 
 def resized_crop(image: np.ndarray, draw: Draw, size: int) -> np.ndarray:

@@ -314,13 +314,15 @@ def _units(global_batch_size: int, most: int) -> list[int]:
     ]
 
 
-def micro_batch_size(global_batch_size: int, world_size: int, accumulate_steps: int) -> int:
+def micro_batch_size(
+    global_batch_size: int, world_size: int, accumulate_steps: int, what: str = "optim.global_batch_size"
+) -> int:
     """Samples per rank, forward pass and step. Raises ConfigError with the nearest sizes that divide evenly."""
     parts = world_size * accumulate_steps
     if global_batch_size % parts or global_batch_size < parts:
         below, above = global_batch_size // parts * parts, (global_batch_size // parts + 1) * parts
         raise ConfigError(
-            f"optim.global_batch_size is {global_batch_size}: it must be a multiple of {world_size} ranks x {accumulate_steps} accumulated "
+            f"{what} is {global_batch_size}: it must be a multiple of {world_size} ranks x {accumulate_steps} accumulated "
             f"steps = {parts}. Nearest: {f'{below} or ' if below else ''}{above}."
         )
     return global_batch_size // parts

@@ -40,16 +40,31 @@ class ReadCounts(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which positions of the stream are a rank's: `share(k)` are those of its micro-batch k, `accumulate_steps` of them a step."""
+    """Which positions of the stream are a rank's: `share(k)` are those of its micro-batch k, `accumulate_steps` of them a step.
+
+    later: (position, micro-batch from there on) where the batch size changes on the way, in order; each lies at the end of a step.
+    """
 
     start: int
     micro_batch: int
     rank: int
     world_size: int
+    later: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, number: int) -> range:
-        first = self.start + (number * self.world_size + self.rank) * self.micro_batch
-        return range(first, first + self.micro_batch)
+        start, size = self.start, self.micro_batch
+        for position, other in self.later:
+            before = (position - start) // (size * self.world_size)  # micro-batches of a rank up to there
+            if number < before:
+                break
+            number, start, size = number - before, position, other
+        first = start + (number * self.world_size + self.rank) * size
+        return range(first, first + size)
+
+    @property
+    def smallest(self) -> int:
+        """Of the micro-batches."""
+        return min(self.micro_batch, *(size for _, size in self.later)) if self.later else self.micro_batch
 
 
 class _Window:
@@ -94,7 +109,7 @@ class ReadAhead:
         threads = _THREADS if remote else _LOCAL_THREADS
         self.pool = ThreadPoolExecutor(threads, "read", initializer=stop_waiting_when, initargs=(self.stopped,))
         pool = plan.lanes * plan.window / share.world_size  # samples in the windows of this rank's lanes
-        self._ahead = max(1, round(max(pool / 2, _AHEAD) / share.micro_batch))  # micro-batches
+        self._ahead = max(1, round(max(pool / 2, _AHEAD) / share.smallest))  # micro-batches
         self._changed = threading.Condition()  # guards all below
         self._walk = self._planned_runs()
         self._next = next(self._walk)  # the first run not planned yet
@@ -114,7 +129,7 @@ class ReadAhead:
 
         Raises what reading raised: Outage, UserError.
         """
-        missing = self.share.micro_batch
+        missing = len(self.share(number))
         with self._changed:
             self._newest = max(self._newest, number)
         while missing:

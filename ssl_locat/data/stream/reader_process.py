@@ -90,7 +90,7 @@ class Received:
 
     def batch(self, number: int) -> Iterator[tuple[int, list]]:
         """The worker's micro-batches must be asked for in their order."""
-        missing = self.share.micro_batch
+        missing = len(self.share(number))
         while missing:
             try:
                 run = self._receive()

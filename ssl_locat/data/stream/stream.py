@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,15 @@ _SUBSTITUTE_WINDOWS = 8
 _OWN = -1  # in place of a sample's number: the position's own
 
 
+class Part(NamedTuple):
+    """The stream from a position on, where batches have another size there, or samples are prepared in another way."""
+
+    first: int  # position; where a step begins
+    global_batch_size: int
+    prepare: Callable[[RawSample, int], Any]
+    collate: Callable[[list], Any]
+
+
 class Batch(NamedTuple):
     """One micro-batch. A named tuple, so that the loader can pin the payload's memory."""
 
@@ -50,6 +60,11 @@ class Batch(NamedTuple):
     damaged: list[QuarantineEntry]  # met for this batch
 
 
+def part_at(parts: Sequence[Part], position: int) -> Part:
+    """The one that a position lies in; before all of them the first."""
+    return next((part for part in reversed(parts) if part.first <= position), parts[0])
+
+
 def _untold(position: int, number: int) -> None:
     """What `Samples` tells before each sample, where nobody watches."""
 
@@ -57,7 +72,7 @@ def _untold(position: int, number: int) -> None:
 class Samples:
     """Prepared samples: parsed, decoded and cut; what is damaged is replaced by the next good sample of its window.
 
-    stuck: (dataset's name, number) of samples that are not to be tried. begin: told before each its position, and its number if it stands
+    parts: how samples are prepared, from which position on. stuck: (dataset's name, number) of samples that are not to be tried. begin: told before each its position, and its number if it stands
     in for another.
     """
 
@@ -65,11 +80,11 @@ class Samples:
         self,
         datasets: Sequence[Dataset],
         plan: Plan,
-        prepare: Callable[[RawSample, int], Any],
+        parts: Sequence[Part],
         stuck: Collection[tuple[str, int]] = (),
         begin: Callable[[int, int], None] = _untold,
     ):
-        self.datasets, self.plan, self.prepare = datasets, plan, prepare
+        self.datasets, self.plan, self.parts = datasets, plan, parts
         self.stuck, self.begin = stuck, begin
 
     def take(self, position: int, damaged: list[QuarantineEntry]) -> tuple[str, Any]:
@@ -91,7 +106,8 @@ class Samples:
         if self.stuck:
             dataset, number, _ = self.plan.locate(position)
             raw = self._unless_stuck(self.datasets[dataset], number, raw)
-        found = prepared(raw, self.prepare, seed, lambda: self._again(position))
+        prepare = part_at(self.parts, position).prepare
+        found = prepared(raw, prepare, seed, lambda: self._again(position))
         return self._search(position, found, seed, damaged) if isinstance(found, Damage) else found
 
     def _again(self, position: int) -> RawSample | Damage | None:
@@ -108,12 +124,12 @@ class Samples:
         ahead is promised to other positions, and damage is rare.
         """
         slot = self.plan.slot(position)
-        dataset = self.datasets[slot.dataset]
+        dataset, prepare = self.datasets[slot.dataset], part_at(self.parts, position).prepare
         for tried, number in enumerate(self._candidates(slot)):
             if tried:  # the first is the damaged one
                 self.begin(position, number)
                 raw = self._unless_stuck(dataset, number, dataset.read(number, number + 1)[0])
-                found = prepared(raw, self.prepare, seed, partial(read_again, dataset, number))
+                found = prepared(raw, prepare, seed, partial(read_again, dataset, number))
                 if not isinstance(found, Damage):
                     return found
                 damage = found
@@ -138,12 +154,11 @@ class _MicroBatches(IterableDataset):
         self,
         datasets: Sequence[Dataset],
         plan: Plan,
-        prepare: Callable[[RawSample, int], Any],
-        collate: Callable[[list], Any],
+        parts: Sequence[Part],
         share: Share,
         memory_bytes: int,
     ):
-        self.datasets, self.plan, self.prepare, self.collate = datasets, plan, prepare, collate
+        self.datasets, self.plan, self.parts = datasets, plan, parts
         self.share, self.memory_bytes = share, memory_bytes
         self.connections: list = []  # one for each worker, set before they start
         self.counts: Any = [0] * len(ReadCounts._fields)
@@ -154,7 +169,7 @@ class _MicroBatches(IterableDataset):
         worker = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         begin = partial(self.watch.begin, worker.id) if worker and self.watch else _untold
-        samples = Samples(self.datasets, self.plan, self.prepare, self.stuck, begin)
+        samples = Samples(self.datasets, self.plan, self.parts, self.stuck, begin)
         raw = (
             Received(self.connections[worker.id], self.share)
             if worker
@@ -167,7 +182,7 @@ class _MicroBatches(IterableDataset):
                 began, positions = time.perf_counter(), self.share(number)
                 damaged: list[QuarantineEntry] = []
                 taken = samples.take_all(positions, raw.batch(number), damaged)
-                payload = self.collate([sample for _, sample in taken])
+                payload = part_at(self.parts, positions.start).collate([sample for _, sample in taken])
                 if worker is not None:
                     _check_shared_memory(payload)
                 keys = [key for key, _ in taken]
@@ -225,6 +240,7 @@ class TrainStream:
         pin_memory: copy payloads to page-locked memory, for quicker transfers to a GPU.
         prefetch: batches per worker held ready.
         context: how workers start; default: fork while CUDA is not in use, else forkserver.
+        later: parts of the stream with other batch sizes, or prepared otherwise, in their order; each begins where a step does.
 
     Raises while iterating: DataBudgetExceeded, Outage (also when a worker was killed, or ended in the middle of a sample that took too long),
     UserError (also when shared memory is full).
@@ -249,14 +265,19 @@ class TrainStream:
         pin_memory: bool = False,
         prefetch: int = 2,
         context: str | None = None,
+        later: Sequence[Part] = (),
     ):
-        micro_batch = micro_batch_size(global_batch_size, world_size, accumulate_steps)
+        parts = [Part(start_samples, global_batch_size, prepare, collate), *later]
+        sizes = [micro_batch_size(part.global_batch_size, world_size, accumulate_steps) for part in parts]
+        for before, part in pairwise(parts):  # else ranks would share a step unevenly
+            assert part.first > before.first and (part.first - before.first) % before.global_batch_size == 0
         self.plan, self.start_samples, self.workers = plan, start_samples, workers
-        self.world_size, self.micro_batch = world_size, micro_batch
+        self.world_size = world_size
         self.quarantine = Quarantine(Path(quarantine_path) if quarantine_path else None, max_bad, sum(plan.sizes))
         self._listed = len(self.quarantine.known) if rank == 0 else 0  # of earlier runs: one rank counts them
-        share = Share(start_samples, micro_batch, rank, world_size)
-        self._source = _MicroBatches(datasets, plan, prepare, collate, share, memory_bytes)
+        changes = tuple((part.first, size) for part, size in zip(later, sizes[1:], strict=True))
+        share = Share(start_samples, sizes[0], rank, world_size, changes)
+        self._source = _MicroBatches(datasets, plan, parts, share, memory_bytes)
         self._source.stuck = frozenset(self.quarantine.stuck)
         self._context = context or workers_context()
         self._loader_options: dict[str, Any] = {"pin_memory": pin_memory}
@@ -271,7 +292,7 @@ class TrainStream:
                 "timeout": 2 * max(dataset.store.budget_seconds for dataset in datasets) + 120,
             }
         self._batches: Iterator | None = None
-        readers = plan.readers_per_lane(micro_batch, world_size, workers)
+        readers = max(plan.readers_per_lane(size, world_size, workers) for size in dict.fromkeys(sizes))
         if readers > 1.05 and rank == 0:
             log.warning(
                 "each part of the data is read by %.1f ranks, so traffic is that much higher than it need be: choose a number of ranks and "
@@ -296,7 +317,7 @@ class TrainStream:
         consumed = self.start_samples
         while True:
             batch = self._next()
-            consumed += self.micro_batch * self.world_size
+            consumed += len(batch.positions) * self.world_size
             if batch.damaged:
                 self.quarantine.add(batch.damaged)
                 self.quarantine.check_budget(consumed)
@@ -348,8 +369,14 @@ class TrainStream:
         return Outage(f"{said}. It is listed in {self.quarantine.path}, and left out from now on: start the same command again.")
 
     def take(self, position: int) -> tuple[str, Any]:
-        """(key, prepared sample) at one position, read in this process: what a batch that went wrong was made of."""
-        return Samples(self._source.datasets, self.plan, self._source.prepare).take(position, [])
+        """(key, prepared sample) at one position, read in this process."""
+        return Samples(self._source.datasets, self.plan, self._source.parts).take(position, [])
+
+    def again(self, positions: Sequence[int]) -> tuple[list[str], Any]:
+        """(keys, payload) of a micro-batch, read once more in this process: what a batch that went wrong was made of."""
+        taken = [self.take(position) for position in positions]
+        collate = part_at(self._source.parts, positions[0]).collate
+        return [key for key, _ in taken], collate([sample for _, sample in taken])
 
     def close(self) -> None:
         """Stop the workers."""
