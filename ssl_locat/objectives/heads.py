@@ -34,7 +34,8 @@ class Prototypes(nn.Module):
         weight = self.weight()
         if not block:
             return F.linear(x, weight)
-        if torch.is_autocast_enabled(x.device.type):  # as the layer itself would
+        # as the layer itself would; shapes alone ("meta") have no autocast
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         return BlockScores(x, weight, block)

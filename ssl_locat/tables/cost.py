@@ -215,16 +215,24 @@ COSTS: dict[str, Callable[..., float]] = {
 
 def cost_of_training(table: TableConfig, job: TrainingJob) -> float | None:
     """Of a recipe: both networks with their heads, crop by crop."""
+    if job.protocol is None:
+        seen = seen_by(table, job)
+        return None if seen is None else seen * operations_of_run(job.config())
+    training = training_of(table, table.rows[job.row])
+    count = images_of(table, training.data if training else None)
+    return None if count is None else COSTS[job.protocol](job.fresh, job.options, *count)
+
+
+def seen_by(table: TableConfig, job: TrainingJob) -> int | None:
+    """Images that a training by a recipe sees, repeated ones too."""
     training = training_of(table, table.rows[job.row])
     count = images_of(table, training.data if training else None)
     if count is None:
         return None
-    if job.protocol:
-        return COSTS[job.protocol](job.fresh, job.options, *count)
     config = job.config()
     steps_per_epoch = max(1, (config.data.epoch_samples or count[0]) // config.optim.global_batch_size)
     steps = config.optim.total_steps or max(1, round((config.optim.epochs or 0) * steps_per_epoch))
-    return steps * config.optim.global_batch_size * operations_of_run(config)
+    return steps * config.optim.global_batch_size
 
 
 def spec_of(config: Config) -> str:

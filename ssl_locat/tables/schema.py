@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -111,6 +111,18 @@ class Checkpoints(Section):
     twin: str = Field(default=" + LocAt", description="the row of this ending is compared with the row without it, seed by seed")
 
 
+class Ledger(Section):
+    """What the trainings of this table cost and reached, a JSON line for each (ledger.py); those that cost more than the track allows are refused."""
+
+    file: str = Field(description="JSON lines, appended to")
+    track: str = Field(description="name of the task; `trial` may be evaluated on part of a test set")
+    pflop: float = Field(gt=0, description="10^15 operations of a training, at most, by count (`table --dry-run`)")
+    images: int = Field(gt=0, description="images that a training sees, at most, repeated ones too")
+    columns: dict[Literal["knn", "linear", "dense"], str] = Field(description="which column is which")
+    judged_by: Literal["knn", "linear", "dense"] = Field(default="knn", description="which of them says what is progress")
+    baselines: list[str] = Field(default=[], description="rows that others are compared with: one recipe at several lengths")
+
+
 class TableConfig(Section):
     title: str
     source: str = ""
@@ -125,6 +137,7 @@ class TableConfig(Section):
     rows: dict[str, Row]
     stage: int = Field(default=1, gt=0, description="up to which stage rows are filled")
     checkpoints: Checkpoints | None = Field(default=None, description="measure checkpoints of each training, not its end alone")
+    ledger: Ledger | None = Field(default=None, description="keep what trainings cost and reached")
     figure: Figure | None = Field(default=None, description="drawn from the cells: figure.png, figure.svg, figure.csv")
 
 
@@ -233,6 +246,11 @@ def _check_names(table: TableConfig, loaded: LoadedYaml) -> None:
         _check_known(getattr(table.figure, axis), table.columns, ("figure", axis), loaded)
     if table.checkpoints:
         _check_checkpoints(table, table.checkpoints, loaded)
+    if table.ledger:
+        for measure, shown in table.ledger.columns.items():
+            _check_known(shown, table.columns, ("ledger", "columns", measure), loaded)
+        for base in table.ledger.baselines:
+            _check_known(base, table.rows, ("ledger", "baselines"), loaded)
 
 
 def _check_checkpoints(table: TableConfig, wanted: Checkpoints, loaded: LoadedYaml) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -88,6 +89,10 @@ def check_jobs(table: TableConfig, model_may_come: bool = False) -> None:
             check_inputs(job.model, job.protocol, job.options, model_may_come or job.training is not None)
         except UserError as error:
             raise type(error)(f"{where(job)}: {error}") from None
+    if table.ledger:
+        from ssl_locat.tables.ledger import check_caps
+
+        check_caps(table)
 
 
 def _check_training(job: TrainingJob) -> None:
@@ -190,6 +195,7 @@ class Found:
         self.table = table
         self.numbers: dict[tuple[str, str], list[float]] = {}
         self.points: list[Point] = []  # of `checkpoints`
+        self.of_training: dict[tuple[str, Path], dict[str, float]] = {}  # (row, its folder) -> column -> number
         self.failed: list[tuple[str, Exception]] = []
 
     def fail(self, job: TrainingJob | Job, error: Exception) -> None:
@@ -214,6 +220,8 @@ class Found:
             training = training_of(self.table, self.table.rows[job.row])
             if training and job.step != milestones(self.table, training)[-1]:
                 return
+        elif job.training:
+            self.of_training.setdefault((job.row, job.training.folder), {})[job.column] = value
         self.numbers.setdefault((job.row, job.column), []).append(value)
 
     def write(self) -> str:
@@ -235,6 +243,7 @@ def measure(table: TableConfig) -> Found:
     """
     from ssl_locat.evaluation.shared.stopping import stop_if_asked, stoppable
     from ssl_locat.runs.distributed import failed_alike, is_main, lost_ranks_named, setup, shutdown
+    from ssl_locat.tables.ledger import add_lines
 
     todo, found = deque(jobs(table)), Found(table)
     trained: dict[Path, Exception | None] = {}  # folders of trainings that have ended, with what ended them
@@ -273,6 +282,8 @@ def measure(table: TableConfig) -> Found:
                     found.add(job, result)
                     if measured and is_main():
                         found.write()  # a table that takes days is looked at before its end
+                    if table.ledger and is_main():
+                        add_lines(table, found)
                 except CELL_ERRORS as error:
                     if not failed_alike(path.name):
                         raise type(error)(f"{where(job)}: {error}") from error
@@ -298,12 +309,15 @@ def _train(job: TrainingJob, device: "torch.device") -> None:
     if job.protocol is None:
         from ssl_locat.pretraining.loop import pretrain
 
+        before = _cpu_seconds()
         summary = pretrain(job.config())
         result = {
             "protocol": "pretrain",
             "model": job.fresh,
             "metrics": {"steps": summary["steps"]},
             "seconds": summary["seconds"],
+            "cpu_seconds": round(_cpu_seconds() - before, 1),
+            "restarts": summary["restarts"],  # above 0 both are of the last start alone
         }
     else:
         kept = progress_option(job.protocol, job.options, job.folder.with_name(f"{job.folder.name}.progress.safetensors"))
@@ -317,6 +331,13 @@ def _train(job: TrainingJob, device: "torch.device") -> None:
     if is_main():
         write_atomically(job.result, to_json(result, indent=1) + "\n")
     barrier()  # nobody reads the weights before they are whole
+
+
+def _cpu_seconds() -> float:
+    """Of this process and those that it started and that have ended, such as readers of data."""
+    return sum(
+        used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def _measure_cell(path: Path, job: Job, device: "torch.device", column: Column) -> dict[str, Any]:
