@@ -1,6 +1,8 @@
 """`ssl-locat bench reliability`: it counts what it says it counts, and one real pass of ours, killed and resumed with other sizes."""
 
 import json
+import os
+import ssl
 import tarfile
 import time
 import urllib.request
@@ -62,6 +64,26 @@ def test_every_twentieth_answer_fails(tmp_path):
     assert Counter(codes) == {200: EVERY - 1, 503: 1}
 
 
+def test_clients_that_take_https_alone_are_served(tmp_path, monkeypatch):
+    for name in ("SSL_CERT_FILE", "AWS_CA_BUNDLE"):
+        monkeypatch.setenv(name, "")  # set again after the test
+    (tmp_path / "file").write_bytes(bytes(1000))
+    with failing(tmp_path, "", secure=True) as url:
+        context = ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
+        with urllib.request.urlopen(f"{url}/file", context=context) as answer:
+            assert url.startswith("https:") and len(answer.read()) == 1000
+
+
+def test_a_pass_that_stopped_counts_no_samples():
+    row = {"passes": 0, "bad_passes": 0, "stops": {}, "output": [], "first": []}
+    played = {"episodes": 2, "kills": 1, "wrong": 0, "first": [], "stopped": None, "output": set()}
+    counted = {"expected": 100, "lost": 4, "repeated": 0, "corrupt_delivered": 0}
+    episodes._add(row, played, dict(counted))
+    episodes._add(row, played | {"stopped": "OSError: no  space"}, dict(counted))
+    assert (row["passes"], row["bad_passes"], row["expected"], row["lost"], row["episodes"]) == (2, 2, 100, 4, 4)
+    assert row["stops"] == {"OSError: no space": 1} and row["hangs"] == 0
+
+
 def test_a_shard_is_cut_in_a_sample_or_between_two(tmp_path):
     for where in ("middle", "border"):
         samples.write_tars(tmp_path / where, samples.make(3 * samples.PER_SHARD))
@@ -106,6 +128,7 @@ def test_results_are_told_in_tables():
         and tables.summary(rows, tables.others()) in filled
     )
     assert tables.fill(filled, rows) == filled
+    assert {"ours", "grain"} <= set(tables.others()) and "huggingface_unshuffled" not in tables.others()
 
 
 def test_peers_are_pinned_and_say_what_they_promise_and_why_a_cell_is_empty():

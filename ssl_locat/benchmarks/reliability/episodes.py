@@ -27,7 +27,8 @@ from ssl_locat.benchmarks.reliability.rank import read
 from ssl_locat.benchmarks.reliability.samples import SECOND, Job, cut, is_corrupt, make
 from ssl_locat.benchmarks.reliability.server import failing
 
-SILENCE = 90  # seconds without a new batch, and without a process that only waits for its turn on a busy machine, that are a hang
+# seconds without a new batch, and without a process that only waits for its turn on a busy machine, that are a hang; some retry for 100
+SILENCE = 120
 LONGEST = 1800  # seconds without a new batch, whatever the processes do: an endless loop
 # of what libraries print: signs that a loss was told
 SIGNS = ("error", "warn", "corrupt", "damage", "truncat", "unexpected", "invalid", "cannot identify")
@@ -220,7 +221,7 @@ def play(name: str, cell_name: str, folder: Path, passes: int, seed: int) -> dic
     data = data_of(cell, peer, folder)
     gc.freeze()  # else a collection in a fork copies most of what it shares with this process
     state = None
-    with failing(folder, cell.fault) if cell.fault else nullcontext() as url:
+    with failing(folder, cell.fault, getattr(peer, "SECURE", False)) if cell.fault else nullcontext() as url:
         if url:
             shards = len(list((folder / "data0").glob(f"*{peer.FORMAT}")))
             data = [f"{url}/data0#{shards}"]
@@ -257,7 +258,8 @@ def _add(row: dict[str, Any], played: dict[str, Any], counted: dict[str, int]) -
     if stopped:
         words = " ".join(stopped.split())[:160]
         row["stops"][words] = row["stops"].get(words, 0) + 1
-        counted["lost"] = counted["repeated"] = 0  # it said so, or hung: nobody trains on
+        # it said so, or hung: nobody trains on, and no share is counted of it
+        counted["expected"] = counted["lost"] = counted["repeated"] = 0
     for key, value in (counted | {key: played[key] for key in ("episodes", "kills", "wrong")}).items():
         row[key] = row.get(key, 0) + value
     row["hangs"] = row["stops"].get("hang", 0)

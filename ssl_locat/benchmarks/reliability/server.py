@@ -1,6 +1,9 @@
 """A web server that fails now and then: for stores that are read over HTTP. Serves ranges, as object stores do."""
 
+import os
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -14,20 +17,34 @@ PAUSE = 3.0  # seconds
 
 
 @contextmanager
-def failing(folder: Path, fault: str) -> Iterator[str]:
-    """The URL of a folder whose every 20th answer is a 503, breaks off half-way, or pauses half-way. In a process of its own."""
+def failing(folder: Path, fault: str, secure: bool = False) -> Iterator[str]:
+    """The URL of a folder whose every 20th answer is a 503, breaks off half-way, or pauses half-way. In a process of its own.
+
+    secure: by https, for clients that take nothing else; with a certificate of its own, which SSL_CERT_FILE and AWS_CA_BUNDLE then name."""
+    certificate = _certificate(folder) if secure else None
     context = get_context("fork")
     port = context.SimpleQueue()
-    server = context.Process(target=_serve, args=(folder, fault, port), daemon=True)
+    server = context.Process(target=_serve, args=(folder, fault, port, certificate), daemon=True)
     server.start()
     try:
-        yield f"http://127.0.0.1:{port.get()}"
+        yield f"{'https' if secure else 'http'}://127.0.0.1:{port.get()}"
     finally:
         server.kill()
         server.join()
 
 
-def _serve(folder: Path, fault: str, port) -> None:
+def _certificate(folder: Path) -> Path:
+    """A file with a key and a certificate that it signed itself."""
+    path = folder / "certificate.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {path} -out {path}.public"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    os.environ["SSL_CERT_FILE"] = os.environ["AWS_CA_BUNDLE"] = f"{path}.public"
+    path.write_text(path.read_text() + Path(f"{path}.public").read_text())
+    return path
+
+
+def _serve(folder: Path, fault: str, port, certificate: Path | None) -> None:
     lock, count = threading.Lock(), [0]
 
     class Handler(BaseHTTPRequestHandler):
@@ -86,5 +103,9 @@ def _serve(folder: Path, fault: str, port) -> None:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     port.put(server.server_port)
     server.serve_forever()

@@ -33,8 +33,8 @@ def fill(page: str, rows: list[dict[str, Any]]) -> str:
 
 
 def others() -> list[str]:
-    """Ours on tars, and the other libraries; what is ours on other kinds of shards stands among the details."""
-    return [peer for peer in PEERS if not peer.startswith("ours_")]
+    """Ours on tars, and the other libraries; variants (ours on other kinds of shards) stand among the details."""
+    return [peer for peer in PEERS if "_" not in peer]
 
 
 def promises() -> str:
@@ -112,7 +112,8 @@ def details(rows: list[dict[str, Any]]) -> str:
     ]
     text = [
         "Each cell in numbers of samples. `ssl-locat bench reliability --install --only LIBRARY:CELL`, with the first column's name, does it "
-        "again, with the same seed. A pass that hung or ended with an error counts no samples.",
+        "again, with the same seed. A pass that hung or ended with an error counts no samples. Told: whether an error, a printed line or a list said that something "
+        "was lost or damaged.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",
@@ -123,10 +124,17 @@ def details(rows: list[dict[str, Any]]) -> str:
         values = [
             row[key] for key in ("episodes", "kills", "expected", "lost", "repeated", "wrong", "corrupt_delivered", "hangs")
         ]
-        values += [sum(row["stops"].values()) - row["hangs"], "yes" if row["told"] else "no"]
+        values += [sum(row["stops"].values()) - row["hangs"], _told(row)]
         values += ["-" if first is None else f"{first:.2f}", row["date"]]
         text.append(f"| `{row['peer']}:{row['cell']}` | {' | '.join(map(str, values))} |")
     return "\n".join(text)
+
+
+def _told(row: dict[str, Any]) -> str:
+    """Whether a user learnt of what was lost or damaged: by an error, a line that was printed, or a list. "-" where nothing was."""
+    if not (row["lost"] or row["stops"] or CELLS[row["cell"]].corrupt):
+        return "-"
+    return "yes" if row["told"] else "no"
 
 
 def stops(rows: list[dict[str, Any]]) -> str:

@@ -19,12 +19,16 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 
 class Reader:
+    BUFFER = 100  # samples of the shuffle buffer of each worker
+
     def __init__(self, job: Job):
         parts = [
             load_dataset("webdataset", data_files={"train": shard_urls(data)}, split="train", streaming=True) for data in job.data
         ]
         dataset = parts[0] if len(parts) == 1 else interleave_datasets(parts, probabilities=job.weights, seed=3)
-        dataset = split_dataset_by_node(dataset.shuffle(seed=3, buffer_size=100), rank=job.rank, world_size=job.world)
+        if self.BUFFER:
+            dataset = dataset.shuffle(seed=3, buffer_size=self.BUFFER)
+        dataset = split_dataset_by_node(dataset, rank=job.rank, world_size=job.world)
         self.loader = StatefulDataLoader(dataset, batch_size=job.own_batch, num_workers=job.workers, collate_fn=collate)
         if job.state:
             self.loader.load_state_dict(torch.load(job.state, weights_only=True))
