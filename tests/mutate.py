@@ -44,7 +44,8 @@ DEEP = 300.0  # both, for what lived
 # where the tests of the areas lie; others run their lines, too, but cost many times more than they add
 TESTS = (
     "evaluation/test_metrics.py objectives data/stream data/images/test_crops.py data/images/test_bands.py data/images/test_extras.py pretraining/test_dino_steps.py runs/test_checkpoint.py "
-    "runs/test_integrity.py runs/test_power_cut.py export/test_parts.py export/test_export.py pretraining/test_probes.py"
+    "runs/test_integrity.py runs/test_power_cut.py export/test_parts.py export/test_export.py pretraining/test_probes.py optim "
+    "data/stores/test_web.py pretraining/test_adapt.py"
 )
 OPTIONS = [
     "-p",
@@ -151,7 +152,8 @@ def enter(tree: Path) -> None:
     os.chdir(tree)
     os.environ |= {"PYTHONPATH": str(tree), "TMPDIR": str(tree.parent)}
     tempfile.tempdir = None
-    sys.path[0] = str(tree)
+    if str(tree) not in sys.path:  # once: after that the first place is that of a folder of tests
+        sys.path[0] = str(tree)
 
 
 def main_of(tree: Path, arguments: list[str], plugin: Any) -> int:
@@ -218,18 +220,16 @@ def measure(folder: Path) -> None:
                 "called": {str(Path(p).relative_to(tree)): names for p, names in one["called"].items()},
             }
             for test, one in got.get("tests", {}).items()
-            if one["passed"] and one["called"]
+            if one["passed"]
         }
         _append(
             path,
             {"file": name, "code": got["code"], "seconds": got["seconds"], "cpu_seconds": got["cpu_seconds"], "tests": tests},
         )
-        print(
-            f"{name}: {len(tests)} tests call functions of ours, code {got['code']}, {got['cpu_seconds']:.0f} CPU-s", flush=True
-        )
+        print(f"{name}: {len(tests)} tests, code {got['code']}, {got['cpu_seconds']:.0f} CPU-s", flush=True)
 
 
-def run(folder: Path, each: int, only: str | None, deep: bool) -> None:
+def run(folder: Path, areas: list[str], each: int, only: str | None, deep: bool) -> None:
     """Test the drawn faults that have no result yet, a share of each area in turns; `deep`: those that lived, by more tests."""
     tests = {test: one for line in _lines(folder / "coverage.jsonl") for test, one in line["tests"].items()}
     server()
@@ -238,7 +238,7 @@ def run(folder: Path, each: int, only: str | None, deep: bool) -> None:
     campaign = Campaign(tree, folder / "results.jsonl", tests, deep)
     # functions are exchanged in a process that has collected the tests; what is left needs one that has imported nothing of ours
     for quick in True, False:
-        campaign.todo = todo_of(folder, each, only, deep, tests, campaign.done if quick else campaign.tested())
+        campaign.todo = todo_of(folder, areas, each, only, deep, tests, campaign.done if quick else campaign.tested())
         if quick and not (pid := os.fork()):
             enter(tree)
             try:
@@ -252,15 +252,15 @@ def run(folder: Path, each: int, only: str | None, deep: bool) -> None:
 
 
 def todo_of(
-    folder: Path, each: int, only: str | None, deep: bool, tests: dict[str, dict], done: set[str]
+    folder: Path, areas: list[str], each: int, only: str | None, deep: bool, tests: dict[str, dict], done: set[str]
 ) -> list[tuple[str, Mutant]]:
     """(area, fault) of all that are to be tested now."""
     known = {line["name"]: line for line in _lines(folder / "results.jsonl")}
     excused = yaml.safe_load(EXPLAINED.read_text()) or {}
-    draws = [drawn(area, each, SEED) for area in AREAS]
+    draws = [drawn(area, each, SEED) for area in areas]
     # no fault at all, in each area: a test that fails then says nothing of the others
-    todo = [(area, draw[0]._replace(function="CONTROL", after=draw[0].before)) for area, draw in zip(AREAS, draws, strict=True)]
-    todo += [(area, draw[i]) for i in range(each) for area, draw in zip(AREAS, draws, strict=True) if i < len(draw)]
+    todo = [(area, draw[0]._replace(function="CONTROL", after=draw[0].before)) for area, draw in zip(areas, draws, strict=True)]
+    todo += [(area, draw[i]) for i in range(each) for area, draw in zip(areas, draws, strict=True) if i < len(draw)]
 
     def wanted(mutant: Mutant) -> bool:
         before = known.get(mutant.name)
@@ -368,14 +368,16 @@ def exchanged(target: Path, mutant: Mutant, functions: dict[str, list[FunctionTy
 
 
 def covering(mutant: Mutant, tests: dict[str, dict], deep: bool) -> tuple[list[str], float]:
-    """The quickest tests that call the fault's function; where there are none (it lies in none, or runs in a worker process), and for a deep
-    look, those that call anything of its file."""
+    """The quickest tests that call the fault's function; where there are none (it lies in none, or runs in a worker process) those that call
+    anything of its file; for a deep look all of theirs, too, that stand in one file with such a test."""
     longest, together = (DEEP, DEEP) if deep else (LONGEST, TOGETHER)
-    usable = {test: one for test, one in tests.items() if one["seconds"] <= longest and mutant.path in one["called"]}
-    exact = {test for test, one in usable.items() if mutant.function in one["called"][mutant.path]}
-    pool = usable if deep or not exact else exact
+    near = {test for test, one in tests.items() if mutant.path in one["called"]}
+    exact = {test for test in near if mutant.function in tests[test]["called"][mutant.path]}
+    beside = {test.partition("::")[0] for test in near}
+    pool = {test for test in tests if test.partition("::")[0] in beside} if deep else exact or near
+    usable = {test: tests[test] for test in pool if tests[test]["seconds"] <= longest}
     chosen, total = [], 0.0
-    for test in sorted(pool, key=lambda test: (test not in exact, usable[test]["seconds"])):
+    for test in sorted(usable, key=lambda test: (test not in exact, test not in near, usable[test]["seconds"])):
         if chosen and total + usable[test]["seconds"] > together:
             break
         chosen.append(test)
@@ -433,6 +435,9 @@ if __name__ == "__main__":
         "--folder", type=Path, default=ROOT / "build/mutate", help="for the map, the results and a copy of the checkout"
     )
     parser.add_argument("--each", type=int, default=36, help="faults of each area")
+    parser.add_argument(
+        "--areas", nargs="+", choices=AREAS, help="these alone: several can run side by side, each in a folder of its own"
+    )
     parser.add_argument("--deep", action="store_true", help="those that lived, by all tests that call anything of their file")
     parser.add_argument("--only", help="those whose name has this in it, again")
     options = parser.parse_args()
@@ -440,6 +445,6 @@ if __name__ == "__main__":
     if options.what == "measure":
         measure(options.folder)
     elif options.what == "run":
-        run(options.folder, options.each, options.only, options.deep)
+        run(options.folder, options.areas or list(AREAS), options.each, options.only, options.deep)
     else:
         show(options.folder)

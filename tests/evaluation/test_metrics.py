@@ -42,6 +42,7 @@ def test_hungarian_forgives_swapped_classes_and_plain_does_not():
     matched, truth_of = metrics.hungarian_scores(confusion)
     assert matched == pytest.approx(100)
     assert truth_of.tolist() == [1, 0, 2]
+    assert metrics.hungarian_scores(torch.tensor([[2, 2], [0, 4]]))[0] == pytest.approx(100 * (2 / 4 + 4 / 6) / 2)
 
 
 def test_a_class_of_one_pixel_counts_as_any_other():

@@ -1,5 +1,7 @@
 """Which patches are hidden from the student, and that what is hidden stays hidden."""
 
+import random
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from ssl_locat.models.tokens import forward_tokens
 from ssl_locat.objectives import Progress
 from ssl_locat.objectives.ibot import IBOT
 from ssl_locat.objectives.koleo import KoLeo
-from ssl_locat.objectives.masking import Masks, draw_masks
+from ssl_locat.objectives.masking import Masks, _one_block, draw_masks
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 
 
@@ -38,6 +40,14 @@ def test_blocks_are_more_connected_than_single_patches():
         return (maps[:, :, 1:] & maps[:, :, :-1]).float().mean().item()
 
     assert neighbours("block") > 2 * neighbours("random")
+
+
+def test_blocks_lie_anywhere_and_an_attempt_that_does_not_fit_is_not_the_last():
+    blocks = [_one_block(random.Random(seed), 3, 12, 0, 8) for seed in range(100)]
+    # about half of the first attempts are too high for three rows
+    assert sum(block > 0 for block in blocks) >= 95
+    for corner in (0, 11, 24, 35):
+        assert any(block >> corner & 1 for block in blocks)
 
 
 def test_a_mask_depends_on_its_seed_alone():

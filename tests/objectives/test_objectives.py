@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ssl_locat.benchmarks.timing import peak_bytes
+from ssl_locat.config.schema import Objective
 from ssl_locat.errors import UserError
 from ssl_locat.models.backbone import create_backbone
-from ssl_locat.objectives import Needs, Progress, Views
+from ssl_locat.objectives import Needs, Progress, Views, build
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.objectives.heads import DINOHead, Prototypes
 from ssl_locat.objectives.ibot import IBOT
@@ -224,6 +225,13 @@ def test_class_tokens_are_all_that_an_objective_is_given_unless_it_asks():
     assert Needs() == (False, False, False)
 
 
+def test_a_shared_head_brings_its_owners_options():
+    options = {"num_prototypes": 7, "hidden_dim": 8, "bottleneck_dim": 4}
+    losses = build([Objective(name="dino", **options), Objective(name="ibot", shared_head=True)])
+    assert losses["ibot"].num_prototypes == 7 and losses["ibot"].center.center.shape[-1] == 7
+    assert build([Objective(name="ibot", shared_head=True)])["ibot"].num_prototypes != 7
+
+
 def test_biases_and_norms_are_not_decayed():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     model.register_parameter("cls_token", nn.Parameter(torch.zeros(1, 1, 4)))
@@ -260,6 +268,9 @@ def test_layer_decay_gives_early_blocks_less():
     ids = [id(parameter) for group in groups for parameter in group["params"]]
     trained = {id(parameter) for parameter in names.values() if parameter.requires_grad}
     assert len(ids) == len(set(ids)) == len(trained) and set(ids) == trained
+    # checkpoints keep groups by their place: their order must stay
+    order = [(group["lr_scale"], group["name"]) for group in groups]
+    assert order == sorted(order, key=lambda one: (-one[0], one[1])) and len(set(order)) == len(order)
 
 
 def test_layer_decay_of_swin_follows_its_stages():

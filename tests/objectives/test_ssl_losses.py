@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from processes import run_ranks
 
 from ssl_locat.errors import UserError
-from ssl_locat.objectives import Progress, Views
+from ssl_locat.objectives import Progress, Views, check_batch
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.objectives.distill import Distill
 from ssl_locat.objectives.gram import Gram
@@ -256,12 +256,27 @@ def test_only_hidden_patches_pass_the_patch_head():
     assert seen == [(int(hidden.sum()), 6)] and scores.shape == (int(hidden.sum()), 10)
     torch.testing.assert_close(scores, head.head(patches.flatten(0, 1)[hidden]))
     assert weights.sum().item() == pytest.approx(hidden.any(1).float().mean().item())
+    first = Progress(step=0, epoch=0, total_epochs=100)
+    assert objective.frozen(head, first) == list(head.head.last_layer.parameters())
+    shared = IBOT(num_prototypes=10, hidden_dim=8, bottleneck_dim=4, shared_head=True)
+    follower = shared.make_head(6)
+    follower.share(lambda views: head.head(views.cls))
+    torch.testing.assert_close(follower(views)[0], scores)
+    assert shared.frozen(follower, first) == []
 
 
 def test_distillation_of_itself_is_free():
     anchor = Views(torch.randn(2, 3, 8), patches=torch.randn(2, 3, 9, 8))
-    loss, _ = Distill("timm:x", patch_weight=0.5)((anchor.cls, anchor.patches), anchor, AT)
-    assert math.isclose(loss.item(), 0, abs_tol=1e-6)
+    objective = Distill("timm:x", patch_weight=0.5)
+    loss, _ = objective((anchor.cls, anchor.patches), anchor, AT)
+    assert math.isclose(loss.item(), 0, abs_tol=1e-6) and objective.finish_step() == {}
+
+
+def test_distillation_without_projections_compares_the_patches_it_is_asked_for():
+    views = Views(torch.randn(2, 3, 8), patches=torch.randn(2, 3, 9, 8), refined_patches=torch.randn(2, 3, 9, 8))
+    for refined, patches in (False, views.patches), (True, views.refined_patches):
+        cls, tokens = Distill("timm:x", refined=refined, project=False).make_head(8, 8, 8, 8)(views)
+        assert cls is views.cls and tokens is patches
 
 
 @pytest.mark.parametrize("refined", [False, True])
@@ -282,6 +297,14 @@ def test_distillation_equals_a_slow_formula(refined):
     class_loss, patch_loss = 1 - torch.stack(class_terms).mean(), 1 - torch.stack(patch_terms).mean()
     torch.testing.assert_close(metrics, {"cls": class_loss, "patches": patch_loss})
     torch.testing.assert_close(loss, class_loss + 0.5 * patch_loss)
+
+
+def test_the_smallest_batch_that_an_objective_asks_for_is_enough():
+    losses = torch.nn.ModuleDict({"dino": DINO()})
+    losses["dino"].min_images = 4
+    check_batch(losses, 4)
+    with pytest.raises(UserError, match=r"of which there are 3 .*expected at least 4"):
+        check_batch(losses, 3)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_locat.data.stream.plan import VERSION, Plan, choose_plan, choose_quotas, micro_batch_size, resume_plan
+from ssl_locat.data.stream.plan import VERSION, Plan, Slot, choose_plan, choose_quotas, micro_batch_size, resume_plan
 from ssl_locat.errors import CheckpointError, ConfigError
 from ssl_locat.seeds import mix64, mix64_array
 
@@ -94,6 +94,17 @@ def test_a_mix_keeps_its_proportions_and_each_dataset_its_passes(plan):
         # within a pass no sample comes twice
         per_pass = Counter((sample, epoch) for which, sample, epoch in found if which == dataset)
         assert max(per_pass.values()) == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 2).flatmap(plans))
+def test_what_follows_a_window_is_what_its_lane_reads_next_of_the_same_data(plan):
+    last: dict[tuple[int, int], tuple] = {}
+    for slot in plan.slots(range(min(3 * sum(plan.sizes), 1500))):
+        window, before = tuple(slot[:4]), last.get((slot.dataset, slot.lane))
+        if before not in (None, window):
+            assert plan.following(Slot(*before, 0)) == window
+        last[slot.dataset, slot.lane] = window
 
 
 def test_whole_blocks_of_a_mix_are_exact():

@@ -1,6 +1,7 @@
 """Row groups are read whole: training fetches each about once in a pass, whatever the plan shuffles, and holds a bounded part of them."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,8 +129,27 @@ def test_a_mix_keeps_the_grid_of_each(tmp_path):
     two.together = 100
     plan = choose_plan([one, two], [1, 1], 0, 64)
     assert plan.grids[0] == 0 and 100 % plan.grids[1] == 0 and plan.window % plan.chunk == 0
+    narrow = replace(plan, window=64, grids=(0, 20))
+    assert [narrow.window_of(dataset) for dataset in (0, 1)] == [64, 60]  # whole chunks
     met = Counter(plan.locate(position)[:2] for position in range(0, 2 * 100_000, 97))
     assert max(met.values()) <= 2 and {dataset for dataset, _ in met} == {0, 1}
+
+
+def grouped(count: int, mean_bytes: float, together: int) -> Numbers:
+    numbers = Numbers(count, mean_bytes)
+    numbers.together = together
+    return numbers
+
+
+def test_grids_leave_small_sets_alone_and_a_mix_within_the_memory():
+    # the order of 63 groups would be too little shuffling
+    assert [choose_plan([grouped(count, 1e4, 100)], [1], 0, 64).grids for count in (6300, 6400)] == [(), (100,)]
+    # what lies on no grid is in memory as well, and has lanes to fill
+    mix = [Numbers(100_000, 1e5), grouped(100_000, 1e5, 100)]
+    plan = choose_plan(mix, [1, 1], 0, 256)
+    assert plan.grids == (0, 100)
+    assert plan.lanes * sum(plan.window_of(place) * dataset.mean_bytes for place, dataset in enumerate(mix)) <= 2**30
+    assert choose_plan([grouped(100_000, 1e4, 20), Numbers(200, 1e4)], [1, 1], 0, 64).lanes <= 200 // 8
 
 
 def test_open_parquet_alone(tmp_path):

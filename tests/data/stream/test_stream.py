@@ -296,8 +296,10 @@ def test_a_sample_that_takes_no_end_is_named_and_left_out_from_the_next_start(sh
     """As if it were damaged: the same order for any world size; and nothing else is ever left out by the clock."""
     monkeypatch.setattr(worker_processes, "CPU_SECONDS", 1.0)
     path, options = tmp_path / "quarantine.jsonl", {"max_bad": 1.0, "workers": 2}
+    stream = TrainStream(*shards, loops_at_one, as_list, start_samples=0, quarantine_path=path, **SIZES | options)
     with pytest.raises(Outage, match=r"002\.tar: 002_00031 took more than 1 s of CPU time to decode.*left out from now on"):
-        read(*shards, 480, prepare=loops_at_one, quarantine_path=path, **options)
+        list(islice(stream, 20))
+    assert stream._batches is None and not stream._close.alive  # stopped by itself
     assert [line["key"] for line in quarantined(path) if line["error"].startswith(STUCK)] == ["002_00031"]
     expected = read(*shards, 480, prepare=rejects_it, max_bad=1.0)
     for world in (1, 2):
@@ -435,7 +437,7 @@ def test_an_error_in_a_worker_ends_all_of_them(shards):
         stream = TrainStream(*shards, prepare, as_list, start_samples=0, **SIZES | {"workers": 2})
         with pytest.raises(error):
             list(islice(stream, 40))
-        assert not multiprocessing.active_children()
+        assert stream._batches is None and not stream._close.alive and not multiprocessing.active_children()
 
 
 def test_workers_start_in_the_way_that_was_asked_for(shards):
@@ -447,6 +449,16 @@ def test_workers_start_in_the_way_that_was_asked_for(shards):
 def test_other_errors_in_workers_keep_their_trace(shards):
     with pytest.raises(KeyError, match="break_down"):
         read(*shards, 24, prepare=break_down, workers=1)
+
+
+def test_rank_0_counts_what_earlier_starts_listed_and_each_rank_its_own(shards, tmp_path):
+    path = tmp_path / "q.jsonl"
+    Quarantine(path, 1.0, 241).add([QuarantineEntry(i, "d", i, "s", "k", "e") for i in range(3)])
+    for rank, expected in (0, 4), (1, 1):
+        options = SIZES | {"world_size": 2}
+        stream = TrainStream(*shards, fingerprint, as_list, start_samples=0, quarantine_path=path, rank=rank, **options)
+        stream.quarantine.added += 1
+        assert stream.quarantined == expected
 
 
 def test_workers_leave_signals_to_the_trainer(shards):
@@ -463,6 +475,7 @@ def test_workers_leave_signals_to_the_trainer(shards):
         began = time.monotonic()
     # within milliseconds by themselves; a worker that is deaf would keep the loader for minutes
     assert not any(worker.is_alive() for worker in workers) and time.monotonic() - began < 30
+    assert stream._batches is None and not stream._close.alive  # at once, not when nobody refers to the stream any more
 
 
 def test_workers_end_when_the_trainer_forgets_to_close(tmp_path, shards):
