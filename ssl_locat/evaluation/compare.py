@@ -2,7 +2,8 @@
 
 Raw pixels, an untrained network of the first MODEL's shape, and each MODEL, by the same heads on the same labels; then each MODEL against the
 first (a single one against the untrained network), with an interval, and in words. Test images that training has seen are looked for before
-any number. Each finished row is a file below `results`, so that the same command goes on where it stopped.
+any number. Each finished row is a file below `results`, so that the same command goes on where it stopped. A MODEL with braces is several seeds
+of one recipe, which is then what is judged.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from braceexpand import braceexpand
 from pydantic import Field
 
 from ssl_locat.config.data_section import Cache, DataSpec
@@ -110,8 +112,8 @@ def check(arguments: Sequence[str]) -> tuple[list[str], CompareConfig]:
     """All that can be found wrong before a model is loaded."""
     models, config = load_compare(arguments)
     data = config.data.model_dump(mode="json", exclude_none=True)
-    for model in models:
-        check_inputs(model, config.protocols[0], {"data": _of_protocol(data, config)})
+    for training in [seed for model in models for seed in seeds_of(model)]:
+        check_inputs(training, config.protocols[0], {"data": _of_protocol(data, config)})
     if config.data.unlabelled:
         from ssl_locat.evaluation.shared.samples import open_spec, open_store
 
@@ -130,15 +132,20 @@ def dry_run(arguments: Sequence[str]) -> None:
     """Check everything and say which rows are at hand."""
     models, config = check(arguments)
     for name, _ in rows_of(models, config):
-        state = "done" if read_tallies(row_file(config, name, models[0])) is not None else "to do"
+        state = "done" if read_tallies(row_file(config, name, seeds_of(models[0])[0])) is not None else "to do"
         say(f"{state:<6} {name}")
     say(dump_yaml(redacted(config.model_dump(mode="json"))).rstrip())
+
+
+def seeds_of(model: str) -> list[str]:
+    """The trainings that a MODEL stands for: `runs/adapted-{0,1,2}` for three seeds of one recipe."""
+    return list(braceexpand(model)) if "{" in model else [model]
 
 
 def rows_of(models: Sequence[str], config: CompareConfig) -> list[tuple[str, str | None]]:
     """(name, MODEL or None) of every row; raw pixels have no patches to retrieve."""
     pixels = [] if config.protocols[0] in DENSE else [(PIXELS, None)]
-    return [*pixels, (UNTRAINED, None), *((model, model) for model in models)]
+    return [*pixels, (UNTRAINED, None), *((seed, seed) for model in models for seed in seeds_of(model))]
 
 
 def row_file(config: CompareConfig, name: str, first: str) -> Path:
@@ -199,11 +206,12 @@ def _measure(models: list[str], config: CompareConfig, device: "torch.device") -
     }
     dense = config.protocols[0] in DENSE
     tables: FeatureSets | None = None
-    leaks = _leaks_kept(config, models[0]) if config.leaks and is_main() else None
+    first = seeds_of(models[0])[0]
+    leaks = _leaks_kept(config, first) if config.leaks and is_main() else None
     leaks = broadcast_object(leaks)
     if config.leaks and leaks is None:
         torch.manual_seed(config.seed)  # the same network as in its row, if it is an untrained `timm:NAME`
-        backbone = load_backbone(models[0])
+        backbone = load_backbone(first)
         if not dense:
             tables = read_tables(backbone.to(device), known, settings, config.precision)
         if is_main():
@@ -212,16 +220,16 @@ def _measure(models: list[str], config: CompareConfig, device: "torch.device") -
             picture = Path(config.results) / "leaks.png"
             channels = channels_of(backbone)
             leaks = find_leaks(known, data.get("unlabelled"), tables, config.workers, picture, channels=channels, dense=dense)
-            write_atomically(_leaks_file(config, models[0]), to_json(leaks) + "\n")
+            write_atomically(_leaks_file(config, first), to_json(leaks) + "\n")
         leaks = broadcast_object(leaks)
     if leaks and is_main():
         _warn_of(leaks)
     found = {}
     for name, _ in rows_of(models, config):
-        path = row_file(config, name, models[0])
+        path = row_file(config, name, first)
         kept = broadcast_object(read_tallies(path) is not None if is_main() else None)
         if not kept:
-            tallies = _row(name, models[0], config, columns, known, settings, tables if name == models[0] else None, device)
+            tallies = _row(name, first, config, columns, known, settings, tables if name == first else None, device)
             if is_main():
                 write_tallies(path, tallies)
             barrier()
@@ -286,13 +294,16 @@ def judged(
 ) -> dict[str, Any]:
     """Figures with intervals, differences, and the sentence that is said of each MODEL."""
     first = models[0] if len(models) > 1 else UNTRAINED
-    columns = list(rows[models[0]])
+    kinds = {**{name: [name] for name in rows if name in (PIXELS, UNTRAINED)}, **{name: seeds_of(name) for name in models}}
+    together = {name: _together([rows[seed] for seed in seeds]) for name, seeds in kinds.items()}
+    columns = list(together[models[0]])
     leaked = sorted({pair["test"] for found in (leaks or {}).values() for pair in found["pairs"]})
     differences = {}
     for name in models[1:] or models:
-        ours, theirs = rows[name], rows[first]
-        whole = difference([theirs[c] for c in columns], [ours[c] for c in columns], margin=config.margin, seed=config.seed)
-        each = {c: difference([theirs[c]], [ours[c]], margin=config.margin, seed=config.seed) for c in columns}
+        ours, theirs = together[name], together[first]
+        settings: dict[str, Any] = {"seeds": (len(kinds[first]), len(kinds[name])), "margin": config.margin, "seed": config.seed}
+        whole = difference([theirs[c] for c in columns], [ours[c] for c in columns], **settings)
+        each = {c: difference([theirs[c]], [ours[c]], **settings) for c in columns}
         differences[name] = {
             "all": _plain(whole),
             "columns": {c: _plain(one) for c, one in each.items()},
@@ -303,10 +314,13 @@ def judged(
         if 0 < len(leaked) < whole.images - 1 and not config.data.max_bad:
             kept = np.setdiff1d(np.arange(whole.images), leaked)
             pairs = [[_some(row[c], kept) for c in columns] for row in (theirs, ours)]
-            differences[name]["without_leaks"] = _plain(difference(*pairs, margin=config.margin, seed=config.seed))
+            differences[name]["without_leaks"] = _plain(difference(*pairs, **settings))
     figures = {
-        name: {c: [round(value, 4) for value in interval(tally, seed=config.seed)] for c, tally in row.items()}
-        for name, row in rows.items()
+        name: {
+            c: [round(value, 4) for value in interval(tally, seeds=len(kinds[name]), seed=config.seed)]
+            for c, tally in row.items()
+        }
+        for name, row in together.items()
     }
     return {
         "models": list(models),
@@ -318,6 +332,17 @@ def judged(
         "differences": differences,
         "leaks": leaks,
     }
+
+
+def _together(rows: Sequence[Mapping[str, Tally]]) -> dict[str, Tally]:
+    """Of several seeds: their draws behind each other, column by column."""
+    found = {}
+    for name, tally in rows[0].items():
+        hits = np.concatenate([row[name].hits for row in rows])
+        found[name] = (
+            Tally.of_hits(hits[..., 0]) if tally.is_accuracy else Tally(hits, np.concatenate([row[name].of for row in rows]))
+        )
+    return found
 
 
 def _some(tally: Tally, kept: np.ndarray) -> Tally:
@@ -337,6 +362,7 @@ def sentence(name: str, first: str, found: Difference, columns: Mapping[str, Dif
     """What may be said, what it does not hold for, and what would decide it."""
     size = f"{found.value:+.2f} points ({found.low:+.2f} to {found.high:+.2f}, 95 %)"
     over = f" on average over {len(columns)} columns" if len(columns) > 1 else ""
+    over += f" and {found.seeds} seeds" if found.seeds > 1 else ""
     draws = f" and {found.draws} draws of labels" if found.draws > 1 else ""
     worse = fallen(columns) if len(columns) > 1 else []
     # "helped" alone would promise a gain to whoever uses the column that fell

@@ -2,7 +2,8 @@
 
 What is resampled are test images, the same ones for both networks (a paired bootstrap): most of what makes an image hard is hard for both,
 and leaves the difference. Where a figure comes from several draws of training labels, their spread is added: draws are few, so Student's t
-speaks for them; resampling five of them would promise too much. Seeded, without SciPy, in bounded memory. numpy alone: nothing here knows
+speaks for them; resampling five of them would promise too much. Likewise for several seeds of a recipe, where it is the recipe that is judged.
+Seeded, without SciPy, in bounded memory. numpy alone: nothing here knows
 a backbone.
 """
 
@@ -63,10 +64,13 @@ class Difference(NamedTuple):
         int | None
     )  # test images that would show a difference of this size (power 80 %); None: more of them would not
     draws: int
+    seeds: int = 1  # of the side that has more
 
 
-def interval(tally: Tally, *, seed: int = 0) -> Interval:
-    """A figure with its 95 % interval over test images and draws. Of accuracies it stays within 0..100."""
+def interval(tally: Tally, *, seeds: int = 1, seed: int = 0) -> Interval:
+    """A figure with its 95 % interval over test images, draws and seeds. Of accuracies it stays within 0..100.
+
+    seeds: trainings of one recipe whose draws lie behind each other in the tally, as many of each."""
     value = float(tally.figures().mean())
     if tally.is_accuracy and len(tally.hits) == 1:
         return Interval(value, *wilson(value, tally.hits.shape[1]))
@@ -76,26 +80,28 @@ def interval(tally: Tally, *, seed: int = 0) -> Interval:
         statistic = _mean_of(len(rows))
     else:
         rows, statistic = _rows_of([tally])
-    images, draws = _deviations(rows, statistic, tally.figures(), RESAMPLES, seed)
-    low, high = np.quantile(images + draws, _ends(LEVEL))
+    images, draws = _deviations(rows, statistic, _per_draw([tally], seeds), RESAMPLES, seed)
+    low, high = np.quantile(images + draws + _of_seeds([tally], seeds, RESAMPLES, seed), _ends(LEVEL))
     return Interval(value, max(0.0, value + float(low)), min(100.0, value + float(high)))
 
 
 def difference(
-    first: Sequence[Tally], second: Sequence[Tally], *, margin: float = 0.0, level: float = LEVEL, seed: int = 0
-) -> Difference:
+    first: Sequence[Tally], second: Sequence[Tally], *, seeds: tuple[int, int] = (1, 1), margin: float = 0.0, level: float = LEVEL,
+    seed: int = 0,
+) -> Difference:  # fmt: skip
     """The mean over columns of `second` minus `first`, measured on the same images by the same draws, and what may be said of it.
 
     first, second: one Tally for each column (a protocol at a share of the labels), over the same N images. Draw r of one column and draw r of
     another stand for the same labels, or for independent ones; columns without draws have one. margin: points that are no difference to
-    speak of, such as two trainings of the same thing differ by: the whole interval must lie beyond it.
+    speak of, such as two trainings of the same thing differ by: the whole interval must lie beyond it. seeds: trainings of one recipe, of
+    each side, whose draws lie behind each other in its tallies: their spread is added, and the interval is one of the recipes' difference.
     """
-    per_draw = _per_draw(second) - _per_draw(first)
+    per_draw = _per_draw(second, seeds[1]) - _per_draw(first, seeds[0])
     value, number = float(per_draw.mean()), first[0].hits.shape[1]
     if all(tally.is_accuracy for tally in (*first, *second)):
         # linear in the images: of each only its mean difference over columns and draws is needed
         pairs = zip(second, first, strict=True)
-        gained = np.mean([(ours.hits - theirs.hits).mean(0) for ours, theirs in pairs], axis=0)  # [N, 1]
+        gained = np.mean([ours.hits.mean(0) - theirs.hits.mean(0) for ours, theirs in pairs], axis=0)  # [N, 1]
         # one image won and one lost, as Bonett and Price (2012) add them: three images won and none lost are no proof
         rows = np.concatenate([gained, [[1.0], [-1.0]]])
         statistic = _mean_of(len(rows))
@@ -110,11 +116,17 @@ def difference(
     # ends that lie further out are found by more resamples: 50 values beyond each end, as at 95 %
     resamples = round(RESAMPLES * min(20.0, max(1.0, (1 - LEVEL) / (1 - level))))
     images, draws = _deviations(rows, statistic, per_draw, resamples, seed)
-    low, high = (value + float(end) for end in np.quantile(images + draws, _ends(level)))
+    trainings = sum(
+        _of_seeds(side, count, resamples, seed + at) for at, (side, count) in enumerate(zip((first, second), seeds, strict=True))
+    )
+    low, high = (value + float(end) for end in np.quantile(images + draws + trainings, _ends(level)))
     verdict: Verdict = "helped" if low > margin else "harmed" if high < -margin else "no difference that this data can show"
-    spread = float(per_draw.std(ddof=1)) / math.sqrt(len(per_draw)) if len(per_draw) > 1 else 0.0
+    # what more test images would not narrow: few draws of labels, few seeds
+    spread = math.hypot(
+        _standard_error(per_draw), *(_standard_error(_per_seed(side, n)) for side, n in zip((first, second), seeds, strict=True))
+    )
     needed = _images_needed(abs(value) - margin, float(images.std()), spread, number)
-    return Difference(value, low, high, verdict, number, needed, len(per_draw))
+    return Difference(value, low, high, verdict, number, needed, len(per_draw), max(seeds))
 
 
 def _images_needed(points: float, image_spread: float, draw_spread: float, number: int) -> int | None:
@@ -125,11 +137,30 @@ def _images_needed(points: float, image_spread: float, draw_spread: float, numbe
     return math.ceil(number * image_spread**2 / left) if left > number * image_spread**2 / 1e9 else None
 
 
-def _per_draw(tallies: Sequence[Tally]) -> np.ndarray:
-    """[R]: mean over columns of their figures, draw by draw; a column without draws has the same figure in all."""
-    counts = {len(tally.hits) for tally in tallies}
+def _per_draw(tallies: Sequence[Tally], seeds: int = 1) -> np.ndarray:
+    """[R]: mean over columns and seeds of their figures, draw by draw; a column without draws has the same figure in all."""
+    figures = [tally.figures().reshape(seeds, -1).mean(0) for tally in tallies]
+    counts = {len(column) for column in figures}
     assert len(counts - {1}) <= 1, f"columns of {sorted(counts)} draws: all have the same number, or one"
-    return np.mean([np.broadcast_to(tally.figures(), max(counts)) for tally in tallies], axis=0)
+    return np.mean([np.broadcast_to(column, max(counts)) for column in figures], axis=0)
+
+
+def _per_seed(tallies: Sequence[Tally], seeds: int) -> np.ndarray:
+    """[S]: mean over columns and draws of each seed's figures."""
+    return np.mean([tally.figures().reshape(seeds, -1).mean(1) for tally in tallies], axis=0)
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """Of the mean of these values; 0 of a single one, which shows no spread."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _of_seeds(tallies: Sequence[Tally], seeds: int, resamples: int, seed: int) -> np.ndarray:
+    """[b]: what the choice of seeds may have added to a figure. It counts once too often what seeds and test images share, to the safe side."""
+    if seeds == 1:
+        return np.zeros(resamples)
+    rng = np.random.default_rng([seed, seeds])
+    return _standard_error(_per_seed(tallies, seeds)) * rng.standard_t(seeds - 1, resamples)
 
 
 def _ends(level: float) -> tuple[float, float]:
@@ -185,7 +216,7 @@ def _deviations(
     draws = np.zeros(resamples)
     if len(per_draw) > 1:
         # the labels' own spread over draws, test images held; counts what images and labels share once too often, to the safe side
-        draws = per_draw.std(ddof=1) / math.sqrt(len(per_draw)) * rng.standard_t(len(per_draw) - 1, resamples)
+        draws = _standard_error(per_draw) * rng.standard_t(len(per_draw) - 1, resamples)
     return images, draws
 
 

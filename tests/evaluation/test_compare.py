@@ -170,3 +170,25 @@ def test_a_mean_that_rose_does_not_hide_a_column_that_fell():
     assert "helped on average, not everywhere" in found["b"]["sentence"]
     assert "Fell beyond the noise: linear 100 % -" in found["b"]["sentence"]
     assert found["c"]["fallen"] == [] and "c against a: helped, +" in found["c"]["sentence"]
+
+
+def test_braces_make_several_seeds_one_model():
+    rng = np.random.default_rng(0)
+    rows = {"untrained": {"knn 10 %": Tally.of_hits(rng.random((2, 300)) < 0.3)}}
+    for name, level in (("start", 0.5), ("run-0", 0.8), ("run-1", 0.6)):
+        rows[name] = {"knn 10 %": Tally.of_hits(rng.random((2, 300)) < level)}
+    _, config = compare.load_compare(["start", "run-{0,1}", "data.train=a", "data.test=b"])
+    assert [name for name, _ in compare.rows_of(["start", "run-{0,1}"], config)] == [
+        "raw pixels",
+        "untrained",
+        "start",
+        "run-0",
+        "run-1",
+    ]
+    both = compare.judged(["start", "run-{0,1}"], rows, config, None)
+    alone = compare.judged(["start", "run-0", "run-1"], rows, config, None)["differences"]
+    found = both["differences"]["run-{0,1}"]
+    assert list(both["rows"]) == ["untrained", "start", "run-{0,1}"] and "and 2 seeds" in found["sentence"]
+    assert found["all"]["value"] == pytest.approx(np.mean([alone[name]["all"]["value"] for name in ("run-0", "run-1")]), abs=1e-3)
+    # two seeds that lie 20 points apart say little of the recipe
+    assert alone["run-0"]["all"]["verdict"] == "helped" and found["all"]["low"] < 0

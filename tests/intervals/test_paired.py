@@ -41,6 +41,28 @@ def test_two_of_the_same_kind_are_not_said_to_help_more_often_than_the_level_pro
     assert verdicts.count("harmed") / 400 <= 0.025 + 2 * 0.0078
 
 
+def trained(rng, seeds, images=400, spread=0.12, gain=0.0):
+    """Hits [seeds, N] of trainings of one recipe: each is a little better or worse by the luck of its seed, on all images."""
+    skill = gain + rng.normal(scale=spread, size=(seeds, 1))
+    return Tally.of_hits(skill + 0.4 + rng.normal(size=(seeds, images)) > 0)
+
+
+def test_seeds_of_one_recipe_are_told_from_recipes_by_their_spread():
+    verdicts = {1: [], 3: []}
+    for number in range(60):
+        rng = np.random.default_rng(number)
+        for seeds, found in verdicts.items():
+            sides = [[trained(rng, seeds)] for _ in range(2)]
+            found.append(difference(*sides, seeds=(seeds, seeds), seed=number).verdict)
+    # one training of each: two networks do differ, and are said to, far more often than 1.5 of 60
+    assert verdicts[1].count("helped") > 4
+    assert max(verdicts[3].count(name) for name in ("helped", "harmed")) <= 4  # 2.5 % of 60 and a good deviation
+    rng = np.random.default_rng(0)
+    found = difference([trained(rng, 1)], [trained(rng, 4, gain=1.0)], seeds=(1, 4))  # a start has no seeds
+    assert found.verdict == "helped" and found.seeds == 4
+    assert found.value == pytest.approx(found.low / 2 + found.high / 2, abs=1.0)
+
+
 def test_a_real_difference_is_found_and_its_sign_is_right():
     first, second = simulated(np.random.default_rng(0), 1.0, images=2000)
     found = difference([first], [second])

@@ -263,7 +263,10 @@ def test_a_released_layout_opens_with_its_sources_outputs(tmp_path, golden, name
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS])
 def test_a_released_layout_is_adapted_by_one_step_and_differs_by_that_step_alone(tmp_path, golden, name, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, backbone, promised = opened(tmp_path, golden, name)
+    adapt_by_one_step(*opened(tmp_path, golden, name), images)
+
+
+def adapt_by_one_step(model, backbone, promised, images):
     keys = ["optim.total_steps=1", "data.workers=0", "log.tensorboard=false", "crops.mode=cpu", "guard.unverified=trained"]
     assert (
         run_command(["adapt", model, str(images), *keys, "backbone.trainable=last", "backbone.last_blocks=1", "run_dir=run"]) == 0
@@ -296,7 +299,9 @@ def images(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "width"), [("small", 384), ("base", 768), ("large", 1024)])
 @pytest.mark.parametrize("source", ["transformers", "timm"])
-def test_dinov3_of_full_width(tmp_path, golden, monkeypatch, size, width, source):
+def test_dinov3_of_full_width_opens_and_is_adapted(tmp_path, golden, monkeypatch, images, size, width, source):
+    """Width, heads and registers of ViT-S, B and L; two blocks, for depth repeats what two show."""
+    monkeypatch.chdir(tmp_path)
     heads = width // 64
     made = (
         of_transformers(
@@ -313,5 +318,6 @@ def test_dinov3_of_full_width(tmp_path, golden, monkeypatch, size, width, source
         )
     )
     monkeypatch.setitem(LAYOUTS, "wide", made)
-    _, backbone, _ = opened(tmp_path, golden, "wide")
+    model, backbone, promised = opened(tmp_path, golden, "wide")
     assert backbone.embed_dim == width and backbone.num_prefix_tokens == 5
+    adapt_by_one_step(model, backbone, promised, images)
