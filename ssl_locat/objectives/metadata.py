@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError, did_you_mean
 from ssl_locat.objectives import Needs, Progress, Views
+from ssl_locat.objectives.linear_reader import LinearReader
 
 
 def check_names(names: Iterable[str], known: Collection[str]) -> None:
@@ -56,9 +57,9 @@ class MetadataHead(nn.Module):
             )
 
     def forward(self, views: Views) -> Tensor:
-        """-> logits of all fields side by side, [V, B, K1 + K2 + ...]."""
+        """-> logits of all fields side by side, and the class tokens themselves, [V, B, K1 + K2 + ... + D]."""
         read = (views.cls if strength is None else _Reversed.apply(views.cls, strength) for strength in self.reversal)
-        return torch.cat([field(cls) for field, cls in zip(self.fields, read, strict=True)], dim=-1)
+        return torch.cat([*(field(cls) for field, cls in zip(self.fields, read, strict=True)), views.cls], dim=-1)
 
 
 class Metadata(nn.Module):
@@ -70,6 +71,7 @@ class Metadata(nn.Module):
         nuisance: names of data.metadata that features should not tell.
         informative: names that they should.
         reversal: of a nuisance, how much stronger its gradient is in the backbone than in the head (which Adam scales anyway).
+        linear: of a nuisance, weight of what a linear reader explains of it (linear_reader.py), which has no opponent to outrun.
         hidden_dim, layers: of the head of each field; 1 layer: linear.
     """
 
@@ -79,7 +81,8 @@ class Metadata(nn.Module):
         self,
         nuisance: Sequence[str] = (),
         informative: Sequence[str] = (),
-        reversal: float = 1.0,
+        reversal: float = 0.1,
+        linear: float = 1.0,
         hidden_dim: int = 256,
         layers: int = 2,
     ):
@@ -92,12 +95,14 @@ class Metadata(nn.Module):
             raise ConfigError(
                 f"metadata: nuisance is {list(nuisance)}, informative {list(informative)}; expected at least one name of data.metadata, each once"
             )
-        if reversal <= 0 or hidden_dim < 1 or layers < 1:
+        if reversal < 0 or linear < 0 or hidden_dim < 1 or layers < 1:
             raise ConfigError(
-                f"metadata: reversal is {reversal}, hidden_dim {hidden_dim}, layers {layers}; expected a number above 0 and whole numbers of at least 1"
+                f"metadata: reversal is {reversal}, linear {linear}, hidden_dim {hidden_dim}, layers {layers}; expected two numbers of at least 0, and "
+                "whole numbers of at least 1"
             )
         self.reversal = tuple(reversal if name in nuisance else None for name in self.names)
-        self.hidden_dim, self.layers = hidden_dim, layers
+        self.linear, self.hidden_dim, self.layers = linear, hidden_dim, layers
+        self.readers = nn.ModuleDict()  # of nuisances
         self.columns: list[int] = []
         self.sizes: list[int] = []
 
@@ -105,13 +110,16 @@ class Metadata(nn.Module):
         check_names(self.names, metadata)
         self.columns = [list(metadata).index(name) for name in self.names]
         self.sizes = [metadata[name] for name in self.names]
+        nuisances = [name for name, strength in zip(self.names, self.reversal, strict=True) if strength is not None]
+        self.readers = nn.ModuleDict({name: LinearReader(embed_dim, metadata[name]) for name in nuisances if self.linear})
         return MetadataHead(embed_dim, self.sizes, self.reversal, self.hidden_dim, self.layers)
 
     def forward(self, student: Tensor, metadata: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """student [S, B, K1 + K2 + ...] logits, metadata int64 [B, M], -1 where unknown -> loss [], metrics."""
+        """student [S, B, K1 + K2 + ... + D] logits and class tokens, metadata int64 [B, M], -1 where unknown -> loss [], metrics."""
         views, batch = student.shape[:2]
         loss, metrics = student.new_zeros((), dtype=torch.float32), {}
-        for name, column, logits in zip(self.names, self.columns, student.float().split(self.sizes, -1), strict=True):
+        parts = student.float().split([*self.sizes, student.shape[-1] - sum(self.sizes)], -1)
+        for name, column, logits in zip(self.names, self.columns, parts[:-1], strict=True):
             truth = metadata[:, column]  # [B]
             known = truth >= 0
             wanted = truth.expand(views, batch).flatten()
@@ -120,6 +128,10 @@ class Metadata(nn.Module):
             loss = loss + entropy
             hits = ((logits.argmax(-1) == truth) & known).float().mean()  # []: of all images, too
             metrics |= {f"{name}_accuracy": hits / known.float().mean().clamp(min=1e-6), f"{name}_known": known.float().mean()}
+            if name in self.readers:
+                explained = self.readers[name](parts[-1], truth)
+                loss = loss + self.linear * explained
+                metrics[f"{name}_explained"] = explained.detach()
         return loss, metrics
 
     def finish_step(self) -> dict[str, Tensor]:

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import nn
 
 from ssl_locat.errors import ConfigError
 from ssl_locat.models.backbone import create_backbone
 from ssl_locat.objectives import Progress, Views
+from ssl_locat.objectives.linear_reader import NEWEST, LinearReader
 from ssl_locat.objectives.metadata import Metadata
 from ssl_locat.pretraining.student_teacher import StudentTeacher
+from ssl_locat.runs import distributed
 
 AT = Progress(0, 0.0, 1.0)
 SIZES = {"season": 2, "camera": 3, "organ": 4}
@@ -17,7 +20,7 @@ SIZES = {"season": 2, "camera": 3, "organ": 4}
 def gradients(known: torch.Tensor, **options) -> tuple[torch.Tensor, list[torch.Tensor], dict]:
     """(of the class tokens, of the head's parameters, metrics) for tokens [2, 6, 8]; the head is the same each time."""
     torch.manual_seed(0)
-    objective = Metadata(hidden_dim=16, **options)
+    objective = Metadata(hidden_dim=16, **{"linear": 0.0} | options)
     head = objective.make_head(8, metadata=SIZES)
     tokens = torch.randn(2, 6, 8, requires_grad=True)
     loss, metrics = objective(head(Views(tokens)), known, AT)
@@ -44,7 +47,7 @@ def test_each_field_has_a_head_of_its_own():
     both, _, metrics = gradients(TRUTH, nuisance=["camera"], informative=["organ"])
     assert both.abs().sum() > 0 and {"camera_accuracy", "organ_accuracy"} < set(metrics)
     objective = Metadata(nuisance=["camera"], informative=["organ"], layers=1)
-    assert objective.make_head(8, metadata=SIZES)(Views(torch.randn(3, 5, 8))).shape == (3, 5, 7)
+    assert objective.make_head(8, metadata=SIZES)(Views(torch.randn(3, 5, 8))).shape == (3, 5, 7 + 8)
 
 
 def test_what_says_nothing_moves_nothing():
@@ -60,7 +63,7 @@ def test_what_says_nothing_moves_nothing():
 
 def test_parts_of_a_batch_add_up_to_the_whole():
     """Ranks and micro-batches average: a part that says little must not weigh as much as one that says all."""
-    objective = Metadata(nuisance=["camera"])
+    objective = Metadata(nuisance=["camera"], linear=0.0)
     head = objective.make_head(8, metadata=SIZES)
     tokens, truth = torch.randn(2, 6, 8), TRUTH.clone()
     truth[:2] = -1
@@ -75,7 +78,7 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         ({}, "at least one name"),
         ({"nuisance": ["camera"], "informative": ["camera"]}, "each once"),
         ({"nuisance": "camera"}, "a list of names"),
-        ({"nuisance": ["camera"], "reversal": 0}, "above 0"),
+        ({"nuisance": ["camera"], "reversal": -1}, "at least 0"),
         ({"nuisance": ["cameras"]}, r"Did you mean 'camera'\? Say there which member"),
     ],
 )
@@ -94,3 +97,65 @@ def test_student_and_teacher_hand_it_the_labels():
     loss, _ = objective(model.student(crops, None, 2)["metadata"], targets["metadata"], AT)
     loss.backward()
     assert targets["metadata"] is not None and model.student.backbone.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+def clouds(told: float, count: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [1, count, 6] of labels 0, 1, 2, and these."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    tokens = torch.randn(1, count, 6, generator=generator)
+    tokens[0, :, 0] += told * labels
+    return tokens, labels
+
+
+def test_a_linear_reader_explains_what_least_squares_does():
+    tokens, labels = clouds(1.0)
+    design = torch.cat([tokens[0], torch.ones(400, 1)], 1).double()
+    wanted = nn.functional.one_hot(labels).double()
+    left = wanted - design @ torch.linalg.lstsq(design, wanted).solution
+    explained = ((wanted.var(0, correction=0) - left.square().mean(0)) / wanted.mean(0)).sum()
+    assert LinearReader(6, 3)(tokens, labels).item() == pytest.approx(explained.item(), abs=2e-3)
+
+
+def test_its_gradient_brings_the_means_together_at_full_strength():
+    tokens, labels = clouds(1.0)
+    reader = LinearReader(6, 3)
+    for seed in range(30):  # the newest part counts a tenth by now
+        reader(*clouds(1.0, seed=seed))
+    moving = tokens.clone().requires_grad_()
+    before = reader(moving, labels)
+    before.backward()
+    step = 0.01
+    fresh = LinearReader(6, 3)
+    change = fresh(tokens - step * 400 * moving.grad, labels) - LinearReader(6, 3)(tokens, labels)
+    slope = -step * 400 * moving.grad.square().sum()
+    assert change < 0 and 0.5 < change / slope < 1.5 and NEWEST < 0.2
+
+
+def test_a_batch_that_says_nothing_leaves_the_reader_as_it_was():
+    reader = LinearReader(6, 3)
+    tokens, labels = clouds(1.0)
+    before = reader(tokens, labels)
+    moving = tokens.clone().requires_grad_()
+    again = reader(moving, torch.full_like(labels, -1))
+    again.backward()
+    torch.testing.assert_close(again, before)
+    assert moving.grad.abs().max() == 0
+
+
+def _on_this_rank(count):
+    tokens, labels = clouds(1.0)
+    part = slice(distributed.rank() * count, (distributed.rank() + 1) * count)
+    moving = tokens[:, part].clone().requires_grad_()
+    explained = LinearReader(6, 3)(moving, labels[part])
+    explained.backward()
+    return explained.item(), moving.grad.tolist()
+
+
+@pytest.mark.slow
+def test_ranks_read_all_their_images():
+    (one, whole), *_ = run_ranks(_on_this_rank, 1, 400)
+    found = run_ranks(_on_this_rank, 2, 200)
+    assert all(value == pytest.approx(one, rel=1e-5) for value, _ in found)
+    halves = torch.cat([torch.tensor(gradient) for _, gradient in found], 1) / 2  # DDP averages over ranks
+    torch.testing.assert_close(halves, torch.tensor(whole), rtol=1e-4, atol=1e-8)

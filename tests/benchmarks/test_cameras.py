@@ -1,0 +1,45 @@
+"""The planted bias: cameras go along with classes in training alone, and each leaves its mark."""
+
+import io
+import json
+
+import numpy as np
+from PIL import Image
+
+from ssl_locat.benchmarks.cameras import CAMERAS, SEEN, plant, taken
+from ssl_locat.data.images.decode import decode_image, find_label
+from ssl_locat.data.shards.index import open_dataset
+from ssl_locat.data.shards.write import write_shard
+
+
+def write(path, count: int) -> str:
+    def samples():
+        for number in range(count):
+            out = io.BytesIO()
+            Image.new("RGB", (8, 8), (100, 110, 120)).save(out, "PNG")
+            yield f"{number:03d}", {"png": out.getvalue(), "cls": b"%d" % (number % 6)}
+
+    write_shard(path, samples())
+    return str(path)
+
+
+def test_cameras_go_along_with_classes_in_training_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    counts = plant(write(tmp_path / "a.tar", 300), write(tmp_path / "b.tar", 60), tmp_path / "out")
+    assert counts == {"train": 300, "unseen": 60, "read": 300, "asked": 60}
+    shares = {}
+    for name, count in counts.items():
+        found = open_dataset(str(tmp_path / f"out/{name}.tar")).read(0, count)
+        cameras = [json.loads(raw.members["json"])["camera"] for raw in found]
+        own = [camera == SEEN[find_label(raw.members) % 3] for raw, camera in zip(found, cameras, strict=True)]
+        shares[name] = np.mean(own)
+        assert set(cameras) == ({"D"} if name == "unseen" else set(SEEN))
+        gains = [np.mean(decode_image(raw.members["png"]), (0, 1)) / (100, 110, 120) for raw in found]
+        for camera, gain in zip(cameras, gains, strict=True):
+            np.testing.assert_allclose(gain, CAMERAS[camera], atol=0.01)
+    # 0.6, and a third of the rest
+    assert abs(shares["train"] - 0.73) < 0.08 and abs(shares["read"] - 0.33) < 0.08 and shares["unseen"] == 0
+
+
+def test_a_camera_clips_and_does_not_wrap():
+    assert taken(np.full((1, 1, 3), 250, np.uint8), "A").max() == 255
