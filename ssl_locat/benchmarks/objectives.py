@@ -10,7 +10,7 @@ from torch import nn
 
 from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, side_by_side, time_rows
 from ssl_locat.models import attach_locat
-from ssl_locat.objectives import Masks, Progress, Views
+from ssl_locat.objectives import Progress, Views
 from ssl_locat.objectives.dino import DINO
 from ssl_locat.objectives.distill import Distill
 from ssl_locat.objectives.gram import Gram
@@ -110,14 +110,14 @@ def patch_rows(repeats: int, batch: int) -> list[dict]:
     student: Any = objective.make_head(SIZE["embed_dim"]).to(device())
     teacher = copy.deepcopy(student).requires_grad_(False)
     # [2 * B, 64], True = hidden
-    hidden = objective.make_masks(list(range(batch)), 2, (8, 8))
-    masks = Masks.of(hidden, device())
+    hidden = objective.make_masks(list(range(batch)), 2, (8, 8)).to(device())
+    index = hidden.flatten().nonzero().squeeze(1)
     patches = torch.randn(2, batch, 64, SIZE["embed_dim"], device=device())
-    tokens = torch.randn(len(masks.index), SIZE["embed_dim"], device=device())
+    tokens = torch.randn(len(index), SIZE["embed_dim"], device=device())
     weights = torch.full((len(tokens),), 1 / len(tokens), device=device())
 
     def masked() -> None:
-        views = Views(tokens, patches=patches, masks=masks.hidden.unflatten(0, (2, batch)), masked=masks.index)
+        views = Views(tokens, patches=patches, masks=hidden.unflatten(0, (2, batch)), masked=index)
         objective(student(views), teacher(views), PROGRESS)[0].backward()
         objective.finish_step()
 

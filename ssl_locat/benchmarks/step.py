@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from ssl_locat.benchmarks import crops, label_free, moves, objectives, scaling, slow_step
+from ssl_locat.benchmarks import cheaper, crops, label_free, moves, objectives, scaling, slow_step
 from ssl_locat.benchmarks.networks import PAIRS, PROGRESS, forward_backward, make_model, our_stepper, tiny_pair
 from ssl_locat.benchmarks.timing import device, make_rows, peak_bytes, precisions, side_by_side, time_rows
 from ssl_locat.data.images.crops import MultiCrop
@@ -39,6 +39,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
     if not on_gpu:
         yield "whole job", partial(job_rows, repeats)
     yield "objectives", partial(objectives.rows, 2 if quick else repeats)
+    yield "stages and kept patches", partial(cheaper.rows, 2 if quick else repeats)
     yield "what moves", partial(moves.rows, 2 if quick else repeats, quick)
     if quick:
         return

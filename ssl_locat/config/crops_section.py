@@ -7,6 +7,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from ssl_locat.config.section import AtLeast0, Positive, Section, Share
 
+KeptShare = Annotated[float, Field(gt=0, le=1)]
+
 # The defaults are those of DINO (arXiv:2104.14294, section 3.2, and the options of its main_dino.py).
 
 
@@ -20,6 +22,14 @@ class CropSettings(Section):
         default=None,
         description="[pixels of a global crop, of a local one]: crops are cut at these sizes and brought to global_size and local_size by keeping the "
         "lowest frequencies of their spectrum (EfficientTrain++, arXiv:2405.08768)",
+    )
+    keep_patches: KeptShare | tuple[KeptShare, KeptShare] = Field(
+        default=1.0,
+        description="share of the global crops' patches that the student gets, the teacher sees all; [first, last]: goes straight from one to the other "
+        "over the stage (the run, without stages), by samples seen",
+    )
+    keep_shape: Literal["random", "block"] = Field(
+        default="random", description="which: single patches anywhere, or neighbours; drawn anew for each crop"
     )
     global_scale: tuple[float, float] = Field(default=(0.4, 1.0), description="fraction of the image's area")
     local_scale: tuple[float, float] = Field(default=(0.05, 0.4), description="fraction of the image's area")
@@ -60,6 +70,20 @@ class CropSettings(Section):
     )
     hed_prob: float = Field(default=0.0, ge=0, le=1)
 
+    @field_validator("keep_patches", mode="before")
+    @classmethod
+    def _a_share(cls, value: Any) -> Any:
+        given = value if isinstance(value, list | tuple) else [value]
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 < one <= 1 for one in given)
+        if not numbers or len(given) != (2 if given is value else 1):
+            raise ValueError(f"is {value}; expected a share above 0 and up to 1, or [first, last] of such")
+        return value
+
+    @property
+    def keeps(self) -> tuple[float, float]:
+        """The share of patches that the student gets at the beginning and at the end."""
+        return self.keep_patches if isinstance(self.keep_patches, tuple) else (self.keep_patches, self.keep_patches)
+
     @field_validator("global_scale", "local_scale")
     @classmethod
     def _a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -69,7 +93,7 @@ class CropSettings(Section):
 
 
 class CropStage(CropSettings):
-    """A part of the run with crops of its own; what it does not name is as in `crops`."""
+    """A part of the run with crops of its own; what it does not name is as beside `stages`."""
 
     until: float = Field(
         gt=0, le=1, description="share of the run, by samples seen, at which the stage ends; the last one's is 1.0"
@@ -84,9 +108,14 @@ class CropStage(CropSettings):
         return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
 
     @property
+    def given(self) -> dict[str, Any]:
+        """What it names."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    @property
     def differences(self) -> dict[str, Any]:
         """The settings of crops that it names."""
-        return {name: getattr(self, name) for name in CropSettings.model_fields if name in self.model_fields_set}
+        return {name: value for name, value in self.given.items() if name in CropSettings.model_fields}
 
 
 class Stage(NamedTuple):
@@ -98,7 +127,7 @@ class Stage(NamedTuple):
 
 
 class Crops(CropSettings):
-    """Of a run with stages: the last stage's, at whose sizes the network is made."""
+    """Of a run with stages, once it is read: the last stage's, at whose sizes the network is made."""
 
     anchor_size: int | None = Field(
         default=None,
@@ -113,8 +142,9 @@ class Crops(CropSettings):
     std: tuple[Positive, ...] = Field(default=(0.229, 0.224, 0.225), description="likewise")
     stages: list[CropStage] = Field(
         default=[],
-        description="parts of the run with other crops, one after the other: each has `until`, the share of the run by samples seen, `batch_size`, and "
-        "any key of crops but anchor_size, mode, mean and std; or give the list as `crops` itself (docs/cheaper.md)",
+        description="parts of the run with other crops, one after the other: each has `until`, the share of the run by samples seen, and may have "
+        "`batch_size` and any key of crops but anchor_size, mode, mean and std, which else are as beside the list; or give the list as `crops` itself "
+        "(docs/cheaper.md)",
     )
 
     @model_validator(mode="after")
@@ -130,18 +160,14 @@ class Crops(CropSettings):
                 )
         if untils[-1] != 1:
             raise ValueError(f"the last stage ends at until {untils[-1]:g}: nothing says how the run goes on. Set it to 1.0")
-        # the last stage is what the network is made for, so `crops` itself says the same
-        last = self.stages[-1]
-        for name, value in last.differences.items():
-            if name in self.model_fields_set and getattr(self, name) != value:
-                raise ValueError(
-                    f"{name} is {_plain(getattr(self, name))}, and {_plain(value)} in the last stage: what stands beside `stages` are the last "
-                    "stage's crops. Give it in one of the two places"
-                )
+        # The last stage is what the network is made for, so `crops` itself comes to say its settings; the earlier stages then name what they had
+        # from beside it. Read again, the resolved config gives the same stages.
+        *earlier, last = self.stages
+        common = {name: getattr(self, name) for name in last.differences}
+        stages = [CropStage(**{**common, **stage.given}) for stage in earlier]
+        alone = {name: value for name, value in last.given.items() if name not in last.differences}
         # the section is frozen for its readers; here it is still being made
-        self.__dict__.update(last.differences)
-        given = {name: getattr(last, name) for name in ("until", "batch_size") if name in last.model_fields_set}
-        self.__dict__["stages"] = [*self.stages[:-1], CropStage(**given)]
+        self.__dict__.update({**last.differences, "stages": [*stages, CropStage(**alone)]})
         return self
 
     @model_validator(mode="after")
@@ -183,8 +209,4 @@ class Crops(CropSettings):
 
     def options(self) -> dict[str, Any]:
         """As MultiCrop takes them."""
-        return self.model_dump(exclude={"stages"})
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+        return self.model_dump(exclude={"stages", "keep_patches", "keep_shape"})

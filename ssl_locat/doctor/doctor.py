@@ -303,7 +303,7 @@ def _run_section(
 
     from ssl_locat.pretraining.memory import memory_of
     from ssl_locat.pretraining.operations import operations_of_stages
-    from ssl_locat.pretraining.stages import in_words, told
+    from ssl_locat.pretraining.stages import changes, in_words, told
     from ssl_locat.pretraining.step_times import seconds_of_run, shares_cores, usable_workers
 
     advice = []
@@ -312,8 +312,8 @@ def _run_section(
     # seconds an image: workers share the one, the device does the other
     feed, model = loader / workers, times.transfer + times.step
     alone = shares_cores(config, times)
-    flop = operations_of_stages(config) if config.crops.stages else [1.0]
-    seconds = seconds_of_run(config, sample, times, ranks, length, flop)
+    flop = operations_of_stages(config) if changes(config) else None
+    seconds = seconds_of_run(config, sample, times, ranks, length, flop.stages if flop else [1.0])
     speed = length.total_samples / seconds
     parts = {
         "reading": sample.read_seconds / workers,
@@ -336,7 +336,7 @@ def _run_section(
     lines = [
         f"{length.total_steps:,} steps of {config.optim.global_batch_size} images = {_count(ranks, 'rank')} x {config.optim.accumulate_steps} accumulated x {micro_batch}; "
         f"{length.steps_per_epoch:,} steps an epoch",
-        *in_words(told(config, length.total_samples, flop)),
+        *(in_words(told(config, length.total_samples, *flop)) if flop else []),
         f"{config.backbone.name}: {times.backbone_params / 1e6:.2f} M parameters, heads {times.head_params / 1e6:.2f} M; {config.precision} on {times.device}",
         f"Memory per rank: about {memory:.2g} GB by count ({counted.words()})",
         f"Measured on this machine: model {1 / model:.0f} images/s per rank, loader {workers / loader:.0f} images/s with {_count(workers, 'worker')}",

@@ -55,7 +55,12 @@ def measured_rates(datasets: list[Dataset], config: Config, device: torch.device
     """`Rates` for this machine and data, from the cache where they were measured before. None if no image could be read."""
     what = (os.uname().nodename, cpu_name(), torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch.__version__)
     data = [dataset.manifest_hash for dataset in datasets]
-    about = [what, data, config.crops.model_dump(mode="json", exclude={"mode", "stages"}), torch.get_num_threads()]
+    about = [
+        what,
+        data,
+        config.crops.model_dump(mode="json", exclude={"mode", "stages", "keep_patches", "keep_shape"}),
+        torch.get_num_threads(),
+    ]
     key = json.dumps([*about, config.channels] if config.channels else about)
     kept = default_cache_dir().parent / "crops" / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.json"
     with suppress(OSError, ValueError, TypeError):

@@ -23,7 +23,7 @@ from ssl_locat.models.attention_packed import Run, as_autocast, packed_attention
 from ssl_locat.models.families.front import Front, project
 from ssl_locat.models.families.plain import GaugAttention
 from ssl_locat.models.grid import Grid
-from ssl_locat.models.tokens import Tokens, embed_patches, recomputed
+from ssl_locat.models.tokens import Tokens, embed_patches, only_kept, recomputed
 
 
 class Packing(NamedTuple):
@@ -37,6 +37,7 @@ class Packing(NamedTuple):
         None,
         None,
     )  # this block's factors of stochastic depth [sequences], of both branches
+    patches: tuple[Tensor | None, ...] = ()  # of each run the numbers [B, n] of the patches that are there; None: all of the grid
 
 
 def cannot_pack(model: nn.Module) -> str | None:
@@ -71,30 +72,40 @@ def allow_packing(model: Any) -> Any:
 
 
 def packed_tokens(
-    model: Any, crops: Sequence[Tensor], *, masks: Tensor | None = None, mask_token: Tensor | None = None
+    model: Any,
+    crops: Sequence[Tensor],
+    *,
+    masks: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> list[Tokens]:
-    """Raw tokens of the last block for each of `crops` [B_i, 3, H_i, W_i], in one pass; masks [B_0, N] are of the first."""
+    """Raw tokens of the last block for each of `crops` [B_i, 3, H_i, W_i], in one pass; masks [B_0, N] and kept [B_0, n] are of the first."""
     embedded = [
         embed_patches(model, images, masks=masks if number == 0 else None, mask_token=mask_token)
         for number, images in enumerate(crops)
     ]
     grids = tuple(grid for _, grid in embedded)
-    tokens = [_with_positions(model, patches) for patches, _ in embedded]  # [B_i, T_i, D]
+    chosen = tuple(kept if number == 0 else None for number in range(len(crops)))
+    tokens = [  # [B_i, T_i, D]
+        _with_positions(model, patches, grid, places) for (patches, grid), places in zip(embedded, chosen, strict=True)
+    ]
     runs = tuple(Run(*x.shape[:2]) for x in tokens)
     x = torch.cat([x.flatten(0, 1) for x in tokens])[None]  # [1, S, D]
-    packing = Packing(runs, grids, model.num_prefix_tokens, sequence_of_token(runs, x.device))
-    for block, kept in zip(model.blocks, _stochastic_depth(model.blocks, runs, x), strict=True):
-        where = packing._replace(kept=kept)
+    packing = Packing(runs, grids, model.num_prefix_tokens, sequence_of_token(runs, x.device), patches=chosen)
+    for block, factors in zip(model.blocks, _stochastic_depth(model.blocks, runs, x), strict=True):
+        where = packing._replace(kept=factors)
         x = recomputed(block, x, attn_mask=where) if model.grad_checkpointing else block(x, attn_mask=where)
     prefix = model.num_prefix_tokens
     parts = [part.unflatten(0, run) for part, run in zip(x[0].split([r.batch * r.tokens for r in runs]), runs, strict=True)]
     return [Tokens(part[:, :prefix], part[:, prefix:], grid) for part, grid in zip(parts, grids, strict=True)]
 
 
-def _with_positions(model: Any, patches: Tensor) -> Tensor:
+def _with_positions(model: Any, patches: Tensor, grid: Grid, kept: Tensor | None) -> Tensor:
     if hasattr(model, "place_patches"):  # a LocAt model
-        return model.place_patches(patches)[0]
-    return model.norm_pre(model.patch_drop(model._pos_embed(patches)))
+        x = model.place_patches(patches)[0]
+    else:
+        x = model.norm_pre(model.patch_drop(model._pos_embed(patches)))
+    return x if kept is None else only_kept(model, (x, None, None), kept, grid)[0]
 
 
 def _stochastic_depth(blocks: Any, runs: Sequence[Run], like: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -159,10 +170,11 @@ def _gaussian(attention: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor, packin
         for *qkv, given, run in zip(*(t.split(sizes) for t in (q, k, v, x)), packing.runs, strict=True)
     ]
     coefficients = [
-        gaug(q_run[:, :, prefix:], grid, k=k_run[:, :, prefix:], x=given[:, prefix:])
-        for (q_run, k_run, _, given), grid in zip(runs, packing.grids, strict=True)
+        gaug(q_run[:, :, prefix:], grid, k=k_run[:, :, prefix:], x=given[:, prefix:], kept=kept)
+        for (q_run, k_run, _, given), grid, kept in zip(runs, packing.grids, packing.patches, strict=True)
     ]
-    if gaug.kernel == "gaussian":
+    # the packed kernel reads places off the grid: with kept patches each run is a call of its own, which knows them
+    if gaug.kernel == "gaussian" and all(kept is None for kept in packing.patches):
         q, k, v = as_autocast(q, k, v)
         if not unsupported_reason("triton", q, plain=True):
             from ssl_locat.models.attention_triton_packed import (

@@ -11,6 +11,7 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import PatchDropout, PatchDropoutWithIndices, apply_keep_indices_nlc
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -18,33 +19,49 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssl_locat.errors import UserError
-from ssl_locat.models.grid import Grid
+from ssl_locat.models.grid import Grid, kept_mask
 
 
 class Tokens(NamedTuple):
     prefix: Tensor  # [B, R, D] class token(s) first, then registers; R = 0 where there are none
-    patches: Tensor  # [B, N, D] row-major over the grid
+    patches: Tensor  # [B, N, D] row-major over the grid; of kept patches [B, n, D], in the order of their numbers
     grid: Grid
 
 
 def forward_tokens(
-    backbone: nn.Module, images: Tensor, *, masks: Tensor | None = None, mask_token: Tensor | None = None
+    backbone: nn.Module,
+    images: Tensor,
+    *,
+    masks: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tokens:
     """Tokens of the last block, raw: no norm, no PRR.
 
-    images [B, 3, H, W]; masks [B, N] bool, True = the patch's embedding is replaced by mask_token [D] before positions are added.
+    images [B, 3, H, W]; masks [B, N] bool, True = the patch's embedding is replaced by mask_token [D] before positions are added; kept [B, n] int64,
+    numbers of patches: the blocks see these alone, each with its position, and `patches` are [B, n, D] in that order.
     """
-    return last_blocks(backbone, images, 1, masks=masks, mask_token=mask_token)[0]
+    return last_blocks(backbone, images, 1, masks=masks, mask_token=mask_token, kept=kept)[0]
 
 
 def last_blocks(
-    backbone: nn.Module, images: Tensor, n: int, *, masks: Tensor | None = None, mask_token: Tensor | None = None
+    backbone: nn.Module,
+    images: Tensor,
+    n: int,
+    *,
+    masks: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> list[Tokens]:
     """Raw tokens of the last n blocks (stages, for Swin), the last one at the end."""
     if isinstance(backbone, VisionTransformer | Eva):
-        outputs, grid = run_blocks(backbone, images, n, masks=masks, mask_token=mask_token)
+        outputs, grid = run_blocks(backbone, images, n, masks=masks, mask_token=mask_token, kept=kept)
         prefix = backbone.num_prefix_tokens
         return [Tokens(x[:, :prefix], x[:, prefix:], grid) for x in outputs]
+    if kept is not None:
+        raise UserError(
+            f"{type(backbone).__name__} cannot leave patches out (crops.keep_patches); that needs a ViT (VisionTransformer or Eva of timm)"
+        )
     if masks is not None:
         raise UserError(
             f"{type(backbone).__name__} cannot mask patches; masked objectives need a ViT (VisionTransformer or Eva of timm)"
@@ -66,15 +83,24 @@ def last_blocks(
 
 
 def run_blocks(
-    model: VisionTransformer | Eva, images: Tensor, n: int = 1, *, masks: Tensor | None = None, mask_token: Tensor | None = None
+    model: VisionTransformer | Eva,
+    images: Tensor,
+    n: int = 1,
+    *,
+    masks: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[list[Tensor], Grid]:
     """Outputs of the last n blocks [B, R + N, D], and the grid; honours timm's `set_grad_checkpointing`."""
     x, grid = embed_patches(model, images, masks=masks, mask_token=mask_token)
     last = range(len(model.blocks) - n, len(model.blocks))
     if hasattr(model, "place_patches"):  # a LocAt model, which tells its blocks where patches lie
-        _, outputs = model.run_blocks(*model.place_patches(x), list(last))
+        placed = model.place_patches(x)
+        _, outputs = model.run_blocks(*(placed if kept is None else only_kept(model, placed, kept, grid)), list(last))
         return outputs, grid
     x, rope = model._pos_embed(x) if isinstance(model, Eva) else (model.patch_drop(model._pos_embed(x)), None)
+    if kept is not None:
+        x, rope, _ = only_kept(model, (x, rope, None), kept, grid)
     x = model.norm_pre(x)
     outputs = []
     for index, block in enumerate(model.blocks):
@@ -83,6 +109,30 @@ def run_blocks(
         if index in last:
             outputs.append(x)
     return outputs, grid
+
+
+def only_kept(
+    model: VisionTransformer | Eva, placed: tuple[Tensor, Tensor | None, Tensor | None], kept: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(tokens [B, R + N, D] with positions, rotary embedding, the blocks' mask) of all patches -> of kept [B, n].
+
+    Positions travel with the tokens: the rotary embedding is taken along, and the mask tells GAug where the kept ones lie.
+    """
+    x, rope, mask = placed
+    drops = isinstance(getattr(model, "patch_drop", None), PatchDropout | PatchDropoutWithIndices)
+    if drops or getattr(model, "drop_patches", None) is not None:
+        raise UserError("crops.keep_patches and the backbone's patch_drop_rate both leave patches out; set one of the two")
+    prefix = model.num_prefix_tokens
+    x = torch.cat([x[:, :prefix], at_places(x[:, prefix:], kept)], dim=1)
+    if rope is not None:  # [N, d] -> [B, 1, n, d]; mixed: [depth, heads, N, d] -> [depth, B, heads, n, d]
+        rope = apply_keep_indices_nlc(x, rope, kept)
+        rope = rope.transpose(0, 1) if model.rope_mixed else rope.unsqueeze(1)
+    return x, rope, None if mask is None else kept_mask(kept, *grid)
+
+
+def at_places(patches: Tensor, kept: Tensor) -> Tensor:
+    """[B, N, D] at kept [B, n] -> [B, n, D]."""
+    return patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
 
 
 def embed_patches(

@@ -21,15 +21,73 @@ ATTEMPTS = 10  # rectangles tried before single cells fill the rest; BEiT's
 
 
 class Masks(NamedTuple):
-    hidden: Tensor  # [T*B, N] bool, True = hidden from the student; view-major
+    """What the student does not see of the global crops; view-major. Of the N patches of a crop it gets n, all of them where `kept` is None."""
+
+    hidden: Tensor | None  # [T*B, n] bool, True = a mask token in its place; None where no objective hides any
     # [M] int64: where `hidden` is True, counted through its rows; made on the CPU, so that no kernel is waited for.
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    cells: int  # N
+    kept: Tensor | None = None  # [T*B, n] int64, ascending: the numbers of the patches that it gets
 
     @classmethod
-    def of(cls, hidden: Tensor, device: torch.device | str = "cpu") -> "Masks":
-        """From `hidden` on the CPU."""
-        index = hidden.flatten().nonzero().squeeze(1)
-        return cls(hidden.to(device, non_blocking=True), index.to(device, non_blocking=True))
+    def of(
+        cls, hidden: Tensor | None, device: torch.device | str = "cpu", kept: Tensor | None = None, cells: int | None = None
+    ) -> "Masks":
+        """From `hidden` [T*B, N] and `kept` on the CPU. What is hidden and not kept is not there at all: of a kept patch it is as likely to be
+        hidden as of any."""
+        index = None
+        if hidden is not None:
+            cells = hidden.shape[1]
+            hidden = hidden if kept is None else hidden.gather(1, kept)
+            index = hidden.flatten().nonzero().squeeze(1)
+        assert cells is not None  # where nothing is hidden
+        parts = [part if part is None else part.to(device, non_blocking=True) for part in (hidden, index, kept)]
+        return cls(parts[0], parts[1], cells, parts[2])
+
+    def on_grid(self, kept_out: bool = False) -> Tensor | None:
+        """`hidden` of all N patches [T*B, N]; kept_out: what is not kept counts as hidden, too."""
+        if self.kept is None:
+            return self.hidden
+        if self.hidden is None and not kept_out:
+            return None
+        inside = torch.zeros_like(self.kept, dtype=torch.bool) if self.hidden is None else self.hidden
+        return inside.new_full((len(self.kept), self.cells), kept_out).scatter(1, self.kept, inside)
+
+
+class Keep(NamedTuple):
+    """Which patches of the global crops the student gets: a share of them, single ones at `random`, or one `block` of neighbours."""
+
+    share: float
+    shape: str = "random"
+
+    def count(self, patches: int) -> int:
+        return max(1, round(self.share * patches))
+
+    def draw(self, seeds: Sequence[int], views: int, grid: tuple[int, int]) -> Tensor | None:
+        """One seed per image -> int64 [views * B, n] on the CPU, ascending; None where all are kept."""
+        cells = grid[0] * grid[1]
+        if (count := self.count(cells)) == cells:
+            return None
+        kept = np.empty((views, len(seeds), count), np.int64)
+        for image, seed in enumerate(seeds):
+            rng = random.Random(seed)
+            for view in range(views):
+                chosen = one_block(rng, grid, count) if self.shape == "block" else rng.sample(range(cells), count)
+                kept[view, image] = sorted(chosen)
+        return torch.from_numpy(kept).flatten(0, 1)
+
+
+def one_block(rng: random.Random, grid: tuple[int, int], count: int) -> list[int]:
+    """`count` neighbouring cells of the grid, row-major: a rectangle of a random shape, but for the end of its last row."""
+    rows, cols = grid
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))  # height over width, as of torchvision's random crops
+    height = min(rows, max(1, round(math.sqrt(count * aspect))))
+    width = min(cols, -(-count // height))
+    height = -(-count // width)  # where the width met its limit
+    if height > rows:
+        height, width = rows, -(-count // rows)
+    top, left = rng.randint(0, rows - height), rng.randint(0, cols - width)
+    return [(top + cell // width) * cols + left + cell % width for cell in range(count)]
 
 
 class Masking(NamedTuple):

@@ -71,8 +71,8 @@ def pretrain(config: Config, resume: str = "auto", allow: Iterable[str] = ()) ->
                 with monitor.waiting_for_data():
                     # [2*B, C, H, W], [L*B, C, h, w]; [2*B, C, A, A] for an anchor that sees finer; [B, M], beside the images
                     batch, (global_crops, local_crops, anchor_crops, metadata) = next(run.batches)
-                masks = model.make_masks(losses, mask_seeds(config, batch.positions), global_crops)
-                monitor.first_crops.show(global_crops, local_crops, masks and masks.hidden)
+                masks = model.make_masks(losses, mask_seeds(config, batch.positions), global_crops, run.keep())
+                monitor.first_crops.show(global_crops, local_crops, masks and masks.on_grid(kept_out=True))
                 # gradients cross the network once a step, with the last micro-batch
                 with distributed.gradient_sync(student, now=micro == optim.accumulate_steps - 1):
                     with teacher_autocast:

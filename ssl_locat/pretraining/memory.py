@@ -83,6 +83,7 @@ def _memory_of_stage(config: Config, ranks: int, stage: Stage, model: StudentTea
         local_size=crops.local_size,
         num_local=crops.num_local,
         anchor_size=crops.anchor_size,
+        keep_patches=max(crops.keeps),
         precision="fp32" if config.precision == "auto" else config.precision,  # the most that it can be
         parallel=config.parallel,
         world_size=ranks,
@@ -114,6 +115,7 @@ def estimate_memory(
     local_size: int,
     num_local: int,
     anchor_size: int | None = None,
+    keep_patches: float = 1.0,
     precision: str = "bf16",
     parallel: str = "ddp",
     world_size: int = 1,
@@ -125,6 +127,7 @@ def estimate_memory(
         model: on any device; objectives: those it was made for.
         images: per GPU and micro-batch.
         global_size, local_size, anchor_size: of the crops, pixels; two global crops, and two more for a finer anchor.
+        keep_patches: share of the global crops' patches that the student gets.
     """
     backbone = model.student.backbone
     # the teacher's alone: what is frozen it has in common with the student, where nothing is cut into parts
@@ -147,11 +150,11 @@ def estimate_memory(
     whole = _count(model.anchors) + _count_besides(model.snapshots, model.student)
     whole += _count(model.teacher.backbone) if parts > 1 else 0
     kept = images * sum(
-        views * _kept_by_blocks(backbone, side, precision, activation_checkpointing)
-        for views, side in ((2, global_size), (num_local, local_size))
+        views * _kept_by_blocks(backbone, side, precision, activation_checkpointing, share)
+        for views, side, share in ((2, global_size, keep_patches), (num_local, local_size, 1.0))
         if views
     )
-    patches = _patches(backbone, global_size)
+    patches = round(keep_patches * _patches(backbone, global_size))
     scores = sum(_scores(objective, images, num_local, patches) for objective in objectives.values())
     channels = len(backbone.pretrained_cfg["mean"])
     pixels = 2 * global_size**2 + num_local * local_size**2 + 2 * (anchor_size or 0) ** 2
@@ -166,9 +169,9 @@ def estimate_memory(
     )
 
 
-def _kept_by_blocks(backbone: nn.Module, side: int, precision: str, recompute: bool) -> float:
+def _kept_by_blocks(backbone: nn.Module, side: int, precision: str, recompute: bool, share: float) -> float:
     """Bytes that all blocks keep of one crop: Swin's stages have a quarter of the tokens each time, twice as wide."""
-    prefix, first = getattr(backbone, "num_prefix_tokens", 0), _patches(backbone, side)
+    prefix, first = getattr(backbone, "num_prefix_tokens", 0), share * _patches(backbone, side)
     blocks = backbone_blocks(backbone)
     widths = [backbone.embed_dim if hasattr(backbone, "blocks") else block.dim for block in blocks]
     values = [(first * (widths[0] / width) ** 2 + prefix) * width for width in widths]

@@ -18,7 +18,7 @@ from ssl_locat.models.tokens import Tokens
 from ssl_locat.pretraining.first_crops import FirstCrops
 from ssl_locat.pretraining.parts import Rates
 from ssl_locat.pretraining.setup import Run
-from ssl_locat.pretraining.stages import work
+from ssl_locat.pretraining.stages import keep_at, work
 from ssl_locat.runs import distributed
 from ssl_locat.runs.diagnosis import feature_std, not_finite, patch_cls_similarity, save_replay
 from ssl_locat.runs.distributed import rank, world_size
@@ -39,6 +39,7 @@ class Monitor:
         looks = torch.tensor(float(self.usage.looks_at_gpu), device=run.device)
         self.usage.looks_at_gpu = bool(distributed.all_reduce_mean_(looks) == 1)  # all ranks log the same numbers
         self.stage = run.stage.number
+        self.keeps = any(min(stage.crops.keeps) < 1 for stage in run.stages)
         if run.stage_flop:
             bar.work = work(run.stages, run.step, run.samples_seen, run.length.total_samples, run.stage_flop)
         self.own_losses: list[tuple[int, Tensor, list]] = []  # (step, this rank's loss, positions), since the last look at them
@@ -66,6 +67,9 @@ class Monitor:
             "memory_gb": memory_gb(run.device),
             "quarantined": run.stream.quarantined * world_size(),  # a sum over ranks, not a mean
         }
+        if self.keeps:
+            keep = keep_at(run.stages, run.samples_seen - images)  # of the step that ended
+            numbers["student_patches"] = keep.share if keep else 1.0
         if (run.step - 1) % config.log.every_steps == 0:
             numbers |= self.usage.since_last()
         # filled on the device: a copy of a host number would wait for all that is queued there

@@ -3,7 +3,7 @@
 A multiply-accumulate counts as two operations. Not counted: decoding, crops, losses, the optimiser.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,44 +14,57 @@ from ssl_locat.config.crops_section import Crops
 from ssl_locat.config.schema import Config
 from ssl_locat.models.attention import forced_backend
 from ssl_locat.objectives.blocks import BlockScores
+from ssl_locat.objectives.masking import Keep
 from ssl_locat.pretraining.parts import build_model, mask_seeds
 
 _IMAGES = 8  # as many masks are drawn: what patch losses score differs from image to image
 
 
-def operations_of_stages(config: Config) -> list[float]:
-    """FLOP of one image in each stage: the teacher on two global crops, the student forward and backward on all crops, with their heads."""
+class Counted(NamedTuple):
+    """FLOP of one image."""
+
+    stages: list[float]  # in each
+    whole: float  # of the last stage's crops, where the student gets all of their patches
+
+
+def operations_of_stages(config: Config) -> Counted:
+    """Counted: the teacher on two global crops, the student forward and backward on all crops (or kept patches), with their heads."""
     without_start = config.model_copy(update={"backbone": config.backbone.model_copy(update={"init": None, "trainable": "full"})})
     with torch.device("meta"):
         model, losses = build_model(without_start, torch.device("meta"))
-    found: dict[str, float] = {}
-    for _, crops, _ in config.crops.resolved():
-        key = repr(_what_counts(crops))
+    found: dict[tuple, float] = {}
+
+    def of(crops: Crops, share: float) -> float:
+        key = crops.global_size, crops.local_size, crops.num_local, share
         if key not in found:
-            found[key] = _operations(config, crops, model, losses)
-    return [found[repr(_what_counts(crops))] for _, crops, _ in config.crops.resolved()]
+            found[key] = _operations(config, crops, model, losses, share)
+        return found[key]
+
+    stages = []
+    for _, crops, _ in config.crops.resolved():
+        first, last = crops.keeps
+        # Simpson's rule: exact, since a block costs a square of its tokens at most
+        parts = {first: 1} if first == last else {first: 1, (first + last) / 2: 4, last: 1}
+        stages.append(sum(weight * of(crops, share) for share, weight in parts.items()) / sum(parts.values()))
+    return Counted(stages, of(crops, 1.0))
 
 
 def operations_of_run(config: Config) -> float:
     """FLOP of one image, the mean over the run."""
     found, begins = 0.0, 0.0
-    for stage, of_an_image in zip(config.crops.resolved(), operations_of_stages(config), strict=True):
+    for stage, of_an_image in zip(config.crops.resolved(), operations_of_stages(config).stages, strict=True):
         found, begins = found + (stage.until - begins) * of_an_image, stage.until
     return found
 
 
-def _what_counts(crops: Crops) -> tuple:
-    return crops.global_size, crops.local_size, crops.num_local
-
-
-def _operations(config: Config, crops: Crops, model: Any, losses: Any) -> float:
+def _operations(config: Config, crops: Crops, model: Any, losses: Any, share: float) -> float:
     channels, side, small = len(crops.mean), crops.global_size, crops.local_size
     large = torch.empty(2 * _IMAGES, channels, side, side, device="meta")
     local = torch.empty(crops.num_local * _IMAGES, channels, small, small, device="meta") if crops.num_local else None
     anchor = (
         torch.empty(2 * _IMAGES, channels, crops.anchor_size, crops.anchor_size, device="meta") if crops.anchor_size else None
     )
-    masks = model.make_masks(losses, mask_seeds(config, range(_IMAGES)), large)
+    masks = model.make_masks(losses, mask_seeds(config, range(_IMAGES)), large, Keep(share))
     # attention as products of matrices, which the counter sees, with no kernel of ours, which it does not know
     with FlopCounterMode(display=False) as counter, forced_backend("sdpa"), sdpa_kernel(SDPBackend.MATH):
         targets, _ = model.targets(large, 2, masks, anchor)

@@ -34,8 +34,9 @@ from ssl_locat.models.families.front import LocAtModel
 from ssl_locat.models.gaug import GAug
 from ssl_locat.models.moving import backbone_blocks
 from ssl_locat.models.packing import cannot_pack
-from ssl_locat.models.tokens import input_grid
+from ssl_locat.models.tokens import forward_tokens, input_grid
 from ssl_locat.objectives import Progress
+from ssl_locat.objectives.masking import Keep
 from ssl_locat.objectives.metadata import check_names
 from ssl_locat.optim.schedules import LEARNING_RATES, cosine, decayed, straight, warmed_up
 from ssl_locat.pretraining.given import freeze, load_anchors, sharing
@@ -275,13 +276,21 @@ def check_backbone(config: Config) -> None:
         freeze(backbone, config)
         if config.backbone.pack_crops is True and (reason := why_not_packed(config, backbone)):
             raise ConfigError(f"backbone.pack_crops is true, but {reason}. Set it to auto or false.")
-        for name, size, where in crop_sizes(config):
+        for name, size, where, share in crop_sizes(config):
             try:
                 backbone.patch_embed(torch.empty(1, len(config.crops.mean), size, size))
+                if name == "global_size" and share < 1:
+                    check_kept(backbone, torch.empty(1, len(config.crops.mean), size, size), share)
             except (AssertionError, RuntimeError) as error:
                 raise ConfigError(
                     f"crops.{name} is {size} pixels{where}, which {config.backbone.name} does not take: {error} Sides are multiples of the patch size."
                 ) from None
+
+
+def check_kept(backbone: nn.Module, crop: torch.Tensor, share: float) -> None:
+    """UserError for a backbone that cannot leave patches out."""
+    grid = input_grid(backbone, crop)
+    forward_tokens(backbone, crop, kept=torch.zeros(1, Keep(share).count(grid.rows * grid.cols), dtype=torch.int64))
 
 
 def why_not_packed(config: Config, backbone: nn.Module) -> str | None:

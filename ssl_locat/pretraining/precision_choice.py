@@ -9,6 +9,7 @@ from ssl_locat.config.schema import Config
 from ssl_locat.measure.machine import cpu_features
 from ssl_locat.objectives import Progress
 from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, total_loss
+from ssl_locat.pretraining.stages import keep_on_average
 from ssl_locat.runs.distributed import broadcast_object
 
 _SECONDS = 6.0  # for all timed steps, about; never fewer than two in each precision
@@ -62,7 +63,7 @@ def measure_steps(
             for views, side in ((2, crops.global_size), (crops.num_local, crops.local_size))
         )
         assert large is not None
-        masks = model.make_masks(losses, mask_seeds(config, range(images)), large)
+        masks = model.make_masks(losses, mask_seeds(config, range(images)), large, keep_on_average(config.crops))
         teacher_autocast, student_autocast = autocasts(with_precision(config, precision), device)
         _finish(device)
         began = clock()

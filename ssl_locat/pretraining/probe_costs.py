@@ -97,7 +97,9 @@ def training_forwards(config: Config) -> float:
     Of a run with stages the mean, in passes of the last stage's crop."""
     found, begins, side = 0.0, 0.0, config.crops.global_size
     for until, crops, _ in config.crops.resolved():
-        of_an_image = 4 * (crops.global_size / side) ** 2 + crops.num_local * (crops.local_size / side) ** 2
+        of_an_image = (2 + 2 * sum(crops.keeps) / 2) * (crops.global_size / side) ** 2 + crops.num_local * (
+            crops.local_size / side
+        ) ** 2
         found, begins = found + (until - begins) * of_an_image, until
     return found
 

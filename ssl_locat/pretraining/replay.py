@@ -12,6 +12,7 @@ from ssl_locat.data.images.crops import StagedCrops
 from ssl_locat.objectives import Progress
 from ssl_locat.optim.optim import build_optimizer
 from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, saved_modules, total_loss
+from ssl_locat.pretraining.stages import keep_on_average
 from ssl_locat.runs.checkpoint import Checkpointer
 from ssl_locat.runs.diagnosis import load_replay
 from ssl_locat.runs.distributed import setup
@@ -43,7 +44,9 @@ def replay(config: Config, path: Path) -> None:
         _watch(getattr(model, network), network, broken)
     crops = StagedCrops([stage.crops.options() for stage in config.crops.resolved()], device.type)
     global_crops, local_crops, anchor_crops, metadata = crops.finish(payload, device)
-    masks = model.make_masks(losses, mask_seeds(config, range(len(meta["keys"]))), global_crops)  # not those of that step
+    stage = config.crops.resolved()[int(payload["stage"]) if "stage" in payload else 0]
+    seeds = mask_seeds(config, range(len(meta["keys"])))  # not those of that step
+    masks = model.make_masks(losses, seeds, global_crops, keep_on_average(stage.crops))
     teacher_autocast, student_autocast = autocasts(config, device)
     with teacher_autocast:
         targets, _ = model.targets(global_crops, 2, masks, anchor_crops, metadata)

@@ -18,6 +18,7 @@ from ssl_locat.data.stream.prefetch import prefetch
 from ssl_locat.data.stream.stream import Part, TrainStream
 from ssl_locat.errors import Outage, disk_error_message
 from ssl_locat.objectives import Progress
+from ssl_locat.objectives.masking import Keep
 from ssl_locat.optim.optim import build_optimizer
 from ssl_locat.pretraining.choices import Choices
 from ssl_locat.pretraining.guard import keep_start, load_start
@@ -38,7 +39,7 @@ from ssl_locat.pretraining.parts import (
 )
 from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
 from ssl_locat.pretraining.probes import Probes
-from ssl_locat.pretraining.stages import RunStage, in_words, stage_at, stages_of, steps_left, stretches, told
+from ssl_locat.pretraining.stages import RunStage, changes, in_words, keep_at, stage_at, stages_of, steps_left, stretches, told
 from ssl_locat.pretraining.step_times import decide_crops, with_crop_mode
 from ssl_locat.runs import distributed
 from ssl_locat.runs.checkpoint import Checkpointer
@@ -194,6 +195,10 @@ class Run:
         """Of the step that comes next: its crops and its batch size."""
         return stage_at(self.stages, self.samples_seen)
 
+    def keep(self) -> Keep | None:
+        """What the student gets of the global crops' patches in the step that comes next; None: all."""
+        return keep_at(self.stages, self.samples_seen)
+
     def rates(self) -> Rates:
         """Of the step that comes next."""
         return rates(self.config, self.length, self.samples_seen, self.origin.since)
@@ -283,10 +288,12 @@ class Run:
 
     def _told(self) -> dict[str, list]:
         """The stages, for events.jsonl and so for the report; nothing for a run without, and on other ranks."""
-        self.stage_flop = operations_of_stages(self.config) if len(self.stages) > 1 and is_main() else []
-        if not self.stage_flop:
+        self.stage_flop: list[float] = []
+        if not (changes(self.config) and is_main()):
             return {}
-        stages = told(self.config, self.length.total_samples, self.stage_flop)
+        counted = operations_of_stages(self.config)
+        self.stage_flop = counted.stages
+        stages = told(self.config, self.length.total_samples, *counted)
         for line in in_words(stages):
             log.info("%s", line)
         return {"stages": [stage._asdict() for stage in stages]}

@@ -16,7 +16,7 @@ from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.blocks import BlockScores
 from ssl_locat.pretraining.parts import Length, autocasts, build_model, check, mask_seeds, total_loss
 from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
-from ssl_locat.pretraining.stages import stages_of, stretches
+from ssl_locat.pretraining.stages import keep_on_average, stages_of, stretches
 
 
 def usable_workers(config: Config, ranks: int = 1) -> int:
@@ -65,7 +65,7 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
     def step(collated: dict[str, Tensor]) -> None:
         images, local, larger, metadata = crops.finish(collated, device)
         # two global crops an image
-        masks = model.make_masks(losses, mask_seeds(config, range(len(images) // 2)), images)
+        masks = model.make_masks(losses, mask_seeds(config, range(len(images) // 2)), images, keep_on_average(config.crops))
         with teacher_autocast:
             targets, _ = model.targets(images, 2, masks, larger, metadata)
         with student_autocast:

@@ -10,15 +10,29 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.models.packing import allow_packing, packed_tokens
-from ssl_locat.models.tokens import Grid, Tokens, class_token, forward_tokens, input_grid, normalise, patch_width, refine
+from ssl_locat.models.tokens import (
+    Grid,
+    Tokens,
+    at_places,
+    class_token,
+    forward_tokens,
+    input_grid,
+    normalise,
+    patch_width,
+    refine,
+)
 from ssl_locat.objectives import Masks, Needs, Views
+from ssl_locat.objectives.masking import Keep
 from ssl_locat.runs.distributed import copy_whole
+from ssl_locat.seeds import mix64
+
+KEPT = 1  # tells the seeds of kept patches from those of masks, of which they are made
 
 
 class Network(nn.Module):
     """A backbone and one head per objective; where one of them needs masks, also a learned token [D] in the place of hidden patches.
 
-    `hides` says whether masks hide patches from the backbone (the student's) or only tell the heads which tokens to read (the teacher's).
+    `hides` says whether masks keep patches from the backbone (the student's) or only tell the heads which tokens to read (the teacher's).
     """
 
     hides = True
@@ -46,17 +60,19 @@ class Network(nn.Module):
             global_crops: [T*B, 3, H, W], view-major.
             local_crops: [n*B, 3, h, w], view-major, or None (the teacher never sees them).
             num_global: T.
-            masks: of the global crops, where an objective needs them.
+            masks: of the global crops, where an objective needs them, or where the student gets some of the patches alone.
             with_tokens: also the global crops' tokens after the last block, for diagnosis.
         """
         batch = len(global_crops) // num_global
-        hidden = masks.hidden if masks is not None and self.hides else None
+        seen: dict[str, Any] = {"mask_token": self.mask_token}
+        if masks is not None and self.hides:
+            seen |= {"masks": masks.on_grid(), "kept": masks.kept}
         raw_local: Tokens | None = None
         # one pass for both sizes, or one for each, as their numbers of tokens differ; prefix [T*B, R, D], patches [T*B, N, D]
         if self.packs and local_crops is not None:
-            raw, raw_local = packed_tokens(self.backbone, [global_crops, local_crops], masks=hidden, mask_token=self.mask_token)
+            raw, raw_local = packed_tokens(self.backbone, [global_crops, local_crops], **seen)
         else:
-            raw = forward_tokens(self.backbone, global_crops, masks=hidden, mask_token=self.mask_token)
+            raw = forward_tokens(self.backbone, global_crops, **seen)
         tokens = refine(self.backbone, raw)
         cls = class_token(self.backbone, tokens)  # [T*B, D]; Jumbo's J tokens side by side: [T*B, J*D]
         if local_crops is not None:
@@ -69,10 +85,23 @@ class Network(nn.Module):
             views = views._replace(patches=normalise(self.backbone, raw).patches.unflatten(0, (num_global, batch)))
         if self.needs.refined_patches:
             views = views._replace(refined_patches=tokens.patches.unflatten(0, (num_global, batch)))
-        if masks is not None:
+        if masks is not None and not self.hides:
+            views = at_kept(views, masks.kept)
+        if masks is not None and masks.hidden is not None:
             views = views._replace(masks=masks.hidden.unflatten(0, (num_global, batch)), masked=masks.index)
         outputs = {name: head(views) for name, head in self.heads.items()}
         return (outputs, raw) if with_tokens else outputs
+
+
+def at_kept(views: Views, kept: Tensor | None) -> Views:
+    """Views of a network that saw all patches, with those that the student got alone: kept [T*B, n], so that losses compare the same places."""
+    if kept is None:
+        return views
+
+    def taken(patches: Tensor | None) -> Tensor | None:
+        return None if patches is None else at_places(patches.flatten(0, 1), kept).unflatten(0, patches.shape[:2])
+
+    return views._replace(patches=taken(views.patches), refined_patches=taken(views.refined_patches))
 
 
 class Anchor(nn.Module):
@@ -204,18 +233,22 @@ class StudentTeacher(nn.Module):
         seen: dict[int, Views] = {}
         for name, anchor in (*self.anchors.items(), *self.snapshots.items()):
             if id(anchor) not in seen:
-                seen[id(anchor)] = anchor(global_crops, num_global, tokens.grid, anchor_crops)
+                views = anchor(global_crops, num_global, tokens.grid, anchor_crops)
+                seen[id(anchor)] = at_kept(views, masks.kept) if masks is not None else views
             outputs[name] = seen[id(anchor)]
         outputs |= dict.fromkeys(self.read_metadata, metadata)
         return outputs, tokens
 
-    def make_masks(self, objectives: nn.ModuleDict, seeds: list[int], global_crops: Tensor) -> Masks | None:
-        """Masks for a micro-batch by the first objective that needs them, one seed per image; None if none does."""
-        for objective in objectives.values():
-            if objective.needs.masks:
-                grid = input_grid(self.student.backbone, global_crops)
-                return Masks.of(objective.make_masks(seeds, len(global_crops) // len(seeds), grid), global_crops.device)
-        return None
+    def make_masks(
+        self, objectives: nn.ModuleDict, seeds: list[int], global_crops: Tensor, keep: Keep | None = None
+    ) -> Masks | None:
+        """What the student does not see of a micro-batch, one seed per image: the patches that the first objective which needs masks hides, and
+        those that are not kept; None if there are neither."""
+        grid, views = input_grid(self.student.backbone, global_crops), len(global_crops) // len(seeds)
+        kept = keep.draw([mix64(seed, KEPT) for seed in seeds], views, grid) if keep else None
+        masking = next((objective for objective in objectives.values() if objective.needs.masks), None)
+        hidden = masking.make_masks(seeds, views, grid) if masking is not None else None
+        return None if hidden is None and kept is None else Masks.of(hidden, global_crops.device, kept, grid.rows * grid.cols)
 
     def renew_snapshots(self, objectives: nn.ModuleDict, step: int) -> None:
         """Copy the teacher anew into the anchors that are due; all ranks call it."""

@@ -19,7 +19,7 @@ from ssl_locat.pretraining.operations import operations_of_stages
 from ssl_locat.pretraining.parts import build_model, check, describe
 from ssl_locat.pretraining.probes import counted
 from ssl_locat.pretraining.setup import Run
-from ssl_locat.pretraining.stages import in_words, told
+from ssl_locat.pretraining.stages import changes, in_words, told
 from ssl_locat.runs import distributed
 from ssl_locat.runs.best import read_best
 from ssl_locat.runs.distributed import broadcast_object, is_main, world_size
@@ -149,8 +149,8 @@ def dry_run(config: Config, text: str = "") -> None:
     datasets, _, length = check(config, world_size(), may_write=False)
     model, _ = build_model(config, torch.device("cpu"))
     say(describe(config, model, length, datasets, torch.device(config.device if config.device != "auto" else "cpu")))
-    if config.crops.stages:
-        say("\n".join(in_words(told(config, length.total_samples, operations_of_stages(config)))))
+    if changes(config):
+        say("\n".join(in_words(told(config, length.total_samples, *operations_of_stages(config)))))
     say(redact(text).rstrip() or dump_yaml(redacted(config.model_dump(mode="json"))).rstrip())
 
 

@@ -68,6 +68,8 @@ TRAINING: list[tuple[str, list[Caption]]] = [
                 "Well below 0.9. Near 1 patches no longer say what lies where, which dense tasks need."),
     ]),
     ("Schedules", [
+        Caption("Patches for the student", ("student_patches",), "Share of the global crops' patches that the student gets; the teacher sees all of them.",
+                "As scheduled (crops.keep_patches).", "share"),
         Caption("Learning rate", ("lr",), "As scheduled, scaled for the global batch.", "A warm-up, then the planned descent."),
         Caption("Weight decay", ("weight_decay",), "As scheduled.", "As planned."),
         Caption("Teacher momentum", ("momentum",), "The teacher keeps this share of itself at each step.", "As planned: to 1 at the end."),

@@ -147,20 +147,14 @@ def stages(run: Run) -> list[tuple[str, ...]]:
     rows = []
     for one in told:
         local = f" + {one['num_local']} x {one['local_size']}" if one["num_local"] else ""
-        numbers = (
-            f"{one['step']:,}",
-            f"{one['steps']:,}",
-            f"{one['samples']:,}",
-            f"{one['batch']:,}",
-            f"2 x {one['global_size']}{local}",
-        )
-        rows.append((str(one["number"] + 1), *numbers, f"{one['flop'] / 1e9:.3g}"))
+        first, last = (f"{100 * share:.3g}" for share in one["keeps"])
+        kept = "all" if min(one["keeps"]) == 1 else f"{first} %" if first == last else f"{first} to {last} %"
+        counts = (f"{one[name]:,}" for name in ("step", "steps", "samples", "batch"))
+        rows.append((str(one["number"] + 1), *counts, f"2 x {one['global_size']}{local}", kept, f"{one['flop'] / 1e9:.3g}"))
     done, samples = sum(one["samples"] * one["flop"] for one in told), sum(one["samples"] for one in told)
-    share = f"{done / (samples * told[-1]['flop']):.2g} of the last stage's throughout"
-    return [
-        *rows,
-        ("all", "", f"{sum(one['steps'] for one in told):,}", f"{samples:,}", "", "", f"{done / samples / 1e9:.3g} ({share})"),
-    ]
+    share = f"{done / (samples * told[-1]['whole']):.2g} of the last stage's whole crops throughout"
+    steps = sum(one["steps"] for one in told)
+    return [*rows, ("all", "", f"{steps:,}", f"{samples:,}", "", "", "", f"{done / samples / 1e9:.3g} ({share})")]
 
 
 def _sentence(advice: str) -> str:

@@ -215,7 +215,7 @@ def test_a_replay_is_finished_as_its_stage_was(tiny):
 
 def test_operations_memory_and_probes_count_each_stage(tiny):
     config = tiny()
-    small, middle, large = operations_of_stages(config)
+    small, middle, large = operations_of_stages(config).stages
     assert small < middle < large
     assert operations_of_run(config) == pytest.approx(0.5 * small + 0.25 * middle + 0.25 * large)
     assert training_forwards(config) == pytest.approx(0.5 * (4 / 4 + 2 / 16) + 0.25 * (4 * 0.5625 + 3 / 4) + 0.25 * (4 + 2 / 4))
@@ -245,7 +245,7 @@ def test_a_dry_run_lists_the_stages(textures, tmp_path, capsys):
     dry_run(load(str(config), [STAGES]))
     said = capsys.readouterr().out
     assert "stage 1, to 50 % of the run: 96 images in 3 steps of 32, from step 0; crops 2 x 16 + 2 x 8 px" in said
-    assert "of what the last stage's crops would cost throughout" in said
+    assert "of what the last stage's whole crops would cost throughout" in said
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,6 @@ def test_a_dry_run_lists_the_stages(textures, tmp_path, capsys):
         ("[{global_size: 16}, {until: 1.0}]", "'crops.0.until' is missing"),
         ("[{until: 0.5, gobal_size: 16}, {until: 1.0}]", "Did you mean 'global_size'"),
         ("[{until: 0.5, mean: [0.5, 0.5, 0.5]}, {until: 1.0}]", "Here it is crops.mean"),
-        ("{global_size: 32, stages: [{until: 0.5}, {until: 1.0, global_size: 40}]}", "global_size is 32, and 40 in the last stage"),
         ("[{until: 0.5, low_frequencies_of: [16, 8]}, {until: 1.0, global_size: 32, local_size: 16}]", "smaller than the crops made of it"),
         ("[{until: 0.5, batch_size: 7}, {until: 1.0}]", "batch_size of stage 1 is 7, not divisible by optim.accumulate_steps 2"),
         ("[{until: 0.5, global_size: 20}, {until: 1.0, global_size: 32, local_size: 16}]", "global_size is 20 pixels in stage 1"),
@@ -271,11 +270,17 @@ def test_what_cannot_be_is_refused_in_the_users_words(textures, tmp_path, crops,
     assert words in str(refused.value)
 
 
-def test_a_list_is_the_same_as_stages_and_reads_back(tiny, tmp_path):
-    stages = json.dumps([{"until": 0.5, "global_size": 16}, {"until": 1.0, "global_size": 32, "local_size": 16}])
-    by_list, by_key = tiny(f"crops={stages}"), tiny('crops={"global_size": 32, "local_size": 16}', f"crops.stages={stages}")
-    assert by_list == by_key
-    (tmp_path / "resolved.yaml").write_text(by_list.to_yaml())
-    assert load(str(tmp_path / "resolved.yaml")) == by_list
-    assert [stage.crops.global_size for stage in by_list.crops.resolved()] == [16, 32]
+def test_what_a_stage_does_not_name_is_as_beside_the_list_and_the_resolved_config_says_the_same(tiny, tmp_path):
+    stages = json.dumps(
+        [{"until": 0.5, "global_size": 16}, {"until": 1.0, "global_size": 48, "num_local": 3, "keep_patches": 0.5}]
+    )
+    by_list, by_key = tiny(f"crops={stages}"), tiny(f"crops.stages={stages}")
+    for config, local, count in ((by_list, 96, 8), (by_key, 16, 2)):
+        (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+        for read in (config, load(str(tmp_path / "resolved.yaml"))):
+            first, last = (stage.crops for stage in read.crops.resolved())
+            assert (first.global_size, first.local_size, first.num_local, first.keep_patches) == (16, local, count, 1.0)
+            assert (last.global_size, last.local_size, last.num_local, last.keep_patches) == (48, local, 3, 0.5)
+            assert read.crops.global_size == 48 and last.options() == read.crops.options()
+        assert load(str(tmp_path / "resolved.yaml")) == config
     assert stages_of(by_list, 100)[0].ends == 50
