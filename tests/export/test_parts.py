@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import timm
 from torch import nn
 
 from ssl_locat.errors import CheckpointError, UserError
@@ -75,6 +76,9 @@ def test_a_card_says_what_it_is_about(locat):
     other = model_card(locat, "mine", None, "teacher", [], "pt2", [(1, 32, 32), (3, 40, 56)], {"timm": 0.0}, with_code=True)
     assert "any image size that the patch size divides" in other and "import ssl_locat.models" in other
     assert "trust_remote_code=True" in other and "model.pt2" in other
+    # timm's own class knows nothing of it
+    timms = timm.create_model("vit_tiny_patch16_224", **TINY)
+    assert "ssl_locat.models" not in model_card(timms, "m", None, "teacher", [], "timm", [(1, 32, 32)], {"timm": 0.0})
     # half of LocAt is LocAt
     for half in ({"gaug": False}, {"prr": False}):
         backbone = create_backbone("locatvit_tiny", **TINY, **half)

@@ -13,7 +13,7 @@ from test_checkpoint import build, saved, train
 
 from ssl_locat.errors import CheckpointError
 from ssl_locat.runs.checkpoint import Checkpointer, problem, read_weights
-from ssl_locat.runs.marker import DTYPES, LONGEST_HEADER, MARKER, write_seal
+from ssl_locat.runs.marker import DTYPES, KINDS, LONGEST_HEADER, MARKER, write_seal
 
 
 def tensors(folder):
@@ -128,9 +128,24 @@ def test_each_malformed_header_is_one_message(tmp_path, number):
     content = json.loads((folder / MARKER).read_text())
     content["files"] = {tensors(folder).name: tensors(folder).stat().st_size}
     (folder / MARKER).write_text(json.dumps(content))
+    if number in (2, 3, 5, 6):
+        assert "does not fit" in problem(folder)
     model, optimizer = build()
     with pytest.raises(CheckpointError):
         Checkpointer(tmp_path).load(folder, {"student": model}, optimizer)
+
+
+def test_what_a_marker_without_a_seal_lacks_or_has_of_another_type_is_named(tmp_path):
+    saved(tmp_path, 1)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    without_hashes(folder)
+    whole = json.loads((folder / MARKER).read_text())
+    for name in KINDS:
+        (folder / MARKER).write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        assert problem(folder) == f"{MARKER} lacks {name}"
+        for value in "x", True:
+            (folder / MARKER).write_text(json.dumps({**whole, name: value}))
+            assert problem(folder) == f"{MARKER}: {name} is {value!r}"
 
 
 @pytest.mark.parametrize(

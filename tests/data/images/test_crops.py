@@ -117,6 +117,16 @@ def test_resize_equals_pillow(photos):
     assert (differences > 1).mean() < 1e-3 and differences.mean() < 0.1 and differences.max() <= 20
 
 
+def test_images_of_any_number_of_bands_keep_their_shape():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 5), np.uint8)
+    draw = PLAIN._replace(height=16, width=16, flip=True)
+    for bands in (1, 3, 5):
+        for kind in (np.uint8, np.float32):
+            crop = resized_crop(image[..., :bands].astype(kind), draw, 16)
+            assert crop.dtype == kind and (crop == image[:, ::-1, :bands]).all()
+            assert resized_crop(image[..., :bands].astype(kind), draw, 8).shape == (8, 8, bands)
+
+
 @pytest.mark.parametrize(
     ("name", "values", "worst", "mean"),
     [
