@@ -243,6 +243,7 @@ def evaluate(
     epilog=examples(
         "ssl-locat compare timm:vit_small_patch16_224.dino?pretrained runs/adapted data.train=photos/train data.test=photos/val",
         "ssl-locat compare runs/mine data.train=... data.test=... data.unlabelled='shards/*.tar' draws=10",
+        "ssl-locat compare START 'runs/adapted-{0,1,2}' data.train=... data.test=...      # three seeds of one recipe",
         "ssl-locat compare START ADAPTED data.train=... data.test=... data.num_classes=11 protocols=[hummingbird]",
     )
 )

@@ -117,11 +117,12 @@ def check_evaluation(protocol: str, model: str, overrides: Sequence[str], on: st
 
 def check_comparison(arguments: Sequence[str]) -> None:
     """UserError for a key, a model or data of `compare` that is not there."""
-    from ssl_locat.evaluation.compare import load_compare
+    from ssl_locat.evaluation.compare import load_compare, seeds_of
 
     models, config = load_compare(arguments)
     for model in models:
-        check_model(model)
+        for seed in seeds_of(model):
+            check_model(seed)
     for spec in (config.data.train, config.data.test, config.data.unlabelled):
         check_data(spec)
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PIXELS, UNTRAINED = "raw pixels", "untrained"
+MEASURED_AS = 2  # 2: least squares with exact leave-one-out. Rows kept from before are measured anew
 DENSE = ("hummingbird",)
 
 
@@ -153,7 +154,7 @@ def row_file(config: CompareConfig, name: str, first: str) -> Path:
     settings = config.model_dump(mode="json", exclude={"results", "leaks", "margin", "workers", "batch_size"})
     # pixels are those of the channels that the first MODEL reads
     model = fingerprint(name) if name not in (PIXELS, UNTRAINED) else f"{name} {fingerprint(first)}"
-    about = json.dumps([model, settings], sort_keys=True)
+    about = json.dumps([model, settings, MEASURED_AS], sort_keys=True)
     return Path(config.results) / "rows" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.npz"
 
 

@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from ssl_locat import cli
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.evaluation import compare, compare_rows
+from ssl_locat.evaluation.shared import least_squares
 from ssl_locat.evaluation.shared.least_squares import classify
 from ssl_locat.intervals.paired import Tally
 from ssl_locat.models.backbone import create_backbone
@@ -130,8 +131,30 @@ def test_least_squares_finds_what_is_linear_with_few_images_and_with_many():
         bank = directions[labels] + torch.randn(number, 50)
         queries = directions[torch.arange(200) % 4] + torch.randn(200, 50)
         assert (classify(bank, labels, queries, 4) == torch.arange(200) % 4).float().mean() > 0.95
-    # leave-one-out in closed form is leave-one-out
     assert (classify(torch.ones(8, 3), torch.arange(8) % 2, torch.ones(2, 3), 2) >= 0).all()
+
+
+@pytest.mark.parametrize("number", [30, 80])
+def test_leave_one_out_in_closed_form_is_leave_one_out(number):
+    """Also of fewer images than features, where each image fits itself and both parts of the closed form are near 0."""
+    torch.manual_seed(0)
+    values = torch.randn(number, 60).double()
+    values -= values.mean(0)
+    targets = torch.randn(number, 2).double()
+    targets -= targets.mean(0)
+    squares, rows = least_squares._decomposed(values)
+    for share in (1e-5, 1e-2, 1.0):
+        strength = share * float(squares.mean())
+        errors = []
+        for out in range(number):
+            kept = torch.arange(number) != out
+            # the mean is fitted without the image, too
+            bank, level, goal = values[kept], values[kept].mean(0), targets[kept].mean(0)
+            gram = (bank - level).T @ (bank - level) + strength * torch.eye(60).double()
+            weights = torch.linalg.solve(gram, (bank - level).T @ (targets[kept] - goal))
+            errors.append((targets[out] - goal - (values[out] - level) @ weights).square())
+        found = least_squares._left_out(rows, rows.T @ targets, targets, squares, strength)
+        assert found == pytest.approx(float(torch.stack(errors).mean()), rel=1e-3)
 
 
 def test_an_untrained_twin_keeps_nothing_of_the_weights():

@@ -16,11 +16,11 @@ def classify(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int) ->
     values = (bank - mean) / std  # [n, D]
     targets = 2 * torch.nn.functional.one_hot(labels, num_classes).to(values.dtype) - 1  # [n, C]
     level = targets.mean(0)
-    targets = targets - level
+    targets = (targets - level).double()
     squares, rows = _decomposed(values)
     along = rows.T @ targets  # [m, C]
     best = min(PATH, key=lambda share: _left_out(rows, along, targets, squares, share * float(squares.mean())))
-    weights = values.T @ (rows @ (along / (squares + best * squares.mean())[:, None]))  # [D, C]
+    weights = values.T @ (rows @ (along / (squares + best * squares.mean())[:, None])).to(values.dtype)  # [D, C]
     return ((queries - mean) / std @ weights + level).argmax(1)
 
 
@@ -32,14 +32,19 @@ def _decomposed(values: Tensor) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(gram)
     kept = squares > 1e-7 * squares[-1].clamp(min=1e-12)
     if not kept.any():  # all features equal: nothing to tell classes by
-        return values.new_ones(1), values.new_zeros(len(values), 1)
-    squares, vectors = squares[kept].to(values.dtype), vectors[:, kept].to(values.dtype)
-    return squares, vectors if few else values @ vectors / squares.sqrt()
+        return squares.new_ones(1), squares.new_zeros(len(values), 1)
+    squares, vectors = squares[kept], vectors[:, kept]
+    return squares, vectors if few else values.double() @ vectors / squares.sqrt()
 
 
 def _left_out(rows: Tensor, along: Tensor, targets: Tensor, squares: Tensor, strength: float) -> float:
-    """Mean squared error on each image by the classifier of all others: the error on itself, divided by 1 - its leverage."""
-    shrunk = squares / (squares + strength)
-    leverage = (rows.square() @ shrunk + 1 / len(rows)).clamp(max=1 - 1e-4)  # [n]; the mean is fitted, too
-    residual = (targets - rows @ (shrunk[:, None] * along)) / (1 - leverage)[:, None]
+    """Mean squared error on each image by the classifier of all others: the error on itself, divided by 1 - its leverage.
+
+    Of fewer images than features each fits itself: both parts are near 0, and so are computed as what the regularisation leaves, not as
+    differences from 1, and in float64. Cut off instead (1 - leverage >= 1e-4, as it was), the smallest regularisation looked best and was the worst.
+    """
+    left = strength / (squares + strength)  # [m]
+    # what lies in no direction of the features; the mean is fitted, too
+    error, free = targets - rows @ along, (1 - 1 / len(rows) - rows.square().sum(1)).clamp(min=0)
+    residual = (error + rows @ (left[:, None] * along)) / (free + rows.square() @ left).clamp(min=1e-12)[:, None]
     return float(residual.square().mean())
