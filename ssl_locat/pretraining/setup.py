@@ -39,7 +39,18 @@ from ssl_locat.pretraining.parts import (
 )
 from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
 from ssl_locat.pretraining.probes import Probes
-from ssl_locat.pretraining.stages import RunStage, changes, in_words, keep_at, stage_at, stages_of, steps_left, stretches, told
+from ssl_locat.pretraining.stages import (
+    RunStage,
+    Stretch,
+    changes,
+    in_words,
+    keep_at,
+    stage_at,
+    stages_of,
+    steps_left,
+    stretches,
+    told,
+)
 from ssl_locat.pretraining.step_times import decide_crops, with_crop_mode
 from ssl_locat.runs import distributed
 from ssl_locat.runs.checkpoint import Checkpointer
@@ -301,7 +312,9 @@ class Run:
     def _parts(self) -> list[Part]:
         """How the stream is cut and prepared from here on: a part for each stage that is left."""
         found = []
-        for stage, first, _ in stretches(self.stages, self.samples_seen, self.length.total_samples):
+        left = stretches(self.stages, self.samples_seen, self.length.total_samples)
+        # of a finished run none: it opens its data all the same, and ends, evaluates and exports as it would have
+        for stage, first, _ in left or [Stretch(stage_at(self.stages, self.samples_seen), self.samples_seen, 0)]:
             crops = self.crops.stages[stage.number]
             found.append(Part(first, stage.batch, Prepare(crops, self.config.data), crops.collate))
         return found
