@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 BIN     = $(VENV)/bin
 PYTEST  = $(BIN)/python -m pytest
 
-.PHONY: quickstart test fuzz mutate test-slow test-lowest test-slurm test-slurm-full bench rehearsal lint format hooks docs clean
+.PHONY: quickstart test fuzz mutate test-slow test-lowest test-slurm test-slurm-full bench gpu-check rehearsal lint format hooks docs clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/ssl-locat pretrain quickstart
@@ -41,6 +41,10 @@ test-slurm-full: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/ssl-locat bench all $(ARGS)
+
+# What a new GPU must show first, in ten minutes; results are written as they come (build/gpu_check). SMALL=1 tries it on a CPU, with everything cut small.
+gpu-check: $(VENV)/ready
+	GPU_CHECK_SMALL=$(SMALL) CIFAR10=$(CIFAR10) $(BIN)/python tests/gpu_check.py $(ARGS)
 
 # ImageNet's count of samples through a recipe's whole life, with a tiny network; resumes where it stopped. ARGS="--scale 0.01" for a hundredth.
 rehearsal: $(VENV)/ready

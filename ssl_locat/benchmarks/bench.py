@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ssl_locat.errors import UserError
-from ssl_locat.runs.folder import cpu_name
+from ssl_locat.runs.folder import cpu_instructions, cpu_name
 from ssl_locat.runs.log import console, progress
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ def hardware() -> dict:
 
     found = {
         "cpu": cpu_name(),
+        # AVX2, AVX-512, bf16, AMX: ratios of one do not hold for another
+        "instructions": cpu_instructions(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         # AVX2 or AVX512: kernels differ between them
@@ -149,4 +151,4 @@ def versions() -> dict[str, str]:
 def describe(found: dict) -> str:
     # without a GPU other work on the machine must not count (timing.py)
     gpu = f", {found['gpu']}" if "gpu" in found else "; times are CPU-seconds"
-    return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, load {found['load']:.1f}{gpu}. Lower ratios of time are better."
+    return f"{found['cpu']} ({', '.join(found['instructions']) or found['cpu_capability']}), {found['cores']} cores, {found['threads']} threads, load {found['load']:.1f}{gpu}. Lower ratios of time are better."

@@ -31,7 +31,7 @@ def make_model(name: str, size: int) -> nn.Module:
 
 def forward_backward(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, keep_gradients: bool = False) -> None:
     torch.compiler.cudagraph_mark_step_begin()
-    with torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with autocast(dtype):
         # any scalar will do: what is timed is the network
         loss = model(images).float().square().mean()
     loss.backward()
@@ -49,7 +49,14 @@ def tiny_pair(prototypes: int) -> tuple[StudentTeacher, DINO]:
     return StudentTeacher(backbone, nn.ModuleDict({"dino": objective})).to(device()), objective
 
 
-def our_stepper(model: StudentTeacher, objective: DINO) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """What networks run under; float32: nothing."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def our_stepper(
+    model: StudentTeacher, objective: DINO, dtype: torch.dtype = torch.float32
+) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """step(globals_ [2 * B, 3, H, W], locals_ [n * B, 3, h, w] or None) -> loss []."""
     optimizer = build_optimizer(model.student, (0.9, 0.999))
 
@@ -57,9 +64,11 @@ def our_stepper(model: StudentTeacher, objective: DINO) -> Callable[[torch.Tenso
         torch.compiler.cudagraph_mark_step_begin()
         # as the loop does it: at every step
         set_hyperparameters(optimizer, 1e-4, 0.04)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(dtype):
             targets = model.teacher(globals_, None, 2)
-        loss, _ = objective(model.student(globals_, locals_, 2)["dino"], targets["dino"], PROGRESS)
+        with autocast(dtype):
+            views = model.student(globals_, locals_, 2)
+        loss, _ = objective(views["dino"], targets["dino"], PROGRESS)
         loss.backward()
         clip_gradients(model.student.parameters(), 3.0)
         optimizer.step()

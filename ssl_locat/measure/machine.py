@@ -1,11 +1,7 @@
 """How busy this machine is, and times said as honestly as a few measured steps allow."""
 
 import os
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
-
-from ssl_locat.runs.folder import cpu_name
 
 BUSY = 0.6  # load a core, above which other work is taken for granted
 BAND = (0.8, 1.25)  # a few steps tell the time of a run no better than this, on an idle machine
@@ -33,28 +29,6 @@ class Load(NamedTuple):
     def words(self) -> str:
         """'; it is busy now, load 9', or '' on an idle machine."""
         return f"; it is busy now, load {self.processes:.0f} on {self.cores} core{'s' * (self.cores > 1)}" if self.busy else ""
-
-
-def cpu_features() -> set[str]:
-    """Instruction sets as Linux names them (avx2, avx512_bf16, amx_bf16; bf16 on ARM); empty elsewhere."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, values = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                return set(values.split())
-    return set()
-
-
-def cpu_words() -> str:
-    """'AMD EPYC (AVX-512, bf16), 2 cores': what ratios of times depend on."""
-    features, names = (
-        cpu_features(),
-        {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_bf16": "AMX", "bf16": "bf16"},
-    )
-    found = [words for flag, words in names.items() if flag in features]
-    if "AVX-512" in found:
-        found.remove("AVX2")
-    return cpu_name() + (f" ({', '.join(found)})" if found else "") + f", {os.cpu_count()} cores"
 
 
 def band(seconds: float, load: Load) -> str:

@@ -6,11 +6,11 @@ import time
 import torch
 
 from ssl_locat.config.schema import Config
-from ssl_locat.measure.machine import cpu_features
 from ssl_locat.objectives import Progress
 from ssl_locat.pretraining.parts import autocasts, build_model, mask_seeds, total_loss
 from ssl_locat.pretraining.stages import keep_on_average
 from ssl_locat.runs.distributed import broadcast_object
+from ssl_locat.runs.folder import cpu_features
 
 _SECONDS = 6.0  # for all timed steps, about; never fewer than two in each precision
 _STEPS = 5  # timed in each precision, at most

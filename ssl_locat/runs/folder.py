@@ -265,7 +265,13 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpus": devices, "threads": torch.get_num_threads()},
+        "hardware": {
+            "cpu": cpu_name(),
+            "instructions": cpu_instructions(),
+            "cores": os.cpu_count(),
+            "gpus": devices,
+            "threads": torch.get_num_threads(),
+        },
         "system": platform.platform(),
     }
 
@@ -289,3 +295,21 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def cpu_features() -> set[str]:
+    """Instruction sets as Linux names them (avx2, avx512_bf16, amx_bf16; bf16 on ARM); empty elsewhere."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, values = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return set(values.split())
+    return set()
+
+
+def cpu_instructions() -> list[str]:
+    """['AVX-512', 'bf16']: those that ratios of times depend on, as people name them."""
+    names = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_bf16": "AMX", "bf16": "bf16"}
+    features = cpu_features()
+    found = [words for flag, words in names.items() if flag in features and not (flag == "avx2" and "avx512f" in features)]
+    return list(dict.fromkeys(found))

@@ -24,6 +24,7 @@ from ssl_locat.models.backbone import create_backbone, load_backbone, split_opti
 from ssl_locat.models.registry import TWINS
 from ssl_locat.pretraining.operations import operations_of_run
 from ssl_locat.runs.log import say
+from ssl_locat.tables.images import images_of, seen_by
 from ssl_locat.tables.schema import Job, TableConfig, TrainingJob, all_jobs, load_table, training_of
 from ssl_locat.tables.table import cell_file, check, finished, where
 
@@ -80,32 +81,6 @@ def cost(table: TableConfig, job: TrainingJob | Job) -> float | None:
     except Exception as error:
         log.info("%s: %s", where(job), error)  # a plan goes on with what can be told
         return None
-
-
-def images_of(table: TableConfig, name: str | None) -> tuple[int, int] | None:
-    """(train, test) images of a data set: counted where it is here, as published where it is not."""
-    if name is None:
-        return None
-    data = table.data[name]
-    found: list[int] = []
-    for part in ("train", "test"):
-        limit: int | None = getattr(data, f"{part}_images")
-        count: int | None = getattr(data.size, part) if data.size else None
-        if getattr(data, part):
-            count = opened(table, name, part)
-        if count is None:
-            return None
-        found.append(min(count, limit or count))
-    return found[0], found[1]
-
-
-def opened(table: TableConfig, name: str, part: str) -> int:
-    """Images of a set that is here."""
-    from ssl_locat.evaluation.shared.samples import open_split
-    from ssl_locat.evaluation.shared.seg_datasets import open_scenes
-
-    given = table.data[name].given
-    return len(open_scenes(given, part) if "layout" in given else open_split(given, part))
 
 
 # --- operations of one image ----------------------------------------------------------------------------------------------
@@ -221,18 +196,6 @@ def cost_of_training(table: TableConfig, job: TrainingJob) -> float | None:
     training = training_of(table, table.rows[job.row])
     count = images_of(table, training.data if training else None)
     return None if count is None else COSTS[job.protocol](job.fresh, job.options, *count)
-
-
-def seen_by(table: TableConfig, job: TrainingJob) -> int | None:
-    """Images that a training by a recipe sees, repeated ones too."""
-    training = training_of(table, table.rows[job.row])
-    count = images_of(table, training.data if training else None)
-    if count is None:
-        return None
-    config = job.config()
-    steps_per_epoch = max(1, (config.data.epoch_samples or count[0]) // config.optim.global_batch_size)
-    steps = config.optim.total_steps or max(1, round((config.optim.epochs or 0) * steps_per_epoch))
-    return steps * config.optim.global_batch_size
 
 
 def spec_of(config: Config) -> str:

@@ -11,19 +11,17 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ssl_locat.config.schema import Config
 from ssl_locat.errors import ConfigError
 from ssl_locat.runs.durable import flush
+from ssl_locat.tables.images import seen_by
 from ssl_locat.tables.schema import TableConfig, TrainingJob, jobs
-
-if TYPE_CHECKING:
-    from ssl_locat.tables.table import Found
 
 NAMES = {"knn": "k-NN", "linear": "the linear classifier", "dense": "dense retrieval"}
 SEEDS = 3  # of a row that may count as progress
@@ -62,14 +60,13 @@ def check_caps(table: TableConfig) -> None:
 
 
 def price(table: TableConfig, job: TrainingJob) -> tuple[int, float]:
-    """(images seen, FLOP) of a training by a recipe, by count (cost.py): forward and backward passes of both networks, without crops and optimiser."""
-    from ssl_locat.tables.cost import cost_of_training, seen_by
+    """(images seen, FLOP) of a training by a recipe, by count: forward and backward passes of both networks, without crops and optimiser."""
+    from ssl_locat.pretraining.operations import operations_of_run  # torch
 
-    operations = cost_of_training(table, job)
-    images = seen_by(table, job)
-    if operations is None or images is None:
+    images = None if job.protocol else seen_by(table, job)
+    if images is None:
         raise ConfigError(f"{job.row}: nobody knows how many images it trains on: give data.{job.lacks or 'NAME.train'}.")
-    return images, operations
+    return images, images * operations_of_run(job.config())
 
 
 def config_hash(config: Config) -> str:
@@ -94,14 +91,16 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def add_lines(table: TableConfig, found: "Found") -> None:
-    """Append a line for each training whose columns are all measured and which the file has not yet; rank 0 calls it after each cell."""
+def add_lines(table: TableConfig, numbers: Mapping[tuple[str, Path], dict[str, float]]) -> None:
+    """Append a line for each training whose columns are all measured and which the file has not yet; rank 0 calls it after each cell.
+
+    numbers: (row, folder of the training) -> column -> what was measured."""
     ledger = table.ledger
     assert ledger
     wanted = set(ledger.columns.values())
     there = {_key(line) for line in read(Path(ledger.file))}
     for job in jobs(table):
-        values = found.of_training.get((job.row, job.folder), {}) if isinstance(job, TrainingJob) else {}
+        values = numbers.get((job.row, job.folder), {}) if isinstance(job, TrainingJob) else {}
         if isinstance(job, TrainingJob) and wanted - set(table.rows[job.row].skip) <= set(values):
             line = line_of(table, job, values)
             if _key(line) not in there:
@@ -112,10 +111,9 @@ def add_lines(table: TableConfig, found: "Found") -> None:
 def line_of(table: TableConfig, job: TrainingJob, values: dict[str, float]) -> dict[str, Any]:
     """What the ledger says of one training."""
     from ssl_locat.runs.folder import read_config
-    from ssl_locat.tables.table import finished
 
     assert table.ledger
-    config, result = read_config(job.folder), finished(job.result) or {}
+    config, result = read_config(job.folder), json.loads(job.result.read_text(encoding="utf-8"))
     environment = json.loads((job.folder / "environment.json").read_text(encoding="utf-8"))
     hardware = environment["hardware"]
     images, operations = price(table, job)
@@ -129,7 +127,8 @@ def line_of(table: TableConfig, job: TrainingJob, values: dict[str, float]) -> d
         "commit": environment["commit"],
         "config": config_hash(config),
         "evaluation": evaluation_hash(table),
-        "machine": ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['threads']} of {hardware['cores']} cores",
+        "machine": ", ".join(hardware["gpus"])
+        or f"{hardware['cpu']} ({', '.join(hardware['instructions'])}), {hardware['threads']} of {hardware['cores']} cores",
         "precision": config.precision,
         "seconds": result.get("seconds") if whole else None,
         "cpu_seconds": result.get("cpu_seconds") if whole else None,

@@ -283,7 +283,7 @@ def measure(table: TableConfig) -> Found:
                     if measured and is_main():
                         found.write()  # a table that takes days is looked at before its end
                     if table.ledger and is_main():
-                        add_lines(table, found)
+                        add_lines(table, found.of_training)
                 except CELL_ERRORS as error:
                     if not failed_alike(path.name):
                         raise type(error)(f"{where(job)}: {error}") from error

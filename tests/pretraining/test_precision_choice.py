@@ -10,12 +10,12 @@ from tiny_run import losses, write_config
 
 from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
-from ssl_locat.measure.machine import cpu_features, cpu_words
 from ssl_locat.pretraining import precision_choice, setup
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.pretraining.memory import memory_of
 from ssl_locat.pretraining.precision_choice import decide_precision, low_precision, measure_steps
-from ssl_locat.runs.folder import read_config
+from ssl_locat.runs import folder
+from ssl_locat.runs.folder import cpu_features, cpu_instructions, read_config
 
 CPU = torch.device("cpu")
 LENGTH = ["optim.epochs=null", "optim.total_steps=4", "checkpoint.every_steps=2", "log.every_steps=1", "precision=auto"]
@@ -84,8 +84,15 @@ def test_tf32_is_a_setting(config_file, tmp_path):
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_the_machine_is_named():
-    assert cpu_words() and (not Path("/proc/cpuinfo").exists() or cpu_features())
+def test_instructions_are_named_as_people_do(monkeypatch):
+    assert cpu_features() or not Path("/proc/cpuinfo").exists()
+    for features, expected in (
+        ({"avx2"}, ["AVX2"]),
+        ({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, ["AVX-512", "bf16", "AMX"]),
+        (set(), []),
+    ):
+        monkeypatch.setattr(folder, "cpu_features", lambda features=features: features)
+        assert cpu_instructions() == expected
 
 
 @pytest.mark.slow  # two processes
