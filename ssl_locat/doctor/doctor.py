@@ -163,7 +163,10 @@ def _examine(config: Config, on: str | None, load_before: Load) -> int:
         ranks = load_profile(on).ranks
     with progress("opening the data"):
         datasets, weights, length = check(config, ranks)
-    micro_batch = config.optim.global_batch_size // (ranks * config.optim.accumulate_steps)
+    # of the last stage, whose steps are measured
+    micro_batch = (config.crops.resolved()[-1].batch_size or config.optim.global_batch_size) // (
+        ranks * config.optim.accumulate_steps
+    )
     crops = []
     if config.precision == "auto":
         with progress("measuring precisions"):
@@ -334,7 +337,7 @@ def _run_section(
     counted = memory_of(config, ranks)
     memory = counted.total / 1e9
     lines = [
-        f"{length.total_steps:,} steps of {config.optim.global_batch_size} images = {_count(ranks, 'rank')} x {config.optim.accumulate_steps} accumulated x {micro_batch}; "
+        f"{length.total_steps:,} steps{', at the end' if config.crops.stages else ''} of {micro_batch * ranks * config.optim.accumulate_steps} images = {_count(ranks, 'rank')} x {config.optim.accumulate_steps} accumulated x {micro_batch}; "
         f"{length.steps_per_epoch:,} steps an epoch",
         *(in_words(told(config, length.total_samples, *flop)) if flop else []),
         f"{config.backbone.name}: {times.backbone_params / 1e6:.2f} M parameters, heads {times.head_params / 1e6:.2f} M; {config.precision} on {times.device}",

@@ -95,7 +95,9 @@ class Monitor:
                 "num_local": crops.num_local,
                 "batch": batch,
             }
-            log.info("step %d: stage %d begins: %s", run.step, self.stage + 1, sizes)
+            local = f" and {crops.num_local} of {crops.local_size}" if crops.num_local else ""
+            what = f"2 crops of {crops.global_size}{local} px, {batch} images a step"
+            log.info("step %d: stage %d of crops begins: %s", run.step, self.stage + 1, what)
             run.events.add("stage", step=run.step, number=self.stage + 1, **sizes)
         shown = {"loss": written[-1]["loss"], "images/s": round(written[-1]["images_per_second"])} if written else {}
         self.bar.update(1, **shown)

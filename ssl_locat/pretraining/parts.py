@@ -175,7 +175,7 @@ def run_length(config: Config, datasets: list[Dataset]) -> Length:
     # as many images with stages of another batch size: then in another number of steps
     steps = steps_left(stages_of(config, total_samples), 0, total_samples)
     length = Length(epoch_samples, steps_per_epoch, steps, total_samples)
-    if (decay := decay_steps(config, length)) > total_steps:
+    if (decay := decay_steps(config, length)) > total_samples / batch:  # all three in steps of optim.global_batch_size
         raise ConfigError(
             f"optim.decay_epochs is {config.optim.decay_epochs:g}, {decay:g} steps: longer than the run, which has {total_steps:,}. Give at most "
             f"{total_steps / steps_per_epoch:g}."

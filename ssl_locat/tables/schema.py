@@ -274,7 +274,12 @@ def _check_checkpoints(table: TableConfig, wanted: Checkpoints, loaded: LoadedYa
                 f"{loaded.place(('rows', name))}: checkpoints are measured of trainings by a recipe (train.recipe); {name} has "
                 + ("a MODEL." if row.model else "none.")
             )
-        steps = load(training.recipe, overrides(training.options)).optim.total_steps
+        config = load(training.recipe, overrides(training.options))
+        if any(stage.batch_size for stage in config.crops.stages):
+            raise ConfigError(
+                f"{loaded.place(('rows', name))}: checkpoints are measured at even steps of one batch size; leave batch_size out of crops.stages."
+            )
+        steps = config.optim.total_steps
         if steps is None or steps < wanted.count:
             raise ConfigError(
                 f"{loaded.place(('checkpoints', 'count'))}: checkpoints.count is {wanted.count}, of which {name} needs as many steps or more, "

@@ -157,8 +157,9 @@ def test_what_cannot_be_is_refused(textures, tmp_path, overrides, words):
         check(load(str(path), overrides))
 
 
-def both(path: str, overrides: list[str]) -> None:
-    pretrain(load(path, overrides))
+def on_ranks(path: str, runs: list[list[str]]) -> None:
+    for overrides in runs:
+        pretrain(load(path, overrides))
 
 
 @pytest.mark.slow
@@ -166,9 +167,44 @@ def test_two_ranks_keep_what_one_keeps(textures, tmp_path):
     path = str(write_config(textures, tmp_path))
     common = ["backbone.patch_size=4", STAGES, f"objective={DENSE}", "backbone.drop_path_rate=0", "log.every_steps=1"]
     pretrain(load(path, [*common, f"run_dir={tmp_path}/one"]))
-    run_ranks(both, 2, path, [*common, f"run_dir={tmp_path}/two"])
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert list(one) == list(two) and all(two[step] == pytest.approx(one[step], rel=1e-3) for step in one)
+    forms = ("ddp", "fsdp")
+    run_ranks(on_ranks, 2, path, [[*common, f"parallel={form}", f"run_dir={tmp_path}/{form}"] for form in forms])
+    one = losses(tmp_path / "one")
+    for form in forms:
+        two = losses(tmp_path / form)
+        assert list(one) == list(two) and all(two[step] == pytest.approx(one[step], rel=1e-4) for step in one)
+
+
+COMBINED = {
+    "simdino": ["objective=[{name: coding_rate, min_images: 16, hidden_dim: 32, bottleneck_dim: 16}, {name: patch_cosine}]", "optim.name=muon"],
+    "active": [
+        f"objective=[{{name: dino, {HEAD}, active_prototypes: [[0, 16], [0.4, 32]]}}, {{name: koleo, weight: 0.1, min_images: 16}}]",
+        *("optim.schedule=wsd", "precision=bf16"),
+    ],
+    "packed": [
+        f"objective=[{{name: dino, {HEAD}}}, {{name: ibot, {HEAD}, shared_head: true}}]",
+        *("optim.accumulate_steps=2", "activation_checkpointing=true", "backbone.pack_crops=true"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMBINED)
+def test_combined_with_what_else_makes_runs_cheaper_a_resumed_run_is_exact(tiny, name):
+    """Stages of another batch size and of kept patches with SimDINO and Muon, fewer prototypes at first, WSD, bf16, packed and recomputed passes."""
+    stages = "{until: 0.5, global_size: 16, local_size: 8, batch_size: 32, keep_patches: [0.5, 1.0]}, {until: 0.75, keep_patches: 0.5}, {until: 1.0}"
+    options = [
+        f"crops.stages=[{stages}]",
+        *COMBINED[name],
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=20",
+        "log.every_steps=1",
+    ]
+    whole, again = tiny(*options, run="whole"), tiny(*options, run="again")
+    pretrain(whole)
+    pretrain(again, resume=f"{whole.run_dir}/checkpoints/step_00000004")
+    assert len(losses(whole.run_dir)) == 9
+    assert losses(again.run_dir) == {step: loss for step, loss in losses(whole.run_dir).items() if step > 4}
 
 
 @pytest.mark.slow
