@@ -11,6 +11,7 @@ from ssl_locat.errors import ConfigError, DataError, UserError
 from ssl_locat.measure import step as step_measure
 from ssl_locat.measure.images import sample_data
 from ssl_locat.measure.step import step_device
+from ssl_locat.pretraining import memory
 from ssl_locat.pretraining.step_times import step_times
 
 
@@ -106,9 +107,14 @@ def test_how_often_samples_are_fetched_and_what_lies_in_memory_is_counted_for_lo
     assert ("so that each sample is fetched 2.0 times: give each rank" in text) is warned
 
 
-def test_windows_that_need_more_memory_than_is_allowed_are_told(config, said):
+def test_what_needs_much_memory_is_told(config, said, monkeypatch):
+    """Windows that samples are shuffled in; scores of prototypes, were there many more."""
+    counted = memory._scores
+    monkeypatch.setattr(memory, "_scores", lambda *given: 10**6 * counted(*given))
     doctor(config, ["optim.global_batch_size=32", "data.read_memory_gb=0.00001"])
-    assert "GiB a rank, more than data.read_memory_gb=1e-05: more ranks, smaller files" in said()
+    text = said()
+    assert "GiB a rank, more than data.read_memory_gb=1e-05: more ranks, smaller files" in text
+    assert "GB are scores of prototypes: objective.prototype_block=8192 makes them a block at a time" in text
 
 
 @pytest.mark.parametrize("epochs, every, times, costly", [(200, 50, 5, False), (20, 1, 21, True)])
