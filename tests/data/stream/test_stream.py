@@ -96,6 +96,13 @@ def test_the_order_is_the_plans(shards):
         assert key == keys[plan.locate(position)[1]] and seed == plan.augment_seed(position)
 
 
+def test_a_position_can_be_taken_by_itself(shards):
+    expected = read(*shards, 48)
+    with TrainStream(*shards, fingerprint, as_list, start_samples=0, **SIZES) as stream:
+        for position in (0, 17, 47):
+            assert stream.take(position) == (expected[position][0], expected[position])
+
+
 def test_a_pass_contains_every_sample_once(shards):
     found = read(*shards, 241 * 3)
     for epoch in range(2):
