@@ -117,7 +117,8 @@ class Metadata(nn.Module):
     def forward(self, student: Tensor, metadata: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """student [S, B, K1 + K2 + ... + D] logits and class tokens, metadata int64 [B, M], -1 where unknown -> loss [], metrics."""
         views, batch = student.shape[:2]
-        loss, metrics = student.new_zeros((), dtype=torch.float32), {}
+        loss = student.new_zeros((), dtype=torch.float32)
+        metrics: dict[str, Tensor] = {}
         parts = student.float().split([*self.sizes, student.shape[-1] - sum(self.sizes)], -1)
         for name, column, logits in zip(self.names, self.columns, parts[:-1], strict=True):
             truth = metadata[:, column]  # [B]

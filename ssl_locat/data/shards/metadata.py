@@ -103,13 +103,13 @@ def check_fields(fields: Sequence[Field], datasets: Sequence[Dataset]) -> None:
     for field in fields:
         if known[field.name] or not names:
             continue
-        place = f"member {field.member!r}" + (f" with the key {field.key!r}" if field.key else "")
+        where = f"member {field.member!r}" + (f" with the key {field.key!r}" if field.key else "")
         held = f"they hold {_some(list(found[field.name]))}" if found[field.name] else f"their members are {', '.join(names)}"
         bare = " Files of a folder and windows of a raster have none but the image and its class: write tars, zip archives (KEY.jpg, KEY.json) or Parquet, or make the member in a filter."
-        where = "" if any(field.member in names for field in fields) else bare
+        hint = "" if any(field.member in names for field in fields) else bare
         raise ConfigError(
-            f"data.metadata.{field.name}: of the samples looked at none has a {place} that is one of {_some(field.values)}: {shown(held)}."
-            f"{did_you_mean(field.member, names) if field.member not in names else ''}{where}"
+            f"data.metadata.{field.name}: of the samples looked at none has a {where} that is one of {_some(field.values)}: {shown(held)}."
+            f"{did_you_mean(field.member, names) if field.member not in names else ''}{hint}"
         )
 
 
