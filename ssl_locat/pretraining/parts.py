@@ -103,6 +103,12 @@ def check(config: Config, ranks: int = 1, may_write: bool = True) -> tuple[list[
             "compile is cuda-graphs with parallel: fsdp: graphs want weights that stay where they are, and FSDP gathers them anew each time. "
             "Take compile: true, or parallel: ddp."
         )
+    rising = next((stage.crops.keeps for stage in config.crops.resolved() if stage.crops.keeps[0] != stage.crops.keeps[1]), None)
+    if config.compile and rising:
+        raise ConfigError(
+            f"compile is {str(config.compile).lower()}, and crops.keep_patches goes from {rising[0]:g} to {rising[1]:g}: each number of patches would be "
+            "compiled anew. Give a few stages of crops with one share each, or compile: false."
+        )
     check_backbone(config)
     for option in config.objectives:
         if option.name == "metadata":  # before a job waits in a queue for it

@@ -143,6 +143,7 @@ def test_operations_and_memory_fall_with_the_share(tiny):
         (["crops.keep_patches=[0.5, 1.5]"], r"is \[0\.5, 1\.5\]; expected a share"),
         (["crops.keep_patches=50"], r"is 50; expected a share"),
         (["crops.keep_patches=true"], r"keep_patches is True; expected|is True; expected a share"),
+        (["crops.keep_patches=[0.5, 1.0]", "compile=true"], "goes from 0.5 to 1: each number of patches would be compiled anew"),
         (["crops.keep_shape=circle"], "keep_shape is 'circle'"),
         (["crops.keep_patches=0.5", "backbone.patch_drop_rate=0.5"], "patch_drop_rate both leave patches out"),
         (["crops.keep_patches=0.5", "backbone={name: swin_tiny_patch4_window7_224, window_size: 4, img_size: 32}"], "cannot leave patches out"),
