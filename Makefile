@@ -18,10 +18,11 @@ test: $(VENV)/ready
 fuzz: $(VENV)/ready
 	$(PYTEST) -n 2 --dist worksteal -k fuzzed --fuzz-factor 50 $(ARGS)
 
-# Faults planted in our own code, one by one: would the tests notice? Hours of a core; goes on where it stopped (build/mutate).
+# Faults planted in our own code, one by one: would the tests notice? Half an hour of a core; goes on where it stopped (build/mutate).
 mutate: $(VENV)/ready
 	$(BIN)/python tests/mutate.py measure
 	$(BIN)/python tests/mutate.py run $(ARGS)
+	$(BIN)/python tests/mutate.py run --deep $(ARGS)
 	$(BIN)/python tests/mutate.py show
 
 test-slow: $(VENV)/ready
