@@ -65,4 +65,5 @@ def taken(image: np.ndarray, camera: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    say(json.dumps(plant(*sys.argv[1:4])))
+    train, test, folder = sys.argv[1:4]
+    say(json.dumps(plant(train, test, folder)))

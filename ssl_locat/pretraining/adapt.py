@@ -19,6 +19,7 @@ from ssl_locat.config.yaml_files import overridden
 from ssl_locat.errors import UserError
 from ssl_locat.pretraining.adapt_choices import Choices, Machine, choose, fit_length, to_yaml
 from ssl_locat.pretraining.adapt_look import Images, Start, look_at_images, look_at_model
+from ssl_locat.pretraining.precision_choice import low_precision
 from ssl_locat.pretraining.step_times import expected_seconds
 from ssl_locat.runs.distributed import is_main
 from ssl_locat.runs.durable import write_atomically
@@ -52,9 +53,7 @@ def machine_of(on: str | None) -> Machine:
     if torch.cuda.is_available():
         gb = torch.cuda.get_device_properties(0).total_memory / 1e9
         return Machine(gb, cores, f"this machine ({torch.cuda.get_device_name(0)}, {gb:.0f} GB)")
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.12 and later
-    bf16 = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
-    return Machine(0.0, cores, "this machine, without a GPU,", bf16)
+    return Machine(0.0, cores, "this machine, without a GPU,", low_precision(torch.device("cpu")) == "bf16")
 
 
 @contextmanager

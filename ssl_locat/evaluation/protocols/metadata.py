@@ -66,9 +66,10 @@ def evaluate(
             raise DataError(f"data.{name}: no image says which of {', '.join(field.values)} it has.")
         unknown += int((~known).sum())
         tables.append(Features(table.values[known], table.labels[known]))
-    return read(*tables, k=k, temperature=temperature) | {
-        "train_images": len(tables[0].labels),
-        "test_images": len(tables[1].labels),
+    bank, queries = tables
+    return read(bank, queries, k=k, temperature=temperature) | {
+        "train_images": len(bank.labels),
+        "test_images": len(queries.labels),
         "unknown": unknown,
     }
 
