@@ -18,7 +18,7 @@ test: $(VENV)/ready
 fuzz: $(VENV)/ready
 	$(PYTEST) -n 2 --dist worksteal -k fuzzed --fuzz-factor 50 $(ARGS)
 
-# Faults planted in our own code, one by one: would the tests notice? Half an hour of a core; goes on where it stopped (build/mutate).
+# Faults planted in our own code, one by one: would the tests notice? Half an hour of a core or more; goes on where it stopped (build/mutate).
 mutate: $(VENV)/ready
 	$(BIN)/python tests/mutate.py measure
 	$(BIN)/python tests/mutate.py run $(ARGS)
