@@ -17,6 +17,7 @@ from ssl_locat.objectives.blocks import BlockScores
 from ssl_locat.pretraining.parts import Length, autocasts, build_model, check, mask_seeds, total_loss
 from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
 from ssl_locat.pretraining.stages import keep_on_average, stages_of, stretches
+from ssl_locat.runs import distributed
 
 
 def usable_workers(config: Config, ranks: int = 1) -> int:
@@ -124,7 +125,9 @@ def decide_crops(config: Config, datasets: list[Dataset], device: torch.device, 
     speed = None
     if device.type == "cuda":
         measured = with_crop_mode(config, "device-photometric")
-        speed = 1 / step_times(measured, sample_data(datasets, measured, device).payload or [], micro_batch).step
+        payload = sample_data(datasets, measured, device).payload or []
+        with distributed.alone():  # the other ranks are waiting in _decide_crops for what rank 0 finds
+            speed = 1 / step_times(measured, payload, micro_batch).step
     mode, why = choose_mode(rates, device.type, config.data.workers, cores_of_a_rank(), speed)
     return with_crop_mode(config, mode), why
 

@@ -47,6 +47,7 @@ COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|mon
 GATHERS_CAST = "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_fields__
 
 _roll: "Roll | None" = None
+_alone = False
 _cpu_group: Any = None  # gloo: agreements and small objects, whatever the tensors' backend is
 
 
@@ -55,7 +56,20 @@ def rank() -> int:
 
 
 def world_size() -> int:
+    if _alone:
+        return 1
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What one rank does by itself while the others wait for its finding: losses that gather over all ranks would wait for theirs."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def local_rank() -> int:

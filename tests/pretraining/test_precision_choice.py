@@ -10,14 +10,20 @@ from tiny_run import losses, write_config
 
 from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.measure.images import sample_data
 from ssl_locat.pretraining import precision_choice, setup
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.pretraining.memory import memory_of
+from ssl_locat.pretraining.parts import check
 from ssl_locat.pretraining.precision_choice import decide_precision, low_precision, measure_steps
+from ssl_locat.pretraining.step_times import step_times
 from ssl_locat.runs import folder
 from ssl_locat.runs.folder import cpu_features, cpu_instructions, read_config
 
 CPU = torch.device("cpu")
+OBJECTIVE = (
+    "{name: dino, num_prototypes: 32, hidden_dim: 32, bottleneck_dim: 16, batch_norm: true, targets: sinkhorn, min_images: 1}"
+)
 LENGTH = ["optim.epochs=null", "optim.total_steps=4", "checkpoint.every_steps=2", "log.every_steps=1", "precision=auto"]
 
 
@@ -102,14 +108,31 @@ def test_ranks_agree(config_file, tmp_path):
     assert found == [["fp32", True], ["fp32", True]]
 
 
+@pytest.mark.slow  # two processes
+def test_one_rank_times_steps_while_the_others_wait(config_file):
+    """As rank 0 does for crops.mode on a GPU: Sinkhorn and batch norm would else wait for ranks that take no steps."""
+    assert run_ranks(_timed_on_one_rank, 2, config_file, seconds=120) == [[1, 2], [1, 2]]
+
+
+def _timed_on_one_rank(file: Path) -> list:
+    from ssl_locat.runs.distributed import alone, broadcast_object, rank, world_size
+
+    config = load(str(file), [*LENGTH, f"objective={OBJECTIVE}", "precision=fp32"])
+    found = None
+    if rank() == 0:
+        datasets = check(config)[0]
+        payload = sample_data(datasets, config, CPU).payload
+        with alone():
+            found = world_size()
+            assert step_times(config, payload, 4).step > 0
+    return [broadcast_object(found), world_size()]
+
+
 def _precision_on_ranks(file: Path, folder: Path) -> list:
     from ssl_locat.runs.distributed import rank
 
     precision_choice.cpu_features = lambda: {"avx512_bf16"} if rank() == 0 else set()  # type: ignore[assignment]
     precision_choice._GAIN = 1e9 if rank() == 0 else 0.0
-    objective = (
-        "{name: dino, num_prototypes: 32, hidden_dim: 32, bottleneck_dim: 16, batch_norm: true, targets: sinkhorn, min_images: 1}"
-    )
-    config = load(str(file), [*LENGTH, f"objective={objective}", f"run_dir={folder}/ranks"])
+    config = load(str(file), [*LENGTH, f"objective={OBJECTIVE}", f"run_dir={folder}/ranks"])
     pretrain(config)
     return [read_config(config.run_dir).precision, len(losses(config.run_dir)) == 4]
