@@ -26,6 +26,7 @@ CASES = {
     "locality": (["images=8", "out=null"], ("locality", lambda x: 0 < x <= 1)),
     "attention": (["images=2", "out=null"], ("patch_distance", lambda x: 0 < x < 10)),
     "efficiency": ([], ("params_backbone", lambda x: 21e6 < x < 23e6)),
+    "metadata": (["member=cls", "values=[0, 1, 2, 3]", "k=5"], ("read_linear", lambda x: x > 50)),
     "unlabelled": (["images=8", "views=2"], ("rankme", lambda x: 1 < x <= 8)),
 }
 

@@ -135,7 +135,7 @@ def test_no_objective_waits_for_the_device(device):
     hidden = losses["ibot"].make_masks([1, 2, 3, 4], 2, (4, 4))
     index = hidden.flatten().nonzero().squeeze(1)  # on the CPU, before anything is launched
     assert len(index)
-    masks = Masks(*(fake(tensor, mode, device) for tensor in (hidden, index)))
+    masks = Masks(*(fake(tensor, mode, device) for tensor in (hidden, index)), cells=hidden.shape[1])
     for module in (model, losses):
         fake_module(module, mode, device)
     with mode, forced_backend("sdpa"):

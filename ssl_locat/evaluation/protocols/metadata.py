@@ -27,9 +27,9 @@ def evaluate(
     backbone: nn.Module,
     *,
     data: LabelledData,
-    member: Text,
-    values: Plain,
+    member: Text = "json",
     key: Text | None = None,
+    values: Plain | None = None,
     k: Count = 20,
     temperature: Positive = 0.07,
     image_size: Count | None = None,
@@ -47,7 +47,7 @@ def evaluate(
         member, key, values: as of data.metadata (docs/metadata.md).
         k, temperature: of the neighbours' vote. image_size, resize_size, precision, workers: as of knn.
     """
-    texts = [as_text(value) for value in values]
+    texts = [as_text(value) for value in values or ()]
     if len(texts) < 2 or None in texts or len(set(texts)) < len(texts):
         raise ConfigError(
             f"values is {values!r}; expected a list of at least two texts or numbers, each once, such as values='[A, B]'."
