@@ -92,9 +92,10 @@ def difference(
     """The mean over columns of `second` minus `first`, measured on the same images by the same draws, and what may be said of it.
 
     first, second: one Tally for each column (a protocol at a share of the labels), over the same N images. Draw r of one column and draw r of
-    another stand for the same labels, or for independent ones; columns without draws have one. margin: points that are no difference to
-    speak of, such as two trainings of the same thing differ by: the whole interval must lie beyond it. seeds: trainings of one recipe, of
-    each side, whose draws lie behind each other in its tallies: their spread is added, and the interval is one of the recipes' difference.
+    another stand for the same labels, or for independent ones; columns without draws have one. margin: points that are no gain to speak of,
+    such as two trainings of the same thing differ by: the whole interval of what "helped" lies above it. A loss needs none: it is believed
+    sooner than a gain. seeds: trainings of one recipe, of each side, whose draws lie behind each other in its tallies: their spread is
+    added, and the interval is one of the recipes' difference.
     """
     per_draw = _per_draw(second, seeds[1]) - _per_draw(first, seeds[0])
     value, number = float(per_draw.mean()), first[0].hits.shape[1]
@@ -120,12 +121,12 @@ def difference(
         _of_seeds(side, count, resamples, seed + at) for at, (side, count) in enumerate(zip((first, second), seeds, strict=True))
     )
     low, high = (value + float(end) for end in np.quantile(images + draws + trainings, _ends(level)))
-    verdict: Verdict = "helped" if low > margin else "harmed" if high < -margin else "no difference that this data can show"
+    verdict: Verdict = "helped" if low > margin else "harmed" if high < 0 else "no difference that this data can show"
     # what more test images would not narrow: few draws of labels, few seeds
     spread = math.hypot(
         _standard_error(per_draw), *(_standard_error(_per_seed(side, n)) for side, n in zip((first, second), seeds, strict=True))
     )
-    needed = _images_needed(abs(value) - margin, float(images.std()), spread, number)
+    needed = _images_needed(value - margin if value > 0 else -value, float(images.std()), spread, number)
     return Difference(value, low, high, verdict, number, needed, len(per_draw), max(seeds))
 
 

@@ -195,6 +195,20 @@ def test_a_mean_that_rose_does_not_hide_a_column_that_fell():
     assert found["c"]["fallen"] == [] and "c against a: helped, +" in found["c"]["sentence"]
 
 
+def test_a_gain_no_larger_than_two_trainings_of_one_recipe_differ_by_is_not_called_help():
+    base = np.arange(2000) < 1400
+    rows = {"a": base, "b": base | (np.arange(2000) >= 1970), "c": base & (np.arange(2000) >= 30)}
+    rows = {name: {"knn 100 %": Tally.of_hits(hits)} for name, hits in rows.items()}
+    found = {}
+    for more in ([], ["margin=0"]):
+        _, config = compare.load_compare([MODEL, "data.train=a", "data.test=b", *more])
+        found[bool(more)] = compare.judged(["a", "b", "c"], rows, config, None)["differences"]
+    assert found[False]["b"]["all"]["low"] > 0 and found[False]["b"]["all"]["verdict"] != "helped"
+    assert "b against a: better, but not by a margin to speak of (margin=1), +1.50 points" in found[False]["b"]["sentence"]
+    assert found[True]["b"]["all"]["verdict"] == "helped"
+    assert found[False]["c"]["all"]["verdict"] == found[True]["c"]["all"]["verdict"] == "harmed"  # a loss needs no margin
+
+
 def test_braces_make_several_seeds_one_model():
     rng = np.random.default_rng(0)
     rows = {"untrained": {"knn 10 %": Tally.of_hits(rng.random((2, 300)) < 0.3)}}

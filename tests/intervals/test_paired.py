@@ -68,6 +68,7 @@ def test_a_real_difference_is_found_and_its_sign_is_right():
     found = difference([first], [second])
     assert found.verdict == "helped" and found.low > 0 and difference([second], [first]).verdict == "harmed"
     assert difference([first], [second], margin=found.value).verdict == "no difference that this data can show"
+    assert difference([second], [first], margin=found.value).verdict == "harmed"  # a loss is believed sooner
 
 
 def test_three_images_won_and_none_lost_are_no_proof_and_eight_are():
