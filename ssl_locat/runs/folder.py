@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -263,7 +264,7 @@ def environment() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "versions": {"python": platform.python_version(), **versions},
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).resolve().parents[2]),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "hardware": {
             "cpu": cpu_name(),
@@ -276,17 +277,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """Commit of the checkout that this package runs from; None for an installed wheel."""
-    root = Path(__file__).resolve().parents[2]
+def commit_of(root: Path) -> str | None:
+    """Commit of the checkout that a package runs from; None for an installed wheel. "-dirty" behind it: numbers of changed code must say so, but
+    not those made while docs were written, of which the ledger that holds them is one."""
     if not (root / ".git").exists():
         return None
+    run = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10)
     try:
-        # "-dirty" behind the commit: a number that comes from changed files must say so
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, timeout=10)
+        found = run(["git", "describe", "--always"]).stdout.strip()
+        changed = run(["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)docs"]).returncode == 1
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return (found + "-dirty" if changed else found) or None
 
 
 def cpu_name() -> str:

@@ -14,6 +14,7 @@ import torch
 
 from ssl_locat.errors import ConfigError
 from ssl_locat.runs import log
+from ssl_locat.runs.folder import commit_of
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +198,7 @@ def test_faults_carry_rank_and_host(monkeypatch, capsys):
 
 NESTED = """
 from ssl_locat.runs import log
+from ssl_locat.runs.folder import commit_of
 log.setup()
 import logging, time
 with log.progress("outer", total=3, unit="steps", start=1) as outer:
@@ -229,3 +231,24 @@ def test_bars_nest_on_a_terminal_and_respect_no_color(no_color):
     text = seen.decode()
     assert "outer" in text and "inner" in text and "a line between" in text and "3/3 steps" in text and "loss 1.5" in text
     assert ("\x1b[38;5;" in text or "\x1b[32m" in text or "\x1b[38;2;" in text) is not no_color
+
+
+def test_a_commit_is_marked_when_code_changed_and_not_when_docs_did(tmp_path):
+    assert commit_of(tmp_path) is None  # no checkout
+
+    def git(*words):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    (tmp_path / "docs").mkdir()
+    for name in ("code.py", "docs/page.md"):
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    clean = commit_of(tmp_path)
+    (tmp_path / "docs/page.md").write_text("2")
+    assert clean and "dirty" not in clean and commit_of(tmp_path) == clean
+    (tmp_path / "code.py").write_text("2")
+    assert commit_of(tmp_path) == clean + "-dirty"
