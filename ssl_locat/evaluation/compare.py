@@ -367,7 +367,7 @@ def sentence(name: str, first: str, found: Difference, columns: Mapping[str, Dif
     draws = f" and {found.draws} draws of labels" if found.draws > 1 else ""
     worse = fallen(columns) if len(columns) > 1 else []
     # "helped" alone would promise a gain to whoever uses the column that fell
-    verdict = "helped on average, not everywhere" if worse and found.verdict == "helped" else found.verdict
+    verdict: str = "helped on average, not everywhere" if worse and found.verdict == "helped" else found.verdict
     if found.verdict != "helped" and found.low > 0:
         verdict = f"better, but not by a margin to speak of (margin={margin:g})"
     what = f"{name} against {first}: {verdict}, {size}{over}, by {found.images:,} test images{draws}."
