@@ -309,7 +309,7 @@ def judged(
             "all": _plain(whole),
             "columns": {c: _plain(one) for c, one in each.items()},
             "fallen": fallen(each),
-            "sentence": sentence(name, first, whole, each, config.margin),
+            "sentence": sentence(name, first, whole, each),
         }
         # with images left out as damaged, numbers in the set are not rows of the tallies
         if 0 < len(leaked) < whole.images - 1 and not config.data.max_bad:
@@ -359,17 +359,15 @@ def fallen(columns: Mapping[str, Difference]) -> list[str]:
     return [name for name, found in columns.items() if found.verdict == "harmed"]
 
 
-def sentence(name: str, first: str, found: Difference, columns: Mapping[str, Difference], margin: float = 0.0) -> str:
-    """What may be said, what it does not hold for, and what would decide it. margin: what the verdict asks of a gain, in points."""
+def sentence(name: str, first: str, found: Difference, columns: Mapping[str, Difference]) -> str:
+    """What may be said, what it does not hold for, and what would decide it."""
     size = f"{found.value:+.2f} points ({found.low:+.2f} to {found.high:+.2f}, 95 %)"
     over = f" on average over {len(columns)} columns" if len(columns) > 1 else ""
     over += f" and {found.seeds} seeds" if found.seeds > 1 else ""
     draws = f" and {found.draws} draws of labels" if found.draws > 1 else ""
     worse = fallen(columns) if len(columns) > 1 else []
     # "helped" alone would promise a gain to whoever uses the column that fell
-    verdict: str = "helped on average, not everywhere" if worse and found.verdict == "helped" else found.verdict
-    if found.verdict != "helped" and found.low > 0:
-        verdict = f"better, but not by a margin to speak of (margin={margin:g})"
+    verdict = "helped on average, not everywhere" if worse and found.verdict == "helped" else found.verdict
     what = f"{name} against {first}: {verdict}, {size}{over}, by {found.images:,} test images{draws}."
     if worse:
         fell = ", ".join(f"{c} {columns[c].value:+.2f} ({columns[c].low:+.2f} to {columns[c].high:+.2f})" for c in worse)

@@ -18,7 +18,7 @@ from ssl_locat.intervals.figures import LEVEL, wilson
 RESAMPLES = 2000  # the ends of a 95 % interval are then the 50th values from both sides
 MOST_WEIGHTS = 4_000_000  # of a piece of the matrix [resamples, images]: 32 MB, however many there are of both
 
-Verdict = Literal["helped", "no difference that this data can show", "harmed"]
+Verdict = Literal["helped", "better, but not by a margin to speak of", "no difference that this data can show", "harmed"]
 
 
 class Tally(NamedTuple):
@@ -121,7 +121,11 @@ def difference(
         _of_seeds(side, count, resamples, seed + at) for at, (side, count) in enumerate(zip((first, second), seeds, strict=True))
     )
     low, high = (value + float(end) for end in np.quantile(images + draws + trainings, _ends(level)))
-    verdict: Verdict = "helped" if low > margin else "harmed" if high < 0 else "no difference that this data can show"
+    verdict: Verdict = "no difference that this data can show"
+    if low > 0:
+        verdict = "helped" if low > margin else "better, but not by a margin to speak of"
+    elif high < 0:
+        verdict = "harmed"
     # what more test images would not narrow: few draws of labels, few seeds
     spread = math.hypot(
         _standard_error(per_draw), *(_standard_error(_per_seed(side, n)) for side, n in zip((first, second), seeds, strict=True))

@@ -204,7 +204,7 @@ def test_a_gain_no_larger_than_two_trainings_of_one_recipe_differ_by_is_not_call
         _, config = compare.load_compare([MODEL, "data.train=a", "data.test=b", *more])
         found[bool(more)] = compare.judged(["a", "b", "c"], rows, config, None)["differences"]
     assert found[False]["b"]["all"]["low"] > 0 and found[False]["b"]["all"]["verdict"] != "helped"
-    assert "b against a: better, but not by a margin to speak of (margin=1), +1.50 points" in found[False]["b"]["sentence"]
+    assert "b against a: better, but not by a margin to speak of, +1.50 points" in found[False]["b"]["sentence"]
     assert found[True]["b"]["all"]["verdict"] == "helped"
     assert found[False]["c"]["all"]["verdict"] == found[True]["c"]["all"]["verdict"] == "harmed"  # a loss needs no margin
 

@@ -67,7 +67,7 @@ def test_a_real_difference_is_found_and_its_sign_is_right():
     first, second = simulated(np.random.default_rng(0), 1.0, images=2000)
     found = difference([first], [second])
     assert found.verdict == "helped" and found.low > 0 and difference([second], [first]).verdict == "harmed"
-    assert difference([first], [second], margin=found.value).verdict == "no difference that this data can show"
+    assert difference([first], [second], margin=found.value).verdict == "better, but not by a margin to speak of"
     assert difference([second], [first], margin=found.value).verdict == "harmed"  # a loss is believed sooner
 
 
