@@ -14,6 +14,7 @@ from trained import write_config
 from ssl_locat import cli
 from ssl_locat.cluster.launch import load_profile
 from ssl_locat.config import reference as config_reference
+from ssl_locat.config.data_section import Metadata
 from ssl_locat.config.schema import Config, load
 from ssl_locat.config.yaml_files import names
 from ssl_locat.data.images.bands import reading
@@ -132,6 +133,11 @@ def test_the_config_reference_is_current():
     assert (DOCS / "config.md").read_text() == config_reference.reference(), (
         "python -m ssl_locat.config.reference > docs/config.md"
     )
+
+
+def test_the_config_reference_names_the_keys_of_a_mapping():
+    rows = re.findall(r"^\| `data\.metadata\.NAME\.(\w+)` \| ([^|]+) \|", config_reference.reference(), re.M)
+    assert dict(rows).keys() == Metadata.model_fields.keys() and dict(rows)["values"] == "list of text"
 
 
 def test_every_key_that_a_page_mentions_exists():

@@ -60,7 +60,7 @@ def _section(schema: type[BaseModel], prefix: str) -> list[str]:
         section = _subsection(field.annotation)
         other = None if section else _alternative(field.annotation)
         if other and other not in told:
-            inner += _section(other, f"{prefix}{name}.")
+            inner += _section(other, f"{prefix}{name}.{'NAME.' if get_origin(_given(field.annotation)) is dict else ''}")
             told.add(other)
         if section is None:
             rows.append(
@@ -84,8 +84,16 @@ def _subsection(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def _given(annotation: Any) -> Any:
+    """`X` of `X | None`."""
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    return parts[0] if get_origin(annotation) in (Union, types.UnionType) and len(parts) == 1 else annotation
+
+
 def _alternative(annotation: Any) -> type[BaseModel] | None:
-    """The section that is one of several things which a value may be."""
+    """The section that is one of several things which a value may be, or each value of a mapping whose keys are names of the user's."""
+    if get_origin(_given(annotation)) is dict:
+        return _subsection(get_args(_given(annotation))[1])
     if get_origin(annotation) not in (Union, types.UnionType):
         return None
     return next((found for part in get_args(annotation) if (found := _subsection(part))), None)

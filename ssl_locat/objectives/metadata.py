@@ -73,6 +73,7 @@ class Metadata(nn.Module):
         reversal: of a nuisance, how much stronger its gradient is in the backbone than in the head (which Adam scales anyway).
         linear: of a nuisance, weight of what a linear reader explains of it (linear_reader.py), which has no opponent to outrun.
         hidden_dim, layers: of the head of each field; 1 layer: linear.
+        min_images: with a nuisance and `linear`, refuse to run with fewer images per micro-batch on all ranks: it compares them with each other.
     """
 
     needs = Needs(metadata=True)
@@ -85,6 +86,7 @@ class Metadata(nn.Module):
         linear: float = 1.0,
         hidden_dim: int = 256,
         layers: int = 2,
+        min_images: int = 64,
     ):
         super().__init__()
         for option, names in {"nuisance": nuisance, "informative": informative}.items():
@@ -102,6 +104,7 @@ class Metadata(nn.Module):
             )
         self.reversal = tuple(reversal if name in nuisance else None for name in self.names)
         self.linear, self.hidden_dim, self.layers = linear, hidden_dim, layers
+        self.min_images = min_images if nuisance and linear else 1
         self.readers = nn.ModuleDict()  # of nuisances
         self.columns: list[int] = []
         self.sizes: list[int] = []

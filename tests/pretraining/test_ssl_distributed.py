@@ -35,6 +35,12 @@ QUICK = {
     # the quickstart's
     "batch_norm": (f"[{{name: dino, {HEAD}, batch_norm: true, targets: sinkhorn, min_images: 16}}, {KOLEO}]", [], 1e-4),
     "dense": (DENSE, ["precision=bf16"], 5e-3),
+    # a nuisance that is read from all ranks' images, and one that informs; the textures' own classes
+    "metadata": (
+        f"[{DINO}, {{name: metadata, nuisance: [number], informative: [kind], hidden_dim: 16, min_images: 16}}]",
+        ["data.metadata={number: {member: cls, values: [0, 1, 2, 3, 4]}, kind: {member: cls, values: [3, 4, 5, 6, 7, 8, 9]}}"],
+        1e-4,
+    ),
 }
 SLOW = {
     # class and patch scores pass through one head in each step
