@@ -8,12 +8,13 @@ import os
 import re
 import statistics
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 
-from ssl_locat.config.schema import load
+from ssl_locat.config.schema import Config, load
 from ssl_locat.data.images.decode import LABEL_KEYS, decode_image, find_image
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.kinds import Dataset
@@ -32,6 +33,7 @@ from ssl_locat.text.shown import carries_credentials
 NUM_SAMPLED = 64
 CPU_HOURS = 1.0  # what a first run on a CPU may take
 FEW = 500  # images, below which there is little to learn
+EIGHT = 8  # GPUs of fast_8gpu, whose batch another number shares as well
 SAVE_SECONDS = 300  # from one checkpoint to the next: what a kill may cost
 
 
@@ -76,10 +78,12 @@ def init(source: str, out: str | None = None, then_pretrain: bool = False) -> Pa
         seen = inspect_data(train)
         test, unlabelled = usable_test(train, test)
     try:
-        write_atomically(target, compose(target, train, test, seen), private=carries_credentials([train, test]))
+        # a run that follows at once is this process, on one GPU
+        gpus = min(torch.cuda.device_count(), 1 if then_pretrain else 64) if torch.cuda.is_available() else 0
+        write_atomically(target, compose(target, train, test, seen, gpus), private=carries_credentials([train, test]))
         config = load(str(target))
         with progress("trying a few steps"):
-            seconds, steps_per_epoch = expected_seconds(config)
+            seconds, steps_per_epoch = expected_seconds(config, max(1, gpus))
         fit_time(target, seconds, steps_per_epoch, load_before)
         config = load(str(target))
     except BaseException:
@@ -106,7 +110,9 @@ def init(source: str, out: str | None = None, then_pretrain: bool = False) -> Pa
         soft_wrap=True,
     )
     if not then_pretrain:
-        next_steps(f"ssl-locat doctor {target}", f"ssl-locat pretrain {target}", f"ssl-locat report {config.run_dir} --watch")
+        next_steps(
+            f"ssl-locat doctor {target}", f"ssl-locat pretrain {target}{on(gpus)}", f"ssl-locat report {config.run_dir} --watch"
+        )
     return target
 
 
@@ -256,6 +262,11 @@ def choose_prototypes(count: int) -> int:
     return min(65536, max(64, 2 ** round(np.log2(max(count / 8, 1)))))
 
 
+def choose_recipe(gpus: int) -> str:
+    """The shipped recipe for this kind of machine, whose objective, batch, rates and savings are taken over (docs/cheaper.md)."""
+    return "fast_cpu" if not gpus else "fast_one_gpu" if gpus == 1 else "fast_8gpu"
+
+
 def choose_epochs(count: int, gpu: bool) -> int:
     """The fewer images, the more passes."""
     if not gpu:
@@ -265,51 +276,79 @@ def choose_epochs(count: int, gpu: bool) -> int:
     )
 
 
-def compose_objective(prototypes: int, gpu: bool, quick: bool, epochs: int) -> list[str]:
-    """Lines below `objective:`. A short run on a CPU drifts to the uniform teacher unless that is quick and sharp (docs/results.md)."""
+def compose_objective(recipe: Config, name: str, prototypes: int, gpu: bool, compares: bool, epochs: int) -> list[str]:
+    """Lines below `objective:`: the recipe's, where a micro-batch has the images that it compares."""
+    if compares:
+        given = [{"name": objective.name, **objective.options} for objective in recipe.objectives]
+        return [f"  - {_flow(options)}   # as in {name}" for options in given]
     dino = ["name: dino", f"num_prototypes: {prototypes}   # about one for eight images"]
     if gpu:
         dino += ["teacher_temp: [0.04, 0.07]", f"teacher_temp_warmup_epochs: {min(30, epochs // 10)}"]
-        return [f"  {line}" for line in dino]
-    dino += ["hidden_dim: 256", "bottleneck_dim: 64"]
-    if not quick:
-        return [f"  {line}" for line in dino]
-    dino += [
-        "batch_norm: true",
-        "targets: sinkhorn   # holds so quick and sharp a teacher in place",
-        "teacher_temp: [0.02, 0.02]",
-    ]
-    dino += ["frozen_last_layer_epochs: 9999   # prototypes stay as drawn"]
-    koleo = "  - {name: koleo, weight: 0.03}   # keeps images apart in the first steps"
-    return [f"  - {dino[0]}", *(f"    {line}" for line in dino[1:]), koleo]
+    else:
+        dino += ["hidden_dim: 256", "bottleneck_dim: 64"]
+    return [f"  {line}" for line in dino]
 
 
-def compose(target: Path, train: str, test: str | None, seen: DataStats) -> str:
-    """The YAML, with the reason beside each choice."""
-    gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
-    gpu, cores = gpu_gb > 0, os.cpu_count() or 1
+def compose_savings(recipe: Config, name: str, sizes: Sizes) -> list[str]:
+    """Lines below `crops:` of what makes the recipe cheap, its stages at these sizes: as large a part of the last one's as there."""
+    crops = recipe.crops
+    if not crops.stages:
+        kept = crops.model_dump(mode="json")["keep_patches"]
+        return [f"  keep_patches: {_flow(kept)}   # the student's share of large crops, the teacher sees all; as in {name}"]
+    lines = [f"  stages:   # most of the run at lower resolution, as in {name}"]
+    for until, stage, _ in crops.resolved():
+        # sizes of the last stage are those beside; its patches are all kept unless it says otherwise
+        own: dict[str, Any] = {"until": until}
+        for key, side in (("global_size", sizes.global_size), ("local_size", sizes.local_size)):
+            patches = getattr(stage, key) / getattr(crops, key) * side / sizes.patch_size
+            own[key] = max(1, round(patches)) * sizes.patch_size
+        own["keep_patches"] = stage.model_dump(mode="json")["keep_patches"]
+        lines.append(f"    - {_flow(own)}")
+    return lines
+
+
+def _flow(value: Any) -> str:
+    """YAML on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf")).removesuffix("...\n").strip()
+
+
+def on(gpus: int) -> str:
+    """What starts a process on each GPU."""
+    return " --on torchrun" if gpus > 1 else ""
+
+
+def compose(target: Path, train: str, test: str | None, seen: DataStats, gpus: int) -> str:
+    """The YAML, with the reason beside each choice. gpus: that the run will have."""
+    gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if gpus else 0.0
+    gpu, cores, ranks = gpus > 0, os.cpu_count() or 1, max(1, gpus)
+    fast = choose_recipe(gpus)
+    recipe = load(fast)
     sizes, (backbone, why) = choose_sizes(seen.short_sides, gpu), choose_backbone(gpu_gb)
     name = name_of(target.name)
     # a power of two, a quarter of the images at most: a batch must not hold an image twice
-    batch = min(256 if gpu else 128, max(16 if seen.count >= 16 else 8, 2 ** int(np.log2(seen.count / 4))))
+    most = recipe.optim.global_batch_size * (gpus if gpus > 1 else EIGHT) // EIGHT
+    batch = min(most, max(16 if seen.count >= 16 else 8, 2 ** int(np.log2(seen.count / 4))))
+    batch = max(1, batch // ranks) * ranks
     per_image = (
         (sizes.global_size / 224) ** 2 * (16 / sizes.patch_size) ** 2 * (0.35 if gpu_gb >= 16 else 0.2)
     )  # GB, roughly, in bf16
     accumulate = 1
-    while gpu and batch // accumulate * per_image > 0.7 * gpu_gb and accumulate < batch // 8:
+    while gpu and batch // (accumulate * ranks) * per_image > 0.7 * gpu_gb and accumulate < batch // ranks // 8:
         accumulate *= 2
     epochs = choose_epochs(seen.count, gpu)
     channels, labelled = len(seen.mean), test is not None
     in_chans = "" if channels == 3 else f", in_chans: {channels}"
     gray = f"{_channels(channels)}, no colours" if channels != 3 else "the images are grey" if seen.gray > 0.9 else ""
-    quick = not gpu and batch >= 64  # Sinkhorn targets and KoLeo compare the images of a batch
-    objective = compose_objective(choose_prototypes(seen.count), gpu, quick, epochs)
+    # the recipes' losses compare the images of a micro-batch; with few, DINO's, whose centre goes over the steps
+    compares = batch // accumulate >= 64
+    objective = compose_objective(recipe, fast, choose_prototypes(seen.count), gpu, compares, epochs)
+    learns = "a cosine that rises" if compares else "a loss that leaves ln(num_prototypes)"
     knn = " and a k-NN above the untrained network's" if labelled else ""
     lines = [
         f"# Written by `ssl-locat init` for {seen.count:,} images in {train}: {min(seen.short_sides)} to {max(seen.short_sides)} px",
         f"# on the shorter side, {max(seen.ratios):.1f} the longest ratio of sides, about {seen.mean_bytes / 1000:.0f} kB each.",
-        f"# Expected: a loss that leaves ln(num_prototypes){knn}; no published number fits your images.",
-        f"# Command: ssl-locat pretrain {target.name}      (look first: ssl-locat doctor {target.name})",
+        f"# Expected: {learns}{knn}; no published number fits your images.",
+        f"# Command: ssl-locat pretrain {target.name}{on(gpus)}      (look first: ssl-locat doctor {target.name})",
         "# Read by: ssl_locat/pretraining/loop.py (keys: docs/config.md)",
         "",
         f"run_dir: runs/{name}   # the same command with the same folder resumes from the newest checkpoint",
@@ -327,7 +366,8 @@ def compose(target: Path, train: str, test: str | None, seen: DataStats) -> str:
         "crops:",
         f"  global_size: {sizes.global_size}   # images: {statistics.median(seen.short_sides):.0f} px in the median",
         f"  local_size: {sizes.local_size}",
-        f"  num_local: {8 if gpu_gb >= 16 else 4 if gpu else 2}   # each costs time; 8 in the published recipes",
+        f"  num_local: {4 if 0 < gpu_gb < 16 else recipe.crops.num_local}   # each costs time; 8 in the published recipes",
+        *compose_savings(recipe, fast, sizes),
         *(
             ["  blur_prob: [0.5, 0.1, 0.0]   # small images lose everything to strong blur", "  blur_sigma: [0.1, 0.5]"]
             if sizes.global_size <= 64
@@ -344,10 +384,10 @@ def compose(target: Path, train: str, test: str | None, seen: DataStats) -> str:
         f"  epochs: {epochs}",
         f"  global_batch_size: {batch}",
         f"  accumulate_steps: {accumulate}" + ("   # raise it if the GPU runs out of memory" if gpu else ""),
-        f"  lr: {'5.0e-4' if gpu else '6.0e-3' if quick else '1.0e-3'}   # at a batch of 256; scaled linearly",
+        f"  lr: {recipe.optim.lr if gpu or compares else 1.0e-3}   # at a batch of 256; scaled linearly",
         f"  warmup_epochs: {max(1, epochs // 20)}",
-        f"teacher: {{momentum: [{0.996 if seen.count * epochs / batch > 50_000 else 0.99 if gpu else 0.9 if quick else 0.98}, 1.0]}}   # nearer to 1 for longer runs",
-        f"precision: {'bf16' if gpu else 'fp32'}",
+        f"teacher: {{momentum: [{0.996 if seen.count * epochs / batch > 50_000 else 0.99 if gpu else recipe.teacher.momentum[0] if compares else 0.98}, 1.0]}}   # nearer to 1 for longer runs",
+        f"precision: {recipe.precision}",
         "checkpoint: {every_steps: 1000}",
         *(
             ["probes:", f"  every_epochs: {max(1, epochs // 20)}", f"  knn: {{k: [20], image_size: {sizes.global_size}}}"]

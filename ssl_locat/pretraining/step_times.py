@@ -14,6 +14,7 @@ from ssl_locat.measure.images import DataSample, sample_data
 from ssl_locat.measure.step import StepTimes, measure_step, step_device
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.blocks import BlockScores
+from ssl_locat.pretraining.operations import operations_of_stages
 from ssl_locat.pretraining.parts import Length, autocasts, build_model, check, mask_seeds, total_loss
 from ssl_locat.pretraining.precision_choice import decide_precision, with_precision
 from ssl_locat.pretraining.stages import keep_on_average, stages_of, stretches
@@ -99,18 +100,19 @@ def step_times(config: Config, payload: list[Sample], micro_batch: int) -> StepT
     )
 
 
-def expected_seconds(config: Config) -> tuple[float, int]:
-    """(seconds of one epoch of this config on this machine, by a few steps; steps of an epoch)."""
+def expected_seconds(config: Config, ranks: int = 1) -> tuple[float, int]:
+    """(seconds of one epoch of this config on this machine, on average over its stages, by a few steps of one rank; steps of an epoch)."""
     datasets, _, length = check(config)
     sample = sample_data(datasets, config, step_device(config.device), 32)
     # one micro-batch, as the run will have it
     assert sample.payload is not None  # some of these images were read before
+    batch = config.optim.global_batch_size // (config.optim.accumulate_steps * ranks)
     if config.precision == "auto":
-        batch = config.optim.global_batch_size // config.optim.accumulate_steps
         config = with_precision(config, decide_precision(config, step_device(config.device), batch)[0])
-    times = step_times(config, sample.payload, config.optim.global_batch_size // config.optim.accumulate_steps)
-    per_image = seconds_per_image(config, sample, times)
-    return per_image * length.steps_per_epoch * config.optim.global_batch_size, length.steps_per_epoch
+    times = step_times(config, sample.payload, batch)
+    flop = operations_of_stages(config).stages if config.crops.stages else [1.0]
+    epochs = length.total_samples / (length.steps_per_epoch * config.optim.global_batch_size)
+    return seconds_of_run(config, sample, times, ranks, length, flop) / epochs, length.steps_per_epoch
 
 
 def decide_crops(config: Config, datasets: list[Dataset], device: torch.device, micro_batch: int) -> tuple[Config, str]:

@@ -1,6 +1,7 @@
 """init writes a YAML that pretrain runs, from the images as they are."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from ssl_locat.config.schema import load
 from ssl_locat.data.shards.index import open_dataset
 from ssl_locat.data.shards.tar import Damage
 from ssl_locat.data.shards.textures import make_textures
-from ssl_locat.doctor.init import choose_prototypes, choose_sizes, init, usable_test
+from ssl_locat.doctor.init import DataStats, choose_prototypes, choose_sizes, compose, init, usable_test
 from ssl_locat.errors import DataError, UserError
 from ssl_locat.measure import step as step_measure
 from ssl_locat.pretraining.loop import pretrain
@@ -136,3 +137,41 @@ def test_links_to_nowhere_and_what_a_mac_leaves_stop_nothing(tmp_path):
     dataset = open_dataset(str(folder))
     assert len(dataset) == 20 and dataset.mean_bytes > 0
     assert sum(isinstance(sample, Damage) for sample in dataset.read(0, 20)) == 10
+
+
+SEEN = DataStats(50_000, [300], [1.3], ["jpeg"], 0.0, 0.0, "", (0.48, 0.46, 0.41), (0.23, 0.22, 0.22), None, 60_000.0)
+
+
+def written_for(monkeypatch, gpus: int, gigabytes: float = 80, count: int = 50_000, side: int = 300):
+    """The config that init writes on such a machine."""
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=gigabytes * 1e9))
+    text = compose(Path("images.yaml"), "images", None, SEEN._replace(count=count, short_sides=[side]), gpus)
+    Path("images.yaml").write_text(text)
+    return load("images.yaml"), text
+
+
+@pytest.mark.parametrize(("gpus", "recipe"), [(0, "fast_cpu"), (1, "fast_one_gpu"), (8, "fast_8gpu")])
+def test_the_fast_recipe_of_the_machine_is_taken_over(monkeypatch, gpus, recipe):
+    config, text = written_for(monkeypatch, gpus)
+    fast = load(recipe)
+    assert f"as in {recipe}" in text and ("--on torchrun" in text) == (gpus == 8)
+    assert config.objectives == fast.objectives and config.precision == fast.precision
+    assert (config.optim.global_batch_size, config.optim.lr) == (fast.optim.global_batch_size, fast.optim.lr)
+    mine, theirs = config.crops.resolved(), fast.crops.resolved()
+    assert [stage.until for stage in mine] == [stage.until for stage in theirs]
+    assert [stage.crops.keep_patches for stage in mine] == [stage.crops.keep_patches for stage in theirs]
+    if gpus:  # photographs get the published sizes
+        assert [stage.crops.global_size for stage in mine] == [stage.crops.global_size for stage in theirs] == [112, 224]
+
+
+def test_stages_are_scaled_to_small_images_and_stay_multiples_of_the_patch(monkeypatch):
+    config, _ = written_for(monkeypatch, 1, side=96)
+    assert [(stage.crops.global_size, stage.crops.local_size) for stage in config.crops.resolved()] == [(48, 24), (96, 48)]
+
+
+def test_few_images_in_a_batch_are_not_compared_with_each_other(monkeypatch):
+    config, text = written_for(monkeypatch, 0, count=100)
+    assert config.optim.global_batch_size == 16 and [objective.name for objective in config.objectives] == ["dino"]
+    assert "ln(num_prototypes)" in text
+    small, _ = written_for(monkeypatch, 1, gigabytes=8)
+    assert small.optim.global_batch_size // small.optim.accumulate_steps < 64 and small.objectives[0].name == "dino"
