@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssl_locat.errors import ConfigError, did_you_mean
 from ssl_locat.objectives import Needs, Progress, Views
 from ssl_locat.objectives.linear_reader import LinearReader
+from ssl_locat.objectives.neighbours import NeighbourReader
 
 
 def check_names(names: Iterable[str], known: Collection[str]) -> None:
@@ -71,9 +72,9 @@ class Metadata(nn.Module):
         nuisance: names of data.metadata that features should not tell.
         informative: names that they should.
         reversal: of a nuisance, how much stronger its gradient is in the backbone than in the head (which Adam scales anyway).
-        linear: of a nuisance, weight of what a linear reader explains of it (linear_reader.py), which has no opponent to outrun.
+        neighbours, linear: of a nuisance, weights of what neighbours and a linear reader tell of it (neighbours.py, linear_reader.py), whom the backbone cannot outrun.
         hidden_dim, layers: of the head of each field; 1 layer: linear.
-        min_images: with a nuisance and `linear`, refuse to run with fewer images per micro-batch on all ranks: it compares them with each other.
+        min_images: with a nuisance that neighbours or a linear reader read, refuse to run with fewer images per micro-batch on all ranks: they compare them.
     """
 
     needs = Needs(metadata=True)
@@ -83,6 +84,7 @@ class Metadata(nn.Module):
         nuisance: Sequence[str] = (),
         informative: Sequence[str] = (),
         reversal: float = 0.1,
+        neighbours: float = 2.0,
         linear: float = 1.0,
         hidden_dim: int = 256,
         layers: int = 2,
@@ -97,15 +99,15 @@ class Metadata(nn.Module):
             raise ConfigError(
                 f"metadata: nuisance is {list(nuisance)}, informative {list(informative)}; expected at least one name of data.metadata, each once"
             )
-        if reversal < 0 or linear < 0 or hidden_dim < 1 or layers < 1:
+        if min(reversal, neighbours, linear) < 0 or hidden_dim < 1 or layers < 1:
             raise ConfigError(
-                f"metadata: reversal is {reversal}, linear {linear}, hidden_dim {hidden_dim}, layers {layers}; expected two numbers of at least 0, and "
-                "whole numbers of at least 1"
+                f"metadata: reversal is {reversal}, neighbours {neighbours}, linear {linear}, hidden_dim {hidden_dim}, layers {layers}; expected three "
+                "numbers of at least 0, and whole numbers of at least 1"
             )
         self.reversal = tuple(reversal if name in nuisance else None for name in self.names)
-        self.linear, self.hidden_dim, self.layers = linear, hidden_dim, layers
-        self.min_images = min_images if nuisance and linear else 1
-        self.readers = nn.ModuleDict()  # of nuisances
+        self.neighbours, self.linear, self.hidden_dim, self.layers = neighbours, linear, hidden_dim, layers
+        self.min_images = min_images if nuisance and (neighbours or linear) else 1
+        self.neighbour_readers, self.linear_readers = nn.ModuleDict(), nn.ModuleDict()  # of nuisances
         self.columns: list[int] = []
         self.sizes: list[int] = []
 
@@ -114,7 +116,8 @@ class Metadata(nn.Module):
         self.columns = [list(metadata).index(name) for name in self.names]
         self.sizes = [metadata[name] for name in self.names]
         nuisances = [name for name, strength in zip(self.names, self.reversal, strict=True) if strength is not None]
-        self.readers = nn.ModuleDict({name: LinearReader(embed_dim, metadata[name]) for name in nuisances if self.linear})
+        self.neighbour_readers = nn.ModuleDict({name: NeighbourReader(embed_dim) for name in nuisances if self.neighbours})
+        self.linear_readers = nn.ModuleDict({name: LinearReader(embed_dim, metadata[name]) for name in nuisances if self.linear})
         return MetadataHead(embed_dim, self.sizes, self.reversal, self.hidden_dim, self.layers)
 
     def forward(self, student: Tensor, metadata: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
@@ -132,8 +135,12 @@ class Metadata(nn.Module):
             loss = loss + entropy
             hits = ((logits.argmax(-1) == truth) & known).float().mean()  # []: of all images, too
             metrics |= {f"{name}_accuracy": hits / known.float().mean().clamp(min=1e-6), f"{name}_known": known.float().mean()}
-            if name in self.readers:
-                explained = self.readers[name](parts[-1], truth)
+            if name in self.neighbour_readers:
+                told = self.neighbour_readers[name](parts[-1], truth)
+                loss = loss + self.neighbours * told
+                metrics[f"{name}_neighbours"] = told.detach()
+            if name in self.linear_readers:
+                explained = self.linear_readers[name](parts[-1], truth)
                 loss = loss + self.linear * explained
                 metrics[f"{name}_explained"] = explained.detach()
         return loss, metrics

@@ -1,5 +1,7 @@
 """The objective `metadata`: what its gradient does to head and backbone, and that unknown values and other ranks change nothing of the rest."""
 
+import math
+
 import pytest
 import torch
 from processes import run_ranks
@@ -10,6 +12,7 @@ from ssl_locat.models.backbone import create_backbone
 from ssl_locat.objectives import Progress, Views
 from ssl_locat.objectives.linear_reader import NEWEST, LinearReader
 from ssl_locat.objectives.metadata import Metadata
+from ssl_locat.objectives.neighbours import MEMORY, NEAREST, NeighbourReader
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 from ssl_locat.runs import distributed
 
@@ -20,7 +23,7 @@ SIZES = {"season": 2, "camera": 3, "organ": 4}
 def gradients(known: torch.Tensor, **options) -> tuple[torch.Tensor, list[torch.Tensor], dict]:
     """(of the class tokens, of the head's parameters, metrics) for tokens [2, 6, 8]; the head is the same each time."""
     torch.manual_seed(0)
-    objective = Metadata(hidden_dim=16, **{"linear": 0.0} | options)
+    objective = Metadata(hidden_dim=16, **{"linear": 0.0, "neighbours": 0.0} | options)
     head = objective.make_head(8, metadata=SIZES)
     tokens = torch.randn(2, 6, 8, requires_grad=True)
     loss, metrics = objective(head(Views(tokens)), known, AT)
@@ -63,7 +66,7 @@ def test_what_says_nothing_moves_nothing():
 
 def test_parts_of_a_batch_add_up_to_the_whole():
     """Ranks and micro-batches average: a part that says little must not weigh as much as one that says all."""
-    objective = Metadata(nuisance=["camera"], linear=0.0)
+    objective = Metadata(nuisance=["camera"], linear=0.0, neighbours=0.0)
     head = objective.make_head(8, metadata=SIZES)
     tokens, truth = torch.randn(2, 6, 8), TRUTH.clone()
     truth[:2] = -1
@@ -159,3 +162,106 @@ def test_ranks_read_all_their_images():
     assert all(value == pytest.approx(one, rel=1e-5) for value, _ in found)
     halves = torch.cat([torch.tensor(gradient) for _, gradient in found], 1) / 2  # DDP averages over ranks
     torch.testing.assert_close(halves, torch.tensor(whole), rtol=1e-4, atol=1e-8)
+
+
+# --- neighbours ---------------------------------------------------------------------------------------------------------------
+
+
+def slowly(memory: list[tuple[torch.Tensor, int]], tokens: torch.Tensor, labels: torch.Tensor) -> float:
+    """As loops over pairs, in float64; memory: (token, label)."""
+    views, count = tokens.shape[:2]
+    unit = nn.functional.normalize(tokens.double(), dim=-1)
+    everyone = [(unit[v, i], int(labels[i]), i) for v in range(views) for i in range(count)]
+    everyone += [(token.double(), label, None) for token, label in memory]
+    found = []
+    for v in range(views):
+        for i in range(count):
+            label = int(labels[i])
+            others = [(t, other) for t, other, image in everyone if other >= 0 and image != i] if label >= 0 else []
+            if all(other == label for _, other in others):  # nobody to be told from
+                found.append(0.0)
+                continue
+            squares = [float((unit[v, i] - t).square().sum()) for t, _ in others]
+            weights = [math.exp(-square / sorted(squares)[NEAREST - 1]) for square in squares]
+            different = sum(weight for weight, (_, other) in zip(weights, others, strict=True) if other != label)
+            found.append(-math.log(different / sum(weights)))
+    return sum(found) / len(found)
+
+
+def test_neighbours_are_what_they_say_pair_by_pair():
+    reader, memory = NeighbourReader(6), []
+    for step in range(3):
+        tokens, labels = clouds(1.0, 40, step)
+        tokens, labels = tokens[0].unflatten(0, (2, 20)), labels[:20]
+        labels[::7] = -1
+        assert reader(tokens, labels).item() == pytest.approx(slowly(memory, tokens, labels), rel=1e-4)
+        unit = nn.functional.normalize(tokens, dim=-1)
+        memory = [(unit[v, i], int(labels[i])) for v in range(2) for i in range(20)] + memory
+
+
+def test_neighbours_of_what_cannot_be_told_are_what_guessing_gives():
+    reader, generator = NeighbourReader(16), torch.Generator().manual_seed(1)
+    found = [
+        reader(torch.randn(2, 32, 16, generator=generator), torch.randint(2, (32,), generator=generator)).item()
+        for _ in range(40)
+    ]
+    assert sum(found) / 40 == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_neighbours_see_what_no_line_parts():
+    tokens = torch.randn(1, 300, 3, generator=torch.Generator().manual_seed(2))
+    tokens[..., 2] = 1
+    inside = (tokens[0, :, 0].abs() < 0.6).long()  # the others lie on both sides
+    assert NeighbourReader(3)(tokens, inside) > NeighbourReader(3)(tokens, inside.flip(0)) + 0.5
+    assert LinearReader(3, 2)(tokens, inside) < LinearReader(3, 2)(tokens, (tokens[0, :, 0] > 0).long()) / 3
+
+
+def test_its_gradient_mixes_labels():
+    tokens, labels = clouds(2.0)
+    moving = tokens.clone().requires_grad_()
+    before = NeighbourReader(6)(moving, labels)
+    before.backward()
+    assert NeighbourReader(6)(tokens - 20 * moving.grad, labels) < before.detach() - 0.01
+
+
+@pytest.mark.parametrize("value", [-1, 1])
+def test_a_batch_of_one_value_or_of_none_has_no_neighbours_to_be_told_from(value):
+    tokens, labels = clouds(1.0)
+    moving = tokens.clone().requires_grad_()
+    found = NeighbourReader(6)(moving, torch.full_like(labels, value))
+    found.backward()
+    assert found.item() == 0 and moving.grad.abs().max() == 0
+
+
+def test_16_bit_tokens_are_read_in_full():
+    tokens, labels = clouds(1.0)
+    rounded = tokens.bfloat16()
+    for reader in (NeighbourReader, lambda width: LinearReader(width, 3)):
+        assert reader(6)(rounded, labels).item() == reader(6)(rounded.float(), labels).item()
+
+
+def _neighbours_on_this_rank(count):
+    reader, found = NeighbourReader(6), []
+    for step in range(MEMORY // 400 + 2):  # until the memory is full and forgets
+        tokens, labels = clouds(1.0, 400, step)
+        tokens, labels = tokens[0].unflatten(0, (2, 200)), labels[:200]
+        part = slice(distributed.rank() * count, (distributed.rank() + 1) * count)
+        moving = tokens[:, part].clone().requires_grad_()
+        value = reader(moving, labels[part])
+        value.backward()
+        found.append((value.item(), moving.grad.tolist()))
+    return found, reader.tokens.tolist(), reader.labels.tolist()
+
+
+@pytest.mark.slow
+def test_ranks_find_neighbours_among_all_their_images():
+    (whole, memory, known), *_ = run_ranks(_neighbours_on_this_rank, 1, 200)
+    halves = run_ranks(_neighbours_on_this_rank, 2, 100)
+    for step, (value, gradient) in enumerate(whole):
+        both = [found[step] for found, _, _ in halves]
+        assert sum(each for each, _ in both) / 2 == pytest.approx(value, rel=1e-4)
+        parts = torch.cat([torch.tensor(part) for _, part in both], 1) / 2  # DDP averages over ranks
+        torch.testing.assert_close(parts, torch.tensor(gradient), rtol=1e-3, atol=1e-7)
+    for _, remembered, labels in halves:
+        torch.testing.assert_close(torch.tensor(remembered), torch.tensor(memory))
+        assert labels == known

@@ -84,6 +84,7 @@ OURS = (
     "miniature",
     "satellite",
     "microscopy",
+    "cameras",
     "which_checkpoint",
     "speedrun",
     "speedrun_cifar10",
