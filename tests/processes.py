@@ -27,7 +27,7 @@ WARM = [
     "ssl_locat.pretraining.loop",
     "ssl_locat.pretraining.summary",
     "ssl_locat.evaluation.evaluate",
-    "ssl_locat.evaluation.table",
+    "ssl_locat.tables.table",
     "ssl_locat.export.export",
     "ssl_locat.report.command",
     "torch.distributed.checkpoint",

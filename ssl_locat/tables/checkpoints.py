@@ -131,9 +131,10 @@ def decay(runs: Sequence[Run], targets: Sequence[str]) -> list[Line]:
     """By row: where in the run it was best, in per cent of its steps, what it reached there, and what it had lost at the end."""
     found = []
     for target in targets:
-        for what, part in ((BEST_AT, 0), (BEST, 1), (LOST, 2)):
+        for part, what in enumerate((BEST_AT, BEST, LOST)):
             of_run = {(run.row, run.seed): peak(run, target)[part] for run in runs if np.isfinite(run.good[target]).all()}
-            found += [line for line in _by_row(of_run, what, target) if line.row != ALL]
+            within = {"low": 0.0, "high": 100.0} if what == BEST_AT else {}  # no run was best before its begin or after its end
+            found += [line for line in _by_row(of_run, what, target, **within) if line.row != ALL]
     return found
 
 

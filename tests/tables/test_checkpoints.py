@@ -83,6 +83,12 @@ def test_twins_are_compared_seed_by_seed_and_other_rows_are_not():
     assert {line.row for line in decay(runs, ["dense"])} == {"ViT", "ViT + LocAt", "Other"}
 
 
+def test_no_interval_of_where_runs_were_best_reaches_past_a_run():
+    runs = [run_of("ViT", seed, values, UP) for seed, values in enumerate((TURNS, UP, TURNS[::-1]))]
+    found = of(decay(runs, ["dense"]), what=BEST_AT).found
+    assert 0 <= found.low < found.value < found.high == 100
+
+
 def test_the_training_loss_is_the_mean_since_the_checkpoint_before(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "loss": step}) + "\n" for step in range(1, 7)))
     assert training_loss(tmp_path, [2, 6]).tolist() == [1.5, 4.5]
