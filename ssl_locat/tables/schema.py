@@ -453,10 +453,25 @@ def all_jobs(table: TableConfig) -> Iterator[TrainingJob | Job]:
 
 
 def jobs(table: TableConfig) -> list[TrainingJob | Job]:
-    """Those that can be done; a training that no cell reads is not."""
+    """Those that can be done; a training that no cell reads is not. Seed by seed: every row has one training, measured in all columns, before any has
+    its second, so that a table that is stopped shows whole rows of fewer seeds."""
     possible = [job for job in all_jobs(table) if not job.lacks]
     read = {job.training.folder for job in possible if isinstance(job, Job) and job.training}
-    return [job for job in possible if isinstance(job, Job) or job.folder in read]
+    turn: dict[Path | None, int] = {None: 0}  # training -> its place among those of its row
+    for row in table.rows:
+        folders = [job.folder for job in possible if isinstance(job, TrainingJob) and job.row == row]
+        for number, folder in enumerate(folders):
+            turn.setdefault(folder, number)  # two rows may read the same
+    return sorted(
+        (job for job in possible if isinstance(job, Job) or job.folder in read), key=lambda job: turn[training_folder(job)]
+    )
+
+
+def training_folder(job: TrainingJob | Job) -> Path | None:
+    """Of the training that a job is, or reads."""
+    if isinstance(job, TrainingJob):
+        return job.folder
+    return job.training.folder if job.training else None
 
 
 def cells(table: TableConfig) -> list[Job]:

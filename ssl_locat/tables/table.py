@@ -37,6 +37,7 @@ from ssl_locat.tables.schema import (
     milestones,
     of_column,
     of_training,
+    training_folder,
     training_of,
 )
 from ssl_locat.tables.text import Cell, Grid, write_table
@@ -253,7 +254,7 @@ def measure(table: TableConfig) -> Found:
             while todo:
                 job = todo.popleft()
                 stop_if_asked("the table")
-                needs = job.training.folder if isinstance(job, Job) and job.training else None
+                needs = training_folder(job) if isinstance(job, Job) else None
                 if needs and trained.get(needs):
                     bar.update()
                     found.fail(job, type(trained[needs])("not measured, as its training failed"))  # type: ignore[misc]

@@ -13,7 +13,19 @@ from ssl_locat.errors import ConfigError, Diverged, UserError
 from ssl_locat.evaluation.protocols import supervised
 from ssl_locat.tables import cost, table
 from ssl_locat.tables.figure import arrows, draw
-from ssl_locat.tables.schema import Figure, Job, TrainingJob, all_jobs, cells, flat, jobs, load_table, nested, trainings
+from ssl_locat.tables.schema import (
+    Figure,
+    Job,
+    TrainingJob,
+    all_jobs,
+    cells,
+    flat,
+    jobs,
+    load_table,
+    nested,
+    training_folder,
+    trainings,
+)
 from ssl_locat.tables.text import Cell
 
 SHAPE = "img_size=32&patch_size=8&embed_dim=64&depth=1&num_heads=1"
@@ -133,6 +145,10 @@ def test_a_row_changes_its_training_and_a_given_model_needs_none(chain):
     seeds = load_table(str(chain), ["train.seeds=[0, 1, 2]"])
     assert len([job for job in jobs(seeds) if isinstance(job, TrainingJob)]) == 6
     assert len([job for job in cells(seeds) if (job.row, job.column) == ("ViT", "k-NN")]) == 3
+    # one training of every row, in all its columns, before any row has a second
+    seed_of = {job.folder: job.options["seed"] for job in jobs(seeds) if isinstance(job, TrainingJob)}
+    turns = [seed_of[folder] for job in jobs(seeds) if (folder := training_folder(job))]
+    assert turns == [seed for seed in (0, 1, 2) for _ in range(2 * (1 + 3))]
     # without a column that reads it nothing is trained; without its data neither
     unread = [f"rows.{row}.skip={{top-1: why, k-NN: why, dense: why}}" for row in shown.rows]
     for change in (unread, ["data.colours.train=null"]):
