@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssl_locat.errors import UserError, did_you_mean
 from ssl_locat.models.attention import Gaussian, dense_bias_attention, gaussian_attention, patch_distances
+from ssl_locat.models.grid import bounded_exp
 
 FAST_GRID = 32  # from this many rows on, the reference pools queries 2 x 2 in training
 SMALL_ALPHA = -12.0  # softplus of it is 6e-6: invisible in the output, yet its gradient is far above Adam's epsilon
@@ -210,7 +211,7 @@ class GAug(nn.Module):
         dx2, dy2 = dx.square().clamp(max=coefficients.clamp), dy.square().clamp(max=coefficients.clamp)
         ax, ay, alpha = coefficients.ax[..., None], coefficients.ay[..., None], coefficients.alpha[..., None]
         if self.kernel == "gaussian":
-            return alpha * torch.exp(-(ax * dx2 + ay * dy2))
+            return alpha * bounded_exp(-(ax * dx2 + ay * dy2))
         reach = ax * (dx2 + dy2).sqrt()  # [B, heads, N, 1] * [N, M]: row i is query i's
         return alpha * (torch.exp(-reach) if self.kernel == "laplace" else 1 / (1 + reach))
 

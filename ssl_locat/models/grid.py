@@ -100,6 +100,9 @@ def squared_distances(
     return dx2, dy2
 
 
+LOWEST = -28.0  # exponent of one axis's factor, 7e-13: far below what float32 logits resolve, and two such factors times a gradient stay normal
+
+
 def bounded_exp(x: Tensor) -> Tensor:
-    """exp(x), at least 1.6e-38: where results are denormal, CPUs take forty times longer."""
-    return torch.exp(x.clamp(min=-87))
+    """exp(x), and 0 below exp(LOWEST): where factors, their products or gradients are denormal, CPUs take up to forty times longer."""
+    return torch.where(x < LOWEST, 0, torch.exp(x.clamp(min=LOWEST)))
