@@ -193,6 +193,8 @@ def unsupported_reason(backend: str, q: Tensor, plain: bool) -> str | None:
         return "has neither dropout nor an extra bias"
     if backend == "tiled" and q.dtype == torch.float64:
         return "computes in float32"
+    if backend == "tiled" and q.device.type != "cpu":
+        return f"runs on CPUs, and these tensors are on {q.device.type!r}"
     if backend == "triton":
         if not HAS_TRITON:
             return "needs the triton package (it comes with PyTorch's CUDA builds; pip install triton)"

@@ -1,7 +1,7 @@
 """Gaussian attention whose backward recomputes the bias: nothing N x N is kept between forward and backward.
 
 For CPUs. PyTorch's fused attention there has no gradient for a mask: a mask that needs one falls back to the unfused path, which
-keeps the weights. Here both passes work on tiles of logits that stay in the cache. Tiles are [heads, keys, queries]: with the queries
+keeps the weights. Here both passes work on tiles of logits that stay in the cache; only the forward pass in 16 bits is PyTorch's. Tiles are [heads, keys, queries]: with the queries
 last, both the bias and the sums of its gradient along rows and columns of the grid run over contiguous memory, which takes a third of
 the time that they take in the other order (docs/performance.md). A call costs 5 to 10 us whatever it does, hence few, large ones.
 """
@@ -54,6 +54,40 @@ class Where:
         self.distances = dx2, dy2
 
 
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bump: "Bump", heights: Tensor, scale: float, out: Tensor, logsumexp: Tensor
+) -> None:
+    """Writes `out` [M, T, d] and `logsumexp` [M, 1, T] of float32 inputs."""
+    cut = Cut(q)
+    (buffer,) = cut.buffers(1)
+    given = cut(q, 1), cut(k), cut(v), cut(bump.x, 2), cut(bump.y * heights, 2), bump.keys(cut)
+    for q_tile, k_tile, v_tile, x, y, keys, out_tile, logsumexp_tile in zip(*given, cut(out, 1), cut(logsumexp, 2), strict=True):
+        weights, _ = bump.write(buffer, x, y, keys)
+        weights.baddbmm_(k_tile, q_tile.mT, alpha=scale)
+        highest = weights.amax(1, keepdim=True)
+        total = weights.sub_(highest).exp_().sum(1, keepdim=True)
+        torch.add(highest, total.log(), out=logsumexp_tile)
+        # divided after the product: d numbers of a query instead of T
+        torch.bmm(weights.mT, v_tile, out=out_tile).div_(total.mT)
+
+
+def _forward_low(
+    q: Tensor, k: Tensor, v: Tensor, bump: "Bump", heights: Tensor, scale: float, out: Tensor, logsumexp: Tensor
+) -> None:
+    """The same in 16 bits, by PyTorch's fused kernel with the bias as its mask: it alone multiplies 16-bit matrices into float32 logits."""
+    cut = Cut(q)
+    (buffer,) = cut.buffers(1)
+    # outer products along keys: dearer than along queries, which is less than the kernel saves
+    given = cut(q, 1), cut(k), cut(v), cut(bump.x.mT.contiguous(), 1), cut((bump.y * heights).mT.contiguous(), 1), bump.keys(cut)
+    for q_tile, k_tile, v_tile, x, y, keys, out_tile, logsumexp_tile in zip(*given, cut(out, 1), cut(logsumexp, 2), strict=True):
+        mask = bump.write_mask(buffer, x, y, keys)
+        result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_tile[None], k_tile[None], v_tile[None], attn_mask=mask[None], scale=scale
+        )
+        out_tile.copy_(result[0][0])
+        logsumexp_tile.copy_(result[1][0, :, None])
+
+
 class _Tiled(torch.autograd.Function):
     """q, k, v [M, T, d] and ax, ay, alpha [M, N], M heads of any images; logits and sums in float32, products in q's dtype."""
 
@@ -62,18 +96,8 @@ class _Tiled(torch.autograd.Function):
         bump = Bump(ax, ay, where, num_prefix_tokens)
         heights = F.pad(alpha[:, None], (num_prefix_tokens, 0))
         out, logsumexp = torch.empty_like(q), torch.empty_like(heights)
-        cut = Cut(q)
-        buffer, low_buffer = cut.buffers(1)
-        given = cut(q.float(), 1), cut(k.float()), cut(v), cut(bump.x, 2), cut(bump.y * heights, 2), bump.keys(cut)
-        for q_tile, k_tile, v_tile, x, y, keys, out_tile, logsumexp_tile in zip(
-            *given, cut(out, 1), cut(logsumexp, 2), strict=True
-        ):
-            weights, _ = bump.write(buffer, x, y, keys)
-            weights.baddbmm_(k_tile, q_tile.mT, alpha=scale)
-            highest = weights.amax(1, keepdim=True)
-            total = weights.sub_(highest).exp_().sum(1, keepdim=True)
-            torch.add(highest, total.log(), out=logsumexp_tile)
-            torch.bmm(copy_to(low_buffer, weights.div_(total)).mT, v_tile, out=out_tile)
+        forward = _forward if q.dtype == torch.float32 else _forward_low
+        forward(q, k, v, bump, heights, scale, out, logsumexp)
         ctx.save_for_backward(q, k, v, ax, ay, alpha, logsumexp)
         ctx.options = where, num_prefix_tokens, scale
         return out
@@ -84,10 +108,12 @@ class _Tiled(torch.autograd.Function):
         where, r, scale = ctx.options
         bump, heights = Bump(ax, ay, where, r), F.pad(alpha[:, None], (r, 0))
         along_x, along_y = torch.empty_like(bump.y), torch.empty_like(bump.x)
-        # keys gather from all tiles of queries: their sums begin at zero, in float32
-        dq, dk, dv = torch.empty_like(q), *(torch.zeros(t.shape, device=t.device) for t in (k, v))
         cut = Cut(q)
-        *buffers, low_buffer = cut.buffers(3)
+        # keys gather from all tiles of queries: their sums begin at zero, in float32
+        make = torch.empty if cut.parts == 1 else torch.zeros
+        dq, dk, dv = torch.empty_like(q), *(make(t.shape, device=t.device) for t in (k, v))
+        buffers = cut.buffers(3)
+        (low_buffer,) = buffers[2:] if q.dtype == torch.float32 else cut.buffers(1, q.dtype)
         tiles_in = zip(cut(q, 1), cut(q.float(), 1), cut(k), cut(k.float()), cut(v), cut(dout, 1), strict=True)
         tiles_bias = zip(cut(bump.x, 2), cut(bump.y, 2), bump.keys(cut), cut(heights, 2), cut(-logsumexp, 2), strict=True)
         tiles_out = zip(cut(dq, 1), cut(dk), cut(dv), cut(along_x, 2), cut(along_y, 2), strict=True)
@@ -97,14 +123,17 @@ class _Tiled(torch.autograd.Function):
             gauss, patches = bump.write(buffers[0], x, y, keys)
             weights, dlogits = (view(buffer, gauss.shape) for buffer in buffers[1:])
             torch.addcmul(shift, gauss, height, out=weights).baddbmm_(k_tile, q_tile.mT, alpha=scale).exp_()
-            add_product(dv_tile, copy_to(low_buffer, weights), dout_tile)
-            dweights = torch.bmm(v_tile, dout_tile.mT, out=view(low_buffer, gauss.shape))
-            torch.mul(weights, dweights, out=dlogits)
-            # softmax's backward: w * (dw - sum(w * dw)); dlogits holds w * dw before
+            add_product(dv_tile, copy_to(low_buffer, weights), dout_tile, cut.parts)
+            if q.dtype == torch.float32:
+                torch.bmm(v_tile, dout_tile.mT, out=dlogits)
+            else:
+                dlogits.copy_(torch.bmm(v_tile, dout_tile.mT, out=view(low_buffer, gauss.shape)))
+            # softmax's backward: w * (dw - sum(w * dw)); dlogits holds w * dw before. FlashAttention's sum(dout * out) is no quicker here, and keeps `out`
+            dlogits.mul_(weights)
             dlogits.addcmul_(weights, dlogits.sum(1, keepdim=True), value=-1)
             dlogits_low = copy_to(low_buffer, dlogits)
-            torch.bmm(dlogits_low.mT, k_low, out=dq_tile)
-            add_product(dk_tile, dlogits_low, q_low)
+            dq_tile.baddbmm_(dlogits_low.mT, k_low, beta=0, alpha=scale)
+            add_product(dk_tile, dlogits_low, q_low, cut.parts, scale)
             # dS times the Gaussian; summed along rows, columns or both it gives all three coefficients' gradients
             gauss.mul_(dlogits)
             if keys is None:
@@ -117,7 +146,7 @@ class _Tiled(torch.autograd.Function):
         dx2, dy2 = where.distances
         dax = (along_y * dx2.mT).sum(1) * -alpha
         day = (along_x * dy2.mT).sum(1) * -alpha
-        return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype), dax, day, along_x.sum(1), None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dax, day, along_x.sum(1), None, None, None
 
 
 class Bump:
@@ -152,6 +181,18 @@ class Bump:
             torch.mul(y.gather(1, row), x.gather(1, col), out=patches)
         return tile, patches
 
+    def write_mask(self, buffer: Tensor, x: Tensor, y: Tensor, keys: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The same product of x [heads, queries, cols] and y [heads, queries, rows], as [heads, queries, T]."""
+        tile = view(buffer, (*x.shape[:2], self.x.shape[2]))
+        patches = tile[..., self.num_prefix_tokens :]
+        tile[..., : self.num_prefix_tokens] = 0
+        if keys is None:
+            torch.mul(y[..., None], x[..., None, :], out=patches.unflatten(2, (y.shape[2], x.shape[2])))
+        else:
+            row, col = (key.mT.expand(-1, x.shape[1], -1) for key in keys)
+            torch.mul(y.gather(2, row), x.gather(2, col), out=patches)
+        return tile
+
 
 class Cut:
     """Cuts tensors into what each tile needs of them."""
@@ -172,20 +213,22 @@ class Cut:
             return [heads for heads in by_heads for _ in range(self.parts)]
         return [piece for heads in by_heads for piece in heads.split(self.queries, dim)]
 
-    def buffers(self, count: int) -> list[Tensor]:
-        """`count` float32 tiles, reused throughout as fresh ones would page-fault every time; then one in q's dtype: for float32 the last again."""
-        shape = self.heads, self.q.shape[1], self.queries
-        buffers = [torch.empty(shape, device=self.q.device) for _ in range(count)]
-        low = buffers[-1] if self.q.dtype == torch.float32 else torch.empty_like(buffers[-1], dtype=self.q.dtype)
-        return [*buffers, low]
+    def buffers(self, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """`count` tiles, reused throughout as fresh ones would page-fault every time."""
+        return [torch.empty(self.heads, self.q.shape[1], self.queries, dtype=dtype, device=self.q.device) for _ in range(count)]
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, `total` in float32."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, parts: int, scale: float = 1.0) -> None:
+    """total (float32) += scale * a @ b; of one part it becomes the product, whatever it was."""
     if a.dtype == total.dtype:
-        total.baddbmm_(a, b)
+        total.baddbmm_(a, b, beta=int(parts > 1), alpha=scale)
+        return
+    # cast first: operators on mixed types are three times slower
+    product = torch.bmm(a, b).float()
+    if parts > 1:
+        total.add_(product, alpha=scale)
     else:
-        total += torch.bmm(a, b)
+        torch.mul(product, scale, out=total)
 
 
 def view(buffer: Tensor, shape: Sequence[int]) -> Tensor:

@@ -226,6 +226,8 @@ def test_forced_backend_that_cannot_serve_says_why():
     call = (q, k, v, Gaussian(*coeff), (2, 2), 1)
     with pytest.raises(UserError, match="neither dropout nor an extra bias"):
         gaussian_attention(*call, dropout_p=0.1, backend="tiled")
+    with pytest.raises(UserError, match="runs on CPUs"):
+        gaussian_attention(*(t.to("meta") for t in (q, k, v)), *call[3:], backend="tiled")
     with pytest.raises(UserError, match=r"'cpu'|triton package"), forced_backend("triton"):
         gaussian_attention(*call)
     assert gaussian_attention(*call, dropout_p=0.1).shape == q.shape  # auto finds one that can
