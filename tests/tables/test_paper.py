@@ -85,6 +85,7 @@ OURS = (
     "satellite",
     "microscopy",
     "cameras",
+    "cameras_stripes",
     "which_checkpoint",
     "speedrun",
     "speedrun_cifar10",
