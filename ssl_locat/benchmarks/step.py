@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssl_locat.benchmarks import cheaper, crops, label_free, moves, objectives, scaling, slow_step
 from ssl_locat.benchmarks.networks import PAIRS, PROGRESS, autocast, forward_backward, make_model, our_stepper, tiny_pair
@@ -21,6 +22,8 @@ from ssl_locat.objectives.dino import DINO
 from ssl_locat.optim.optim import build_optimizer, clip_gradients
 from ssl_locat.pretraining.student_teacher import StudentTeacher
 
+# what published code calls, whatever `tokens.unfused_if_short` takes for ours
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 # dense bfloat16 peaks without sparsity, from the vendor's data sheets, FLOP/s
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
@@ -189,7 +192,7 @@ def slow_stepper(
     def step(globals_: torch.Tensor, locals_: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), autocast(dtype):
             targets = model.teacher(globals_, None, 2)["dino"]
-        with autocast(dtype):
+        with autocast(dtype), sdpa_kernel(FUSED):
             scores = model.student(globals_, locals_, 2)["dino"]
         loss = slow_step.pairwise_loss(scores, targets, objective.center, 0.1, 0.04)
         # as published code does each step, for its log: on a GPU the host waits here

@@ -7,6 +7,7 @@
 The grid of patches is derived from the images in every call, so that one model serves any mix of resolutions.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -16,10 +17,13 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ssl_locat.errors import UserError
 from ssl_locat.models.grid import Grid, kept_mask
+
+SHORT_IN_16_BITS = 128  # tokens; at 197 unfused attention still wins by a little on a Xeon with AMX, at 257 it loses
 
 
 class Tokens(NamedTuple):
@@ -96,19 +100,38 @@ def run_blocks(
     last = range(len(model.blocks) - n, len(model.blocks))
     if hasattr(model, "place_patches"):  # a LocAt model, which tells its blocks where patches lie
         placed = model.place_patches(x)
-        _, outputs = model.run_blocks(*(placed if kept is None else only_kept(model, placed, kept, grid)), list(last))
+        x, rope, mask = placed if kept is None else only_kept(model, placed, kept, grid)
+        with unfused_if_short(model, x):
+            _, outputs = model.run_blocks(x, rope, mask, list(last))
         return outputs, grid
     x, rope = model._pos_embed(x) if isinstance(model, Eva) else (model.patch_drop(model._pos_embed(x)), None)
     if kept is not None:
         x, rope, _ = only_kept(model, (x, rope, None), kept, grid)
     x = model.norm_pre(x)
     outputs = []
-    for index, block in enumerate(model.blocks):
-        context = {} if rope is None else {"rope": rope[index] if model.rope_mixed else rope}
-        x = recomputed(block, x, **context) if model.grad_checkpointing else block(x, **context)
-        if index in last:
-            outputs.append(x)
+    with unfused_if_short(model, x):
+        for index, block in enumerate(model.blocks):
+            context = {} if rope is None else {"rope": rope[index] if model.rope_mixed else rope}
+            x = recomputed(block, x, **context) if model.grad_checkpointing else block(x, **context)
+            if index in last:
+                outputs.append(x)
     return outputs, grid
+
+
+def unfused_if_short(model: VisionTransformer | Eva, x: Tensor) -> AbstractContextManager[None]:
+    """For blocks on tokens [B, T, D]: where a CPU trains in 16 bits on few tokens, PyTorch's unfused attention, which computes in float32. The backward
+    pass of its fused kernel in bf16 takes 3 to 9 times as long there (docs/performance.md, "Precision")."""
+    slow = (
+        x.device.type == "cpu" and x.shape[1] <= SHORT_IN_16_BITS and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    )
+    if (
+        not slow or torch.compiler.is_compiling() or not torch.backends.cuda.math_sdp_enabled()
+    ):  # the caller chose another (that flag is also CPUs')
+        return nullcontext()
+    # what is computed again in the backward pass is so outside of this context, and must be the same there
+    if model.grad_checkpointing or any(getattr(block.forward, "func", None) is checkpoint for block in model.blocks):
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def only_kept(
