@@ -101,11 +101,7 @@ def squared_distances(
     return dx2, dy2
 
 
-SMALLEST = (
-    1e-12  # factor of one axis: far below what float32 logits resolve, while two of them times a gradient stay normal numbers
-)
-
-
 def bounded_exp(x: Tensor) -> Tensor:
-    """exp(x), 0 instead of less than SMALLEST: where factors, their products or gradients are denormal, CPUs take up to forty times longer."""
-    return F.threshold(torch.exp(x.clamp(min=-87)), SMALLEST, 0)
+    """exp(x), 0 instead of less than 1e-12: where factors, their products or gradients are denormal, CPUs take up to forty times longer. float32 logits
+    do not resolve such a factor, and two of them times a gradient are normal numbers still."""
+    return F.threshold(torch.exp(x.clamp(min=-87)), 1e-12, 0.0)  # literals: TorchScript reads no globals

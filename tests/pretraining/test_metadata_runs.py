@@ -152,11 +152,11 @@ def trained(folder, shards, run: str, *given: str) -> list[dict]:
 
 
 def assert_alike(some: list[dict], others: list[dict]) -> None:
-    """Within what another order of sums makes of six steps at a high lr; the loss moves, so that a wrong gradient would show."""
+    """Within what another order of sums makes of six steps at a high lr (1.4e-3 on a Xeon with AMX); the loss moves, so that a wrong gradient would show."""
     names = [name for name in some[0] if name.startswith("metadata")] + ["loss"]
     assert len(names) >= 3 and np.ptp([record["loss"] for record in some]) > 0.05
     for one, other in zip(some, others, strict=True):
-        assert [one[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-3, abs=1e-5)
+        assert [one[name] for name in names] == pytest.approx([other[name] for name in names], rel=3e-3, abs=1e-5)
 
 
 def test_packed_crops_are_the_same_step(tmp_path):
