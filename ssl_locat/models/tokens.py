@@ -120,13 +120,11 @@ def run_blocks(
 
 def unfused_if_short(model: VisionTransformer | Eva, x: Tensor) -> AbstractContextManager[None]:
     """For blocks on tokens [B, T, D]: where a CPU trains in 16 bits on few tokens, PyTorch's unfused attention, which computes in float32. The backward
-    pass of its fused kernel in bf16 takes 3 to 9 times as long there (docs/performance.md, "Precision")."""
-    slow = (
-        x.device.type == "cpu" and x.shape[1] <= SHORT_IN_16_BITS and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-    )
-    if (
-        not slow or torch.compiler.is_compiling() or not torch.backends.cuda.math_sdp_enabled()
-    ):  # the caller chose another (that flag is also CPUs')
+    pass of its fused kernel in bf16 takes 3 to 9 times as long there (docs/performance.md, "Intel Xeon")."""
+    short = x.device.type == "cpu" and x.shape[1] <= SHORT_IN_16_BITS
+    if not (short and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return nullcontext()
+    if not torch.backends.cuda.math_sdp_enabled():  # the caller chose other kernels; that flag is CPUs', too
         return nullcontext()
     # what is computed again in the backward pass is so outside of this context, and must be the same there
     if model.grad_checkpointing or any(getattr(block.forward, "func", None) is checkpoint for block in model.blocks):

@@ -7,6 +7,7 @@ changed in the table, by row too, and on the command line (`train.options.epochs
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -458,10 +459,11 @@ def jobs(table: TableConfig) -> list[TrainingJob | Job]:
     possible = [job for job in all_jobs(table) if not job.lacks]
     read = {job.training.folder for job in possible if isinstance(job, Job) and job.training}
     turn: dict[Path | None, int] = {None: 0}  # training -> its place among those of its row
-    for row in table.rows:
-        folders = [job.folder for job in possible if isinstance(job, TrainingJob) and job.row == row]
-        for number, folder in enumerate(folders):
-            turn.setdefault(folder, number)  # two rows may read the same
+    seen: Counter[str] = Counter()  # of each row
+    for job in possible:
+        if isinstance(job, TrainingJob):
+            turn.setdefault(job.folder, seen[job.row])  # two rows may read the same
+            seen[job.row] += 1
     return sorted(
         (job for job in possible if isinstance(job, Job) or job.folder in read), key=lambda job: turn[training_folder(job)]
     )
