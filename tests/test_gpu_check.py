@@ -7,7 +7,8 @@ import sys
 
 from gpu_check import Stage, main, run, stages, track, unpacked
 
-from ssl_locat.tables.schema import TrainingJob, jobs, load_table
+from ssl_locat.tables.jobs import TrainingJob, jobs
+from ssl_locat.tables.schema import load_table
 
 
 def test_a_stage_that_is_cut_leaves_what_it_printed(tmp_path):

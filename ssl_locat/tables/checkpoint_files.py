@@ -19,7 +19,8 @@ from ssl_locat.tables.checkpoints import (
     losses,
     twins,
 )
-from ssl_locat.tables.schema import Checkpoints, Point, TableConfig
+from ssl_locat.tables.jobs import Point
+from ssl_locat.tables.schema import Checkpoints, TableConfig
 from ssl_locat.tables.text import markdown_table
 
 

@@ -18,7 +18,8 @@ from ssl_locat.intervals.paired import Interval
 from ssl_locat.label_free.dse import DSE, balanced_dse
 from ssl_locat.runs.best import goodness
 from ssl_locat.runs.log import read_jsonl
-from ssl_locat.tables.schema import Checkpoints, Point, TableConfig
+from ssl_locat.tables.jobs import Point
+from ssl_locat.tables.schema import Checkpoints, TableConfig
 
 LOSS = "training loss"  # what people look at; lower is better
 LAST, ANY = "the last one", "any, by lot"  # choices without a measure

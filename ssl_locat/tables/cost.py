@@ -25,7 +25,8 @@ from ssl_locat.models.registry import TWINS
 from ssl_locat.pretraining.operations import operations_of_run
 from ssl_locat.runs.log import say
 from ssl_locat.tables.images import images_of, seen_by
-from ssl_locat.tables.schema import Job, TableConfig, TrainingJob, all_jobs, load_table, training_of
+from ssl_locat.tables.jobs import Job, TrainingJob, all_jobs
+from ssl_locat.tables.schema import TableConfig, load_table, training_of
 from ssl_locat.tables.table import cell_file, check, finished, where
 
 log = logging.getLogger(__name__)

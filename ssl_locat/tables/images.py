@@ -1,6 +1,7 @@
 """How many images a table's data sets hold, and a training sees: counted where they are here, as published where they are not."""
 
-from ssl_locat.tables.schema import TableConfig, TrainingJob, training_of
+from ssl_locat.tables.jobs import TrainingJob
+from ssl_locat.tables.schema import TableConfig, training_of
 
 
 def images_of(table: TableConfig, name: str | None) -> tuple[int, int] | None:

@@ -21,7 +21,8 @@ from ssl_locat.config.schema import Config
 from ssl_locat.errors import ConfigError
 from ssl_locat.runs.durable import flush
 from ssl_locat.tables.images import seen_by
-from ssl_locat.tables.schema import TableConfig, TrainingJob, jobs
+from ssl_locat.tables.jobs import TrainingJob, jobs
+from ssl_locat.tables.schema import TableConfig
 
 NAMES = {"knn": "k-NN", "linear": "the linear classifier", "dense": "dense retrieval"}
 SEEDS = 3  # of a row that may count as progress

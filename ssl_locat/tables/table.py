@@ -26,20 +26,8 @@ from ssl_locat.evaluation.evaluate import check_inputs, forget_progress, progres
 from ssl_locat.evaluation.shared.options import check_arguments
 from ssl_locat.runs.durable import write_atomically
 from ssl_locat.runs.log import console, progress
-from ssl_locat.tables.schema import (
-    Column,
-    Job,
-    Point,
-    TableConfig,
-    TrainingJob,
-    jobs,
-    load_table,
-    milestones,
-    of_column,
-    of_training,
-    training_folder,
-    training_of,
-)
+from ssl_locat.tables.jobs import Job, Point, TrainingJob, jobs, milestones, training_folder
+from ssl_locat.tables.schema import Column, TableConfig, load_table, of_column, of_training, training_of
 from ssl_locat.tables.text import Cell, Grid, write_table
 from ssl_locat.text.shown import to_json
 

@@ -30,7 +30,8 @@ from ssl_locat.tables.checkpoints import (
     training_loss,
     twins,
 )  # fmt: skip
-from ssl_locat.tables.schema import TrainingJob, jobs, load_table
+from ssl_locat.tables.jobs import TrainingJob, jobs
+from ssl_locat.tables.schema import load_table
 
 STEPS = [10 * number for number in range(1, 11)]
 UP = np.linspace(1, 10, 10)

@@ -29,8 +29,8 @@ def command(tmp_path):
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        with process:  # waits, and closes what is open of its pipe
+            process.kill()
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 900) -> None:

@@ -8,7 +8,8 @@ from ssl_locat.config.yaml_files import names
 from ssl_locat.errors import ConfigError, UserError
 from ssl_locat.evaluation.evaluate import fingerprint
 from ssl_locat.tables import table as program
-from ssl_locat.tables.schema import cells, load_table
+from ssl_locat.tables.jobs import cells
+from ssl_locat.tables.schema import load_table
 from ssl_locat.tables.text import Cell, to_latex, to_markdown
 
 SMALL = "timm:locatvit_tiny?img_size=32&patch_size=8&embed_dim=48&num_heads=3&depth="

@@ -13,19 +13,8 @@ from ssl_locat.errors import ConfigError, Diverged, UserError
 from ssl_locat.evaluation.protocols import supervised
 from ssl_locat.tables import cost, table
 from ssl_locat.tables.figure import arrows, draw
-from ssl_locat.tables.schema import (
-    Figure,
-    Job,
-    TrainingJob,
-    all_jobs,
-    cells,
-    flat,
-    jobs,
-    load_table,
-    nested,
-    training_folder,
-    trainings,
-)
+from ssl_locat.tables.jobs import Job, TrainingJob, all_jobs, cells, jobs, training_folder, trainings
+from ssl_locat.tables.schema import Figure, flat, load_table, nested
 from ssl_locat.tables.text import Cell
 
 SHAPE = "img_size=32&patch_size=8&embed_dim=64&depth=1&num_heads=1"
