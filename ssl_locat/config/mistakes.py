@@ -14,7 +14,7 @@ def explain(schema: type[BaseModel], item: ErrorDetails, loaded: LoadedYaml, *, 
     """One pydantic error as: place: key is value; expected ...; nearest.
 
     foreign: whether keys of other projects are known here (habits.py has those of a pretraining run)."""
-    key = _yaml_key(item["loc"], loaded.data)
+    key = _yaml_key(item, loaded.data)
     name = ".".join(map(str, key)) or loaded.name
     place = loaded.place(key)
     kind, message = item["type"], item["msg"].removeprefix("Value error, ")
@@ -26,15 +26,30 @@ def explain(schema: type[BaseModel], item: ErrorDetails, loaded: LoadedYaml, *, 
         return f"{loaded.place(key[:-1]) if key[:-1] else loaded.name}: the key {name!r} is missing. It must be given: {_description(schema, item['loc'])}."
     if kind == "value_error":
         return f"{place}: {name}: {message}."
+    if kind in ("model_type", "dict_type"):
+        # of a section; options of the user's own naming have no list
+        known = ", ".join(_known_keys(schema, item["loc"])) if kind == "model_type" else ""
+        return f"{place}: {name} is {item['input']!r}; expected keys and values{known and f' ({known})'}."
     expected = message[0].lower() + message[1:]
     if (value := our_value(name, item["input"])) != item["input"]:
         return f"{place}: {name} is {item['input']!r}, which is {value} here: {name}={value}."
     return f"{place}: {name} is {item['input']!r}; {expected.replace('input should', 'it should')}."
 
 
-def _yaml_key(loc: tuple, data: Any) -> tuple:
+def told(errors: list[ErrorDetails], data: Any) -> list[ErrorDetails]:
+    """Without what a member of a union says of a value of another kind, where the member of its kind says more: of a list that it is no mapping."""
+    places = [_yaml_key(item, data) for item in errors]
+    return [
+        item
+        for item, place in zip(errors, places, strict=True)
+        if item["type"] not in ("model_type", "list_type")
+        or not any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    ]
+
+
+def _yaml_key(item: ErrorDetails, data: Any) -> tuple:
     """pydantic's location without the names of union members, which no user wrote."""
-    key = []
+    key, loc = [], item["loc"]
     # ("objective", "list[Objective]", 0, "weight") -> ("objective", 0, "weight")
     for position, part in enumerate(loc):
         inside = isinstance(data, dict) and part in data
@@ -42,8 +57,8 @@ def _yaml_key(loc: tuple, data: Any) -> tuple:
         if inside or listed:
             data = data[part]
             key.append(part)
-        elif position == len(loc) - 1 and isinstance(data, dict):
-            key.append(part)  # a missing key
+        elif position == len(loc) - 1 and item["type"] == "missing":
+            key.append(part)
     return tuple(key)
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ssl_locat.config.crops_section import Crops as Crops
 from ssl_locat.config.data_section import Data as Data
-from ssl_locat.config.mistakes import explain
+from ssl_locat.config.mistakes import explain, told
 from ssl_locat.config.section import AtLeast0, Share
 from ssl_locat.config.section import Options as Options
 from ssl_locat.config.section import Section as Section
@@ -80,7 +80,7 @@ class Backbone(Options):
 class Objective(Options):
     """A loss, by name; further keys are its constructor's arguments."""
 
-    name: str
+    name: str = Field(description="which loss: one of the shipped ones, or 'package.module:Class' of your own")
     weight: Annotated[float, Field(gt=0)] | tuple[AtLeast0, AtLeast0] = Field(
         default=1.0, description="in the sum; [first, last]: goes straight from one to the other over the run, by samples seen"
     )
@@ -391,5 +391,7 @@ def parse(schema: type[T], loaded: LoadedYaml) -> T:
         return schema.model_validate(loaded.data)
     except ValidationError as error:
         # each member of a union complains, mostly in the same words: said once, in the order of the file
-        lines = dict.fromkeys(explain(schema, item, loaded, foreign=schema is Config) for item in error.errors())
+        lines = dict.fromkeys(
+            explain(schema, item, loaded, foreign=schema is Config) for item in told(error.errors(), loaded.data)
+        )
         raise ConfigError("\n".join(lines)) from None

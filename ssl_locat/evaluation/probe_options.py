@@ -54,7 +54,12 @@ def resolve(name: str, options: dict[str, Any], data_defaults: dict[str, Any]) -
         options: the protocol's keys; `data` is laid over `data_defaults` key by key.
         data_defaults: the run's own train and test sets.
     """
+    if not isinstance(options, dict):
+        raise ConfigError(f"probes.{name} is {options!r}; expected its protocol's keys and values, or null.")
     options = dict(options)
+    own = options.pop("data", None) or {}
+    if not isinstance(own, dict):
+        raise ConfigError(f"probes.{name}.data is {own!r}; expected keys and values, such as {{train: IMAGES, test: IMAGES}}.")
     protocol = options.pop("protocol", name)
     if protocol not in ONLINE:
         raise ConfigError(f"probes.{name}: {protocol!r} is no probe; known: {', '.join(ONLINE)}.{did_you_mean(protocol, ONLINE)}")
@@ -64,7 +69,7 @@ def resolve(name: str, options: dict[str, Any], data_defaults: dict[str, Any]) -
         inherited |= own_set
     if protocol in DENSE:  # classes of masks are not those of images
         inherited = {key: value for key, value in inherited.items() if key not in ("num_classes", "label_key")}
-    data = {**inherited, **(options.pop("data", None) or {})}
+    data = {**inherited, **own}
     arguments = {**options, "data": {key: value for key, value in data.items() if value is not None}}
     if protocol == "held_out" and not {"train", "test"} & arguments["data"].keys():
         raise ConfigError(

@@ -71,6 +71,8 @@ def test_resolved_config_rebuilds_itself(config_file):
         ("objective=[{name: dino}, {name: dino}]", ["objective", "dino, dino", "each once"]),
         ("objective=[]", ["objective", "at least one"]),
         ("nonsense", ["'nonsense'", "key.sub=value"]),
+        ("checkpoint=5", ["checkpoint is 5; expected keys and values (every_steps, keep_last"]),
+        ("crops=x", ["crops is 'x'; expected keys and values (global_size"]),
         ("optim.\u00b2=1", ["unknown key 'optim.\u00b2'"]),
         (f"optim.{'9' * 5000}=1", ["unknown key 'optim.999"]),
         (f"seed={'9' * 5000}", ["seed is '999", "integer"]),
@@ -83,6 +85,21 @@ def test_wrong_override_is_explained(config_file, override, expected):
         load(config_file(MINIMAL), [override])
     for words in expected:
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective=[3]", "objective.0 is 3; expected keys and values (name, weight, weight_until)."),
+        ("objective={dino: 3}", "the key 'objective.name' is missing. It must be given: which loss"),
+        ("objective.name=[a]", "objective.name is ['a']; it should be a valid string."),
+    ],
+)
+def test_of_what_may_be_one_or_a_list_the_kind_that_was_meant_complains(config_file, override, expected):
+    with pytest.raises(ConfigError) as error:
+        load(config_file(MINIMAL), [override])
+    (line,) = str(error.value).splitlines()
+    assert expected in line
 
 
 def test_error_names_file_and_line(config_file):

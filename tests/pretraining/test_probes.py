@@ -9,6 +9,8 @@ from tiny_run import write_config
 
 from ssl_locat.config.schema import load
 from ssl_locat.data.shards.textures import make_textures
+from ssl_locat.errors import ConfigError
+from ssl_locat.evaluation.probe_options import check_probes
 from ssl_locat.evaluation.protocols import knn
 from ssl_locat.evaluation.shared import features
 from ssl_locat.intervals.figures import wilson
@@ -19,6 +21,25 @@ from ssl_locat.pretraining.probes import Probes, counted
 from ssl_locat.runs.log import read_jsonl
 
 IMAGENET = {"train": 1_281_167, "test": 50_000}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("probes.knn=5", "probes.knn is 5; expected its protocol's keys and values, or null"),
+        ("probes.held_out=on it", "probes.held_out is 'on it'; expected"),
+        # YAML reads braces around a bracket as text
+        (
+            "probes.knn.data={train: part-00000[0-1].tar}",
+            "probes.knn.data is '{train: part-00000[0-1].tar}'; expected keys and values",
+        ),
+    ],
+)
+def test_a_probe_that_is_no_mapping_is_named(override, message):
+    config = load("cifar10_cpu", [override])
+    with pytest.raises(ConfigError) as error:
+        check_probes(config)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("recipe", ["dino_locatvit_s16", "dinov2_locatvit_s16", "highres_gram"])

@@ -128,7 +128,7 @@ def test_a_model_becomes_a_row_where_there_are_none(small, rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"), [("[a, b]", r"rows is \['a', 'b'\]; it should be a valid dictionary"), ("{mine: 5}", "rows.mine")]
+    ("rows", "message"), [("[a, b]", r"rows is \['a', 'b'\]; expected keys and values"), ("{mine: 5}", "rows.mine")]
 )
 def test_rows_of_another_kind_are_named(small, rows, message):
     small.write_text(small.read_text().partition("rows:\n")[0] + f"rows: {rows}\n")
