@@ -28,8 +28,8 @@ def explain(schema: type[BaseModel], item: ErrorDetails, loaded: LoadedYaml, *, 
         return f"{place}: {name}: {message}."
     if kind in ("model_type", "dict_type"):
         # of a section; options of the user's own naming have no list
-        known = ", ".join(_known_keys(schema, item["loc"])) if kind == "model_type" else ""
-        return f"{place}: {name} is {item['input']!r}; expected keys and values{known and f' ({known})'}."
+        keys = ", ".join(_known_keys(schema, item["loc"])) if kind == "model_type" else ""
+        return f"{place}: {name} is {item['input']!r}; expected keys and values{keys and f' ({keys})'}."
     expected = message[0].lower() + message[1:]
     if (value := our_value(name, item["input"])) != item["input"]:
         return f"{place}: {name} is {item['input']!r}, which is {value} here: {name}={value}."

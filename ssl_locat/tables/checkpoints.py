@@ -18,7 +18,7 @@ from ssl_locat.intervals.paired import Interval
 from ssl_locat.label_free.dse import DSE, balanced_dse
 from ssl_locat.runs.best import goodness
 from ssl_locat.runs.log import read_jsonl
-from ssl_locat.tables.jobs import Point
+from ssl_locat.tables.jobs import Point, trainings
 from ssl_locat.tables.schema import Checkpoints, TableConfig
 
 LOSS = "training loss"  # what people look at; lower is better
@@ -31,7 +31,7 @@ class Run(NamedTuple):
     """One training: the steps S at which it was measured, and what each column says of them (a larger value is the better one in `good`)."""
 
     row: str
-    seed: int  # place among the row's runs: the same seed in all rows
+    seed: int
     steps: list[int]
     values: dict[str, np.ndarray]  # column -> [S], as measured
     good: dict[str, np.ndarray]  # column -> [S], higher is better
@@ -56,6 +56,8 @@ def collect(table: TableConfig, wanted: Checkpoints, points: Iterable[Point]) ->
     found: dict[tuple[str, Path], dict[tuple[int, str], Point]] = {}
     for point in points:
         found.setdefault((point.row, point.run), {})[point.step, point.column] = point
+    # by the training, not by its place among what was measured: of twins either may lack a seed
+    seeds = {(row, job.folder): job.options.get("seed", 0) for row in {row for row, _ in found} for job in trainings(table, row)}
     runs: list[Run] = []
     for (row, folder), of_run in found.items():
         steps = sorted({step for step, _ in of_run})
@@ -74,7 +76,7 @@ def collect(table: TableConfig, wanted: Checkpoints, points: Iterable[Point]) ->
                 values[balanced_name(wanted)] = good[balanced_name(wanted)] = np.array(balanced_dse(parts))
         values[LOSS] = training_loss(folder, steps)
         good[LOSS] = -values[LOSS]
-        runs.append(Run(row, sum(run.row == row for run in runs), steps, values, good))
+        runs.append(Run(row, seeds[row, folder], steps, values, good))
     return runs
 
 

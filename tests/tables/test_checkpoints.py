@@ -22,6 +22,7 @@ from ssl_locat.tables.checkpoints import (
     LOSS,
     LOST,
     Run,
+    collect,
     correlations,
     decay,
     losses,
@@ -30,7 +31,7 @@ from ssl_locat.tables.checkpoints import (
     training_loss,
     twins,
 )  # fmt: skip
-from ssl_locat.tables.jobs import TrainingJob, jobs
+from ssl_locat.tables.jobs import Point, TrainingJob, jobs, trainings
 from ssl_locat.tables.schema import load_table
 
 STEPS = [10 * number for number in range(1, 11)]
@@ -122,6 +123,19 @@ def study(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(dump_yaml(content))
     return path
+
+
+def test_twins_are_paired_by_seed_where_one_lacks_a_run(study):
+    loaded = load_table(str(study), ["train.seeds=[4, 7]"])
+    folders = {(row, job.options["seed"]): job.folder for row in ("DINO", "DINO + LocAt") for job in trainings(loaded, row)}
+    del folders["DINO + LocAt", 4]
+    points = [
+        Point(row, folder, step, "dense", float(seed), {}) for (row, seed), folder in folders.items() for step in (2, 4, 6, 8)
+    ]
+    runs = collect(loaded, loaded.checkpoints, points)
+    assert [(run.row, run.seed) for run in runs] == [("DINO", 4), ("DINO", 7), ("DINO + LocAt", 7)]
+    best = of(twins(runs, ["dense"], " + LocAt"), row="DINO: + LocAt", what=BEST)
+    assert (best.runs, best.found.value) == (1, 0.0)
 
 
 def test_every_column_is_measured_on_every_milestone_and_any_cell_again_without_training(study, tmp_path, monkeypatch):

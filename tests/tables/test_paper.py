@@ -87,6 +87,7 @@ OURS = (
     "cameras",
     "cameras_stripes",
     "which_checkpoint",
+    "which_checkpoint_long",
     "speedrun",
     "speedrun_cifar10",
     "speedrun_imagenette",
