@@ -36,7 +36,7 @@ def explain(schema: type[BaseModel], item: ErrorDetails, loaded: LoadedYaml, *, 
     return f"{place}: {name} is {item['input']!r}; {expected.replace('input should', 'it should')}."
 
 
-def told(errors: list[ErrorDetails], data: Any) -> list[ErrorDetails]:
+def drop_other_kinds(errors: list[ErrorDetails], data: Any) -> list[ErrorDetails]:
     """Without what a member of a union says of a value of another kind, where the member of its kind says more: of a list that it is no mapping."""
     places = [_yaml_key(item, data) for item in errors]
     return [

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ssl_locat.config.crops_section import Crops as Crops
 from ssl_locat.config.data_section import Data as Data
-from ssl_locat.config.mistakes import explain, told
+from ssl_locat.config.mistakes import drop_other_kinds, explain
 from ssl_locat.config.section import AtLeast0, Share
 from ssl_locat.config.section import Options as Options
 from ssl_locat.config.section import Section as Section
@@ -392,6 +392,6 @@ def parse(schema: type[T], loaded: LoadedYaml) -> T:
     except ValidationError as error:
         # each member of a union complains, mostly in the same words: said once, in the order of the file
         lines = dict.fromkeys(
-            explain(schema, item, loaded, foreign=schema is Config) for item in told(error.errors(), loaded.data)
+            explain(schema, item, loaded, foreign=schema is Config) for item in drop_other_kinds(error.errors(), loaded.data)
         )
         raise ConfigError("\n".join(lines)) from None
