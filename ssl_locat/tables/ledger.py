@@ -27,6 +27,7 @@ from ssl_locat.tables.schema import TableConfig
 NAMES = {"knn": "k-NN", "linear": "the linear classifier", "dense": "dense retrieval"}
 SEEDS = 3  # of a row that may count as progress
 DEVIATIONS = 2
+SAME_COST = 1.05  # lengths are whole steps: a row that costs a hundredth less than a baseline is no cheaper
 TOLERANCE = 0.5  # points of the mean by which a cheaper row may lie below what it is compared with
 # nothing that is learned depends on them
 NOT_HASHED = {
@@ -217,7 +218,7 @@ def progress(entry: Entry, others: Sequence[Entry]) -> str:
     if not whole:
         return f"no: no baseline of {SEEDS} seeds"
     cost = entry.mean("pflop") or 0.0
-    cheaper = [other for other in whole if (other.mean("pflop") or 0.0) <= cost * 1.001]
+    cheaper = [other for other in whole if (other.mean("pflop") or 0.0) <= cost * SAME_COST]
     dearer = [other for other in whole if other not in cheaper]
     if not all(_beyond(entry, other) for other in cheaper):
         return "no: within two deviations of a baseline that costs no more"

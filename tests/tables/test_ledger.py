@@ -49,6 +49,7 @@ def test_what_counts_as_progress():
         *lines("better", 4, [65, 66, 67]),
         *lines("within noise", 4, [62, 63, 63]),
         *lines("as noisy as that", 2, [45, 60, 75]),
+        *lines("a step shorter, and no better", 0.99, [40, 41, 43]),
         *lines("cheap", 0.5, [20, 21, 22]),
         *lines("two seeds", 2, [90, 91]),
     )
@@ -56,6 +57,7 @@ def test_what_counts_as_progress():
     assert answers["as good for half"] == answers["half a point lower"] == "yes: as whole, for 0.50 x the FLOP"
     assert answers["better"] == "yes: better at this cost"
     assert answers["within noise"] == answers["as noisy as that"] == "no: within two deviations of a baseline that costs no more"
+    assert answers["a step shorter, and no better"] == answers["within noise"]
     assert answers["cheap"] == "no: cheaper than every baseline, and not as good"
     assert answers["two seeds"] == "no: 2 of 3 seeds"
 
