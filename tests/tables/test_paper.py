@@ -90,6 +90,7 @@ OURS = (
     "which_checkpoint_long",
     "speedrun",
     "speedrun_cifar10",
+    "speedrun_cifar10_hours",
     "speedrun_imagenette",
     "speedrun_camvid",
     "speedrun_gpu_cifar10",
