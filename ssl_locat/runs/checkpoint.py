@@ -266,6 +266,9 @@ class Checkpointer:
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
             writer.fs = files
             dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            # this rank's own files; the writer syncs, too, but torch 2.11's before it has emptied Python's buffer
+            for name in files.sha256:
+                flush(partial / name)
 
         error = self._attempt(lambda: self._begin(partial) if distributed.is_main() else None)
         error = error or self._attempt(store)

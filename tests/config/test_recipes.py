@@ -11,6 +11,7 @@ from ssl_locat.cluster.launch import load_profile
 from ssl_locat.config.schema import load
 from ssl_locat.config.yaml_files import names, shipped
 from ssl_locat.pretraining.memory import memory_of, without_memory
+from ssl_locat.runs.distributed import GATHERS_CAST
 
 GPU_GB = 80
 RECIPES = names("configs/pretrain")
@@ -60,7 +61,8 @@ def test_a_recipe_sharded_needs_less(recipe):
         for form in product(("ddp", "fsdp"), ("fp32", "bf16"))
     }
     assert all(part >= 0 for memory in forms.values() for part in memory) and all(memory.total > 0 for memory in forms.values())
-    assert forms["fsdp", "bf16"].gathered < forms["fsdp", "fp32"].gathered
+    less = forms["fsdp", "fp32"].gathered - forms["fsdp", "bf16"].gathered
+    assert less > 0 if GATHERS_CAST else less == 0
     for precision in ("fp32", "bf16"):
         sharded, whole = forms["fsdp", precision], forms["ddp", precision]
         assert sharded.optimizer == pytest.approx(whole.optimizer / 4) and sharded.activations == whole.activations

@@ -13,6 +13,7 @@ from ssl_locat.errors import ConfigError
 from ssl_locat.pretraining.loop import pretrain
 from ssl_locat.pretraining.parts import build_model, check, distribute
 from ssl_locat.runs.checkpoint import read_weights
+from ssl_locat.runs.distributed import GATHERS_CAST
 from ssl_locat.runs.log import read_jsonl
 
 HEAD = "num_prototypes: 32, hidden_dim: 32, bottleneck_dim: 16"
@@ -118,8 +119,9 @@ def train_and_compare(cases: dict, folder: Path, seconds: float = 280) -> list:
 
 
 def test_trains_alike_on_two_ranks(tmp_path):
+    linear = "torch.bfloat16" if GATHERS_CAST else "torch.float32"  # torch before 2.15 gathers all of a block in one type
     for types in train_and_compare(QUICK, tmp_path):
-        assert types == {"linear": "torch.bfloat16", "norm": "torch.float32", "gaug": "torch.float32", "waiting": "torch.float32"}
+        assert types == {"linear": linear, "norm": "torch.float32", "gaug": "torch.float32", "waiting": "torch.float32"}
     sharded, on = (losses(tmp_path / "dense" / form) for form in ("fsdp", "on"))
     assert [on[step] for step in (3, 4)] == pytest.approx([sharded[step] for step in (3, 4)], rel=1e-2)
     weights = read_weights(tmp_path / "dense/fsdp/checkpoints/step_00000004")

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import fsspec
+from fsspec import asyn
 from fsspec.asyn import sync
 
 from ssl_locat.data.stores.objects import Backend, Gone, Stat
@@ -25,6 +26,10 @@ _CONNECTIONS = 64
 _SESSIONS = 8  # of other stores at once: an ssh server drops some of more than ten that log in together
 # what changes when an object does, by each file system's name for it; the first that one has
 _VERSIONS = ("ETag", "etag", "created", "mtime", "last_modified", "LastModified", "modify", "modified", "modificationTime")
+
+if hasattr(os, "register_at_fork") and not hasattr(asyn, "reset_after_fork"):
+    # fsspec before 2025.3.2: a forked worker has its parent's event loop, not the thread that runs it, and would wait for ever
+    os.register_at_fork(after_in_child=asyn.reset_lock)
 
 
 def open_backend(scheme: str, timeout: float) -> Backend:
@@ -101,7 +106,8 @@ class S3(_Listing):
 
         async def get() -> tuple[dict[str, Any], bytes]:
             answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")
-            async with answer["Body"] as body:
+            body = answer["Body"]
+            async with body:  # not `as body`: aiobotocore 2 gives the response below it then, which is read whole or not at all
                 if "ContentRange" not in answer:
                     raise ConnectionError("the store ignored the range")
                 pieces, left = [], end - start + 1  # one byte more than asked for would show
