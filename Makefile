@@ -30,7 +30,7 @@ test-slow: $(VENV)/ready
 
 # The oldest versions that pyproject promises, installed apart; the quick tests only.
 test-lowest: .venv-lowest/ready
-	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not slurm and not store" $(ARGS)
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not slurm" $(ARGS)
 
 test-slurm: $(VENV)/ready
 	launch/dev_slurm test -- $(CURDIR)/$(PYTEST) -m "slurm and not slow" $(ARGS)

@@ -156,9 +156,11 @@ def _key(line: dict[str, Any]) -> tuple:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ledger; those that a kill cut are left out."""
+    """The lines of a ledger, one for each training; those that a kill cut are left out."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    # two processes that share a table, and see its last cell at once, both write the training's line
+    return list({_key(line): line for line in found}.values())
 
 
 # --- the page -------------------------------------------------------------------------------------------------------------

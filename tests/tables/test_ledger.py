@@ -90,6 +90,14 @@ def test_a_line_that_a_kill_cut_costs_no_other(tmp_path):
     assert [line["row"] for line in read(file)] == [1, 3]
 
 
+def test_a_training_that_two_processes_wrote_down_is_one(tmp_path):
+    file = tmp_path / "ledger.jsonl"
+    line = {"track": "t", "row": "r", "seed": 0, "config": "c", "evaluation": "e"}
+    for seed in (0, 0, 1):
+        append(file, line | {"seed": seed})
+    assert [found["seed"] for found in read(file)] == [0, 1]
+
+
 def test_hashes_name_what_is_learned_and_how_it_is_judged():
     base = load("quickstart")
     assert config_hash(base) == config_hash(
